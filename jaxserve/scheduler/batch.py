@@ -1,0 +1,157 @@
+"""The corridor: a scheduled batch becomes the numpy inputs of one step. Buckets and padding are decided here only."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.request import Request
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.step_io import Bucket, StepDims, StepInputs, new_inputs
+
+INT32_MAX = 2**31 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+
+def all_buckets(config: SchedulerConfig) -> list[Bucket]:
+    """Every bucket that ``choose_bucket`` can return: what the runner compiles before it is ready."""
+    buckets = [Bucket(size, 0, 0) for size in config.decode_sizes]
+    for tokens in config.prefill_sizes:
+        rows = min(config.max_prefill_rows, tokens)
+        buckets += [Bucket(0, tokens, rows), Bucket(config.decode_sizes[-1], tokens, rows)]
+    return buckets
+
+
+def choose_bucket(config: SchedulerConfig, num_decode_rows: int, num_prefill_tokens: int) -> Bucket:
+    """The smallest bucket that holds so many decode rows and prompt tokens.
+
+    Beside prompt tokens the decode region is empty or whole: the number of shapes to compile stays the sum, not the
+    product, of the two size lists, and a step that reads prompt tokens has decode rows to spare.
+    """
+    if num_prefill_tokens == 0:
+        return Bucket(_smallest(config.decode_sizes, num_decode_rows), 0, 0)
+    tokens = _smallest(config.prefill_sizes, num_prefill_tokens)
+    decode_rows = config.decode_sizes[-1] if num_decode_rows else 0
+    return Bucket(decode_rows, tokens, min(config.max_prefill_rows, tokens))
+
+
+def _smallest(sizes: tuple[int, ...], num: int) -> int:
+    return next(size for size in sizes if size >= num)
+
+
+class ScheduledRow(NamedTuple):
+    """One sequence's part in a step: tokens ``start .. start + num_new_tokens - 1`` of the sequence."""
+
+    sequence: Sequence
+    slot: int  # of the sequence when it was scheduled: the row outlives an abort
+    start: int
+    num_new_tokens: int
+    samples: bool  # the row reaches the end of its sequence, so a token is sampled
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """What one step computes: ``num_decode_rows`` rows of the decode region, then those of the prefill region."""
+
+    bucket: Bucket
+    rows: tuple[ScheduledRow, ...]
+    num_decode_rows: int
+
+    def row_index(self, i: int) -> int:
+        """Row of the step's arrays ([B]) that ``rows[i]`` occupies: the prefill region starts after the padding."""
+        return i if i < self.num_decode_rows else i - self.num_decode_rows + self.bucket.decode_rows
+
+
+class SlotArrays:
+    """Host copy of what the step needs of each slot, written at admission and when a page is added.
+
+    A step's rows are then filled by fancy indexing with the rows' slots. Written by the Scheduler only.
+    """
+
+    def __init__(self, dims: StepDims):
+        num_slots = dims.num_slots
+        self.page_table = np.zeros((num_slots, dims.max_pages_per_seq), np.int32)  # [R, MP], unused entries 0
+        self.top_k = np.zeros(num_slots, np.int32)
+        self.seed = np.zeros((num_slots, 2), np.int32)  # [R, 2]
+        self.min_len = np.zeros(num_slots, np.int32)
+        self.stop_ids = np.full((num_slots, dims.max_stop_ids), -1, np.int32)  # [R, NS]
+        self.num_logprobs = np.full(num_slots, -1, np.int32)
+        self.temperature = np.zeros(num_slots, np.float32)
+        self.top_p = np.ones(num_slots, np.float32)
+        self.min_p = np.zeros(num_slots, np.float32)
+
+    def assign(self, slot: int, request: Request, pages: list[int]) -> None:
+        """Write everything of ``slot`` for the sequence that takes it."""
+        params = request.params
+        self.page_table[slot] = 0
+        self.page_table[slot, : len(pages)] = pages
+        self.top_k[slot] = min(max(params.top_k, 0), INT32_MAX)
+        self.seed[slot] = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+        self.stop_ids[slot] = -1
+        self.min_len[slot] = 0
+        if params.min_tokens > 0:
+            # No output is longer than max_total_len, and min_tokens alone may exceed an int32.
+            self.min_len[slot] = min(len(request.prompt_token_ids) + params.min_tokens, request.max_total_len)
+            self.stop_ids[slot, : len(request.stop_token_ids)] = request.stop_token_ids
+        self.num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        # A float64 that rounds to inf, or top_p to 0, would turn logits into NaN or keep no token at all.
+        self.temperature[slot] = min(params.temperature, FLOAT32_MAX)
+        self.top_p[slot] = max(params.top_p, FLOAT32_TINY)
+        self.min_p[slot] = params.min_p
+
+    def add_page(self, slot: int, index: int, page: int) -> None:
+        self.page_table[slot, index] = page
+
+
+PER_SLOT_FIELDS = (
+    "page_table", "top_k", "seed", "min_len", "stop_ids", "num_logprobs", "temperature", "top_p", "min_p"
+)  # fmt: skip
+
+
+def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tuple[np.ndarray, StepInputs]:
+    """The step's int32 buffer and the ``StepInputs`` views into it, padding included.
+
+    Call it after ``schedule`` and before the scheduler's next change: ``slots`` and the sequences' tokens are read as
+    they are now. A token that the sequence does not have yet is on the device: its id is -1.
+    """
+    buffer, inputs = new_inputs(batch.bucket, dims)
+    rows, num_decode, first_prefill = batch.rows, batch.num_decode_rows, batch.bucket.decode_rows
+    if not rows:
+        return buffer, inputs
+    page_size = dims.page_size
+
+    # Per row, in the order of batch.rows; b: where each row lies in [B], t: where its first token lies in [T].
+    slot, start, num_new, samples = np.array([row[1:] for row in rows], np.int32).T
+    b = np.arange(len(rows), dtype=np.int32)
+    b[num_decode:] += first_prefill - num_decode
+    t = b.copy()
+    ends = np.cumsum(num_new[num_decode:])
+    t[num_decode:] = first_prefill + ends - num_new[num_decode:]
+
+    inputs.slot_ids[b] = slot
+    inputs.kv_lens[b] = start + num_new
+    inputs.does_sample[b] = samples
+    inputs.sample_index[b] = t + num_new - 1
+    for name in PER_SLOT_FIELDS:
+        getattr(inputs, name)[b] = getattr(slots, name)[slot]
+    inputs.prefill_cu_q_lens[1 : len(ends) + 1] = ends
+    inputs.prefill_cu_q_lens[len(ends) + 1 :] = ends[-1] if len(ends) else 0
+
+    inputs.token_ids[:num_decode] = [
+        row.sequence.tokens[row.start] if row.start < len(row.sequence.tokens) else -1 for row in rows[:num_decode]
+    ]
+    for row, first in zip(rows[num_decode:], t[num_decode:].tolist(), strict=True):
+        chunk = row.sequence.tokens[row.start : row.start + row.num_new_tokens]
+        inputs.token_ids[first : first + row.num_new_tokens] = chunk
+
+    # Per token: its row (as an index into the arrays above), its position, its place in [T].
+    token_row = np.repeat(np.arange(len(rows)), num_new)
+    offset = np.arange(len(token_row)) - np.repeat(np.cumsum(num_new) - num_new, num_new)
+    position = start[token_row] + offset
+    token = t[token_row] + offset
+    inputs.positions[token] = position
+    page = slots.page_table[slot[token_row], position // page_size]
+    inputs.kv_write_index[token] = page * page_size + position % page_size
+    return buffer, inputs

@@ -1,0 +1,412 @@
+"""Which sequence computes which tokens in the next step, and what becomes of the sampled ones."""
+
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxserve.cache.pool import PagePool, extend_digests
+from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.request import FinishReason, QueueFullError, Request, RequestError
+from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket
+from jaxserve.scheduler.sequence import NO_SLOT, Sequence
+from jaxserve.step_io import StepDims
+
+_by_order = attrgetter("order")
+
+
+class CommittedToken(NamedTuple):
+    """One token that became an output of its sequence."""
+
+    sequence: Sequence
+    row: int  # of the step's outputs ([B]) that it came from
+    token: int
+    index: int  # in the output, from 0
+    finish_reason: FinishReason | None  # "stop" or "length" on the last one
+    stop_reason: int | None  # the params' stop token id that ended it; None for end-of-sequence
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """Figures of now; the last seven count since the start (``prefix_*`` in tokens).
+
+    ``num_tokens_held``: tokens with KV over the running sequences, a shared page's counted once; so
+    ``kv_fragmentation = 1 - num_tokens_held / (num_pages_held * page_size)`` is the share of held memory that holds
+    nothing. Prefix lookups are counted when a sequence is admitted, also when it returns after a preemption.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_active_rows: int  # rows of the last scheduled step
+    num_idle_rows: int  # static batching: rows whose sequence finished and that wait for the rest
+    num_pages: int
+    num_pages_held: int
+    num_tokens_held: int
+    num_pages_cached: int  # held by nobody, kept for their prefix
+    kv_cache_usage: float  # 0..1, pages held / pages
+    kv_fragmentation: float  # 0..1
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    prompt_tokens: int  # of requests admitted, each counted once
+    generation_tokens: int  # committed
+
+
+class Scheduler:
+    """Continuous batching over a paged cache, with chunked prefill, prefix reuse and recompute preemption.
+
+    The engine calls ``schedule``, dispatches the step, and ``commit``s its tokens: with lookahead 1 only after the
+    next ``schedule`` and dispatch. The scheduler counts on the device running steps in the order of ``schedule``:
+    pages and slots are reused at once, since whoever gets them writes in a later step. Every scheduled batch must be
+    dispatched and committed, in order.
+
+    Order: a sequence is better than another when ``(priority, arrival, number)`` is less. The waiting queue is in this
+    order and only its head is ever admitted; when pages run out the worst running sequence is preempted: its pages are
+    freed, it waits again, and later recomputes its tokens, the generated ones too, as if they were its prompt.
+
+    Everything finishes: let S be the best unfinished sequence (finitely many come before any sequence). If S runs, it
+    is a victim only when it runs alone; then all pages that are not its own are free, and it needs no more than
+    ``num_pages`` in all (checked by ``add``), so it is never preempted. Its one uncomputed token gets a decode row in
+    each step, as there are as many rows as slots; its prompt is first in line for the prefill budget; so each step
+    brings it forward. If S waits, it is the head, and nothing is admitted before it. The same argument for the best
+    running sequence shows that the running set empties, by commits or preemptions (the victims queue behind S), if S
+    does not fit earlier; with nothing running every page and slot is free and S is admitted, at the latest when its
+    token in flight has been committed.
+    """
+
+    def __init__(
+        self,
+        cache: CacheConfig,
+        config: SchedulerConfig,
+        dims: StepDims,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        max_pages_per_seq = config.max_pages_per_seq(cache.page_size)
+        for name, value, expected in (
+            ("num_slots", dims.num_slots, config.max_num_seqs),
+            ("max_pages_per_seq", dims.max_pages_per_seq, max_pages_per_seq),
+            ("num_pages", dims.num_pages, cache.num_pages),
+            ("page_size", dims.page_size, cache.page_size),
+        ):
+            if value != expected:
+                raise ValueError(f"StepDims.{name}={value} does not agree with the configs' {expected}")
+        if cache.allocation == "static" and max_pages_per_seq > cache.num_pages:
+            raise ValueError(
+                f"static allocation takes {max_pages_per_seq} pages a sequence, num_pages={cache.num_pages}"
+            )
+        self.cache = cache
+        self.config = config
+        self.dims = dims
+        self.pool = PagePool(cache.num_pages, cache.page_size, cache.prefix_caching)
+        self.slots = SlotArrays(dims)
+        self._clock = clock
+        self._sequences: dict[str, Sequence] = {}  # unfinished
+        self._waiting: list[Sequence] = []  # best first
+        self._running: list[Sequence] = []  # best first
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._with_deadline: dict[str, float] = {}
+        self._next_number = 0
+        # A running sequence soon needs a page more: admitting into the last ones would only preempt again.
+        self._watermark = 0 if cache.allocation == "static" else max(1, cache.num_pages // 100)
+        self._static_batch_size = 0
+        self._num_active_rows = 0
+        self._num_preemptions = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    # Requests come and go.
+
+    def add(self, request: Request) -> Sequence:
+        """Queue ``request``. RequestError if it can never be served, QueueFullError if too many wait."""
+        self._check(request)
+        if len(self._waiting) >= self.config.max_num_waiting:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
+            )
+        sequence = Sequence(request, self._next_number)
+        self._next_number += 1
+        self._sequences[request.request_id] = sequence
+        if request.deadline is not None:
+            self._with_deadline[request.request_id] = request.deadline
+        insort(self._waiting, sequence, key=_by_order)
+        return sequence
+
+    def get(self, request_id: str) -> Sequence | None:
+        """The unfinished sequence of ``request_id``."""
+        return self._sequences.get(request_id)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at any moment; False if it is unknown or finished."""
+        return self.finish(request_id, "abort")
+
+    def expire(self, now: float | None = None) -> list[str]:
+        """End the requests whose deadline has passed, waiting or running; returns their ids."""
+        if not self._with_deadline:
+            return []
+        now = self._clock() if now is None else now
+        expired = [request_id for request_id, deadline in self._with_deadline.items() if deadline <= now]
+        for request_id in expired:
+            self.finish(request_id, "deadline")
+        return expired
+
+    def finish(self, request_id: str, reason: FinishReason) -> bool:
+        """End a request for a reason that the scheduler cannot see. A token of it still in flight is dropped."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence, reason)
+        return True
+
+    def _check(self, request: Request) -> None:
+        prompt_len, total_len = len(request.prompt_token_ids), request.max_total_len
+        capacity = self.cache.num_pages * self.cache.page_size
+        if request.request_id in self._sequences:
+            raise RequestError("request_id", f"{request.request_id!r} is already in use")
+        if prompt_len < 1:
+            raise RequestError("prompt_token_ids", "the prompt is empty")
+        if total_len > self.config.max_model_len:
+            raise RequestError("max_total_len", f"{total_len} is more than max_model_len={self.config.max_model_len}")
+        if prompt_len >= total_len:
+            raise RequestError(
+                "prompt_token_ids", f"{prompt_len} prompt tokens leave no room for output in {total_len} in all"
+            )
+        if total_len > capacity:
+            raise RequestError(
+                "max_total_len",
+                f"{total_len} tokens do not fit the KV cache of {capacity} "
+                f"({self.cache.num_pages} pages of {self.cache.page_size})",
+            )
+        if request.params.min_tokens > 0 and len(request.stop_token_ids) > self.dims.max_stop_ids:
+            raise RequestError(
+                "stop_token_ids",
+                f"{len(request.stop_token_ids)} stop ids, end-of-sequence included, are more than the "
+                f"{self.dims.max_stop_ids} that min_tokens={request.params.min_tokens} can hold back",
+            )
+        if (request.params.logprobs or 0) > self.dims.max_logprobs:
+            raise RequestError(
+                "logprobs", f"{request.params.logprobs} is more than max_logprobs={self.dims.max_logprobs}"
+            )
+
+    # The next step.
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step's rows, or None when there is nothing to compute before a ``commit`` or ``add``."""
+        decode: list[ScheduledRow] = []
+        prefill: list[ScheduledRow] = []
+        preemptions = self._num_preemptions
+        static = self.config.batching == "static"
+        forms_static_batch = static and not self._running
+        if forms_static_batch:
+            self._static_batch_size = 0
+
+        # Best first; a victim is never better than who needs the page, so no row made here is taken back.
+        for sequence in tuple(self._running):
+            if sequence.status != "running":
+                break  # preempted just now, and so were all after it
+            if sequence.num_uncomputed != 1 or sequence.total_len >= sequence.request.max_total_len:
+                continue
+            if not self._grow(sequence):
+                break
+            decode.append(_advance(sequence, 1))
+
+        budget = self.config.prefill_sizes[-1]
+        for sequence in self._running:
+            budget -= self._advance_prompt(sequence, budget, prefill)
+
+        # After a preemption the pages are wanted by those who run, and the victim may have a token in flight.
+        if self._num_preemptions == preemptions:
+            while forms_static_batch or (
+                not static and budget > 0 and len(prefill) < self.config.max_prefill_rows
+            ):
+                sequence = self._admit_head()
+                if sequence is None:
+                    break
+                self._static_batch_size += static
+                if sequence.num_uncomputed == 1:
+                    decode.append(_advance(sequence, 1))
+                else:
+                    budget -= self._advance_prompt(sequence, budget, prefill)
+
+        self._num_active_rows = len(decode) + len(prefill)
+        if not self._num_active_rows:
+            return None
+        num_prefill_tokens = self.config.prefill_sizes[-1] - budget
+        num_decode_rows = len(decode)
+        if static and not num_prefill_tokens:  # rows of finished sequences stay, idle
+            num_decode_rows = max(num_decode_rows, self._static_batch_size)
+        bucket = choose_bucket(self.config, num_decode_rows, num_prefill_tokens)
+        return ScheduledBatch(bucket, (*decode, *prefill), len(decode))
+
+    def _advance_prompt(self, sequence: Sequence, budget: int, prefill: list[ScheduledRow]) -> int:
+        """Give ``sequence`` a prompt chunk if it is in its prompt and there is room; returns the chunk's tokens."""
+        num_tokens = min(sequence.num_uncomputed, budget)
+        if sequence.num_uncomputed <= 1 or num_tokens == 0 or len(prefill) == self.config.max_prefill_rows:
+            return 0
+        prefill.append(_advance(sequence, num_tokens))
+        return num_tokens
+
+    def _admit_head(self) -> Sequence | None:
+        """Admit the head of the queue, or None: if it does not fit, nobody behind it is asked, so it cannot starve."""
+        if not self._waiting or not self._free_slots or self._waiting[0].num_in_flight:
+            return None
+        sequence = self._waiting[0]
+        if self.cache.allocation == "static":
+            num_pages = self.dims.max_pages_per_seq
+        else:
+            num_pages = -(-(len(sequence.tokens) + 1) // self.cache.page_size)
+        keep_free = self._watermark if self._running else 0
+        found = self.pool.allocate_sequence(sequence.tokens, sequence.digests, num_pages, keep_free)
+        if found is None:
+            return None
+        sequence.pages, num_matched = found
+        sequence.num_registered = num_matched
+        sequence.num_computed = num_matched * self.cache.page_size
+        sequence.slot = self._free_slots.pop()
+        sequence.status = "running"
+        if not sequence.admitted_once:
+            sequence.admitted_once = True
+            sequence.num_cached = sequence.num_computed
+            self._prompt_tokens += sequence.prompt_len
+        self.slots.assign(sequence.slot, sequence.request, sequence.pages)
+        del self._waiting[0]
+        insort(self._running, sequence, key=_by_order)
+        return sequence
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """See to it that the next token has a page; False if this took the pages of ``sequence`` itself."""
+        index = sequence.num_computed // self.cache.page_size
+        if index < len(sequence.pages):
+            return True
+        while (pages := self.pool.allocate(1)) is None:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += pages
+        self.slots.add_page(sequence.slot, index, pages[0])
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop_running(sequence)
+        sequence.status = "waiting"
+        sequence.num_preemptions += 1
+        self._num_preemptions += 1
+        insort(self._waiting, sequence, key=_by_order)
+
+    # What came of a step.
+
+    def commit(self, batch: ScheduledBatch, tokens: np.ndarray) -> list[CommittedToken]:
+        """Append the sampled ``tokens`` [B] i32 of ``batch``, the oldest one not committed, and end who is done.
+
+        Rows whose sequence has finished since are ignored; a sequence preempted since gets its token.
+        """
+        committed = []
+        sampled = tokens.tolist()
+        for i, row in enumerate(batch.rows):
+            sequence = row.sequence
+            if sequence.status == "finished":
+                continue
+            if row.samples:
+                index = batch.row_index(i)
+                committed.append(self._append(sequence, index, sampled[index]))
+            if sequence.status == "running":
+                self._register_full_pages(sequence)
+        self._generation_tokens += len(committed)
+        return committed
+
+    def _append(self, sequence: Sequence, row: int, token: int) -> CommittedToken:
+        request = sequence.request
+        sequence.tokens.append(token)
+        sequence.num_in_flight -= 1
+        reason: FinishReason | None = None
+        stop_reason = None
+        if token in request.stop_token_ids:
+            reason = "stop"
+            stop_reason = token if token in request.params.stop_token_ids else None
+        elif len(sequence.tokens) >= request.max_total_len:
+            reason = "length"
+        if reason is not None:
+            self._end(sequence, reason)
+        return CommittedToken(sequence, row, token, sequence.num_output_tokens - 1, reason, stop_reason)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        if sequence.status == "running":
+            self._stop_running(sequence)
+        else:
+            del self._waiting[bisect_left(self._waiting, sequence.order, key=_by_order)]
+        sequence.status = "finished"
+        sequence.finish_reason = reason
+        sequence.num_in_flight = 0
+        del self._sequences[sequence.request_id]
+        self._with_deadline.pop(sequence.request_id, None)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        """Take slot and pages from a running sequence. What its full pages hold stays findable until evicted."""
+        self._register_full_pages(sequence)
+        del self._running[bisect_left(self._running, sequence.order, key=_by_order)]
+        self.pool.release(sequence.pages)
+        self._free_slots.append(sequence.slot)
+        sequence.pages = []
+        sequence.slot = NO_SLOT
+        sequence.num_computed = 0
+        sequence.num_registered = 0
+
+    def _register_full_pages(self, sequence: Sequence) -> None:
+        """Offer the pages that are full of known tokens to the prefix index.
+
+        Some may be written by a step still in flight: whoever matches them reads them in a later one.
+        """
+        first = sequence.num_registered
+        last = min(sequence.num_computed, len(sequence.tokens)) // self.cache.page_size
+        if last <= first or not self.cache.prefix_caching:
+            return
+        extend_digests(sequence.digests, sequence.tokens, self.cache.page_size)
+        self.pool.register_full_pages(sequence.pages[first:last], sequence.digests[first:last])
+        sequence.num_registered = last
+
+    # Figures.
+
+    def stats(self) -> SchedulerStats:
+        pool, page_size = self.pool, self.cache.page_size
+        held = pool.num_held
+        # Only full pages are shared, and each holder has counted them.
+        counted_again = (pool.num_references - held) * page_size
+        tokens_held = sum(sequence.num_computed for sequence in self._running) - counted_again
+        is_static = self.config.batching == "static"
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_active_rows=self._num_active_rows,
+            num_idle_rows=max(self._static_batch_size - len(self._running), 0) if is_static else 0,
+            num_pages=pool.num_pages,
+            num_pages_held=held,
+            num_tokens_held=tokens_held,
+            num_pages_cached=pool.num_cached,
+            kv_cache_usage=held / pool.num_pages,
+            kv_fragmentation=1 - tokens_held / (held * page_size) if held else 0.0,
+            prefix_cache_queries=pool.query_tokens,
+            prefix_cache_hits=pool.hit_tokens,
+            num_preemptions=self._num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+
+
+def _advance(sequence: Sequence, num_new_tokens: int) -> ScheduledRow:
+    """The row that computes the next ``num_new_tokens`` of ``sequence``, counted as dispatched."""
+    start = sequence.num_computed
+    samples = num_new_tokens == sequence.num_uncomputed
+    sequence.num_computed += num_new_tokens
+    sequence.num_in_flight += samples
+    return ScheduledRow(sequence, sequence.slot, start, num_new_tokens, samples)

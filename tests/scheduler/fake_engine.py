@@ -1,0 +1,302 @@
+"""A device without a device, and the engine loop around it: what the scheduler's tests run on.
+
+The fake device sees only ``StepInputs``. A cell of its KV cache remembers which token was written at which position
+and after which tokens (a hash of the whole history), and the token it samples is a hash of seed, length and history.
+So a request's tokens are known beforehand (``solo_tokens``), and any row that reads a page that is not its own
+history, or was not written yet, is found out.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.request import Request, SamplingParams
+from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs
+from jaxserve.scheduler.scheduler import CommittedToken, Scheduler
+from jaxserve.step_io import Bucket, StepDims, StepInputs
+
+VOCAB_SIZE = 11
+EOS_ID = 10
+NO_HISTORY = 0
+
+
+def chain(history: int, token: int) -> int:
+    """Hash of a history with one token more."""
+    return hash((history, token))
+
+
+def sample(seed: int, length: int, history: int, suppressed: frozenset[int]) -> int:
+    """Token number ``length`` (from 0) of a sequence whose tokens before hash to ``history``."""
+    token = (hash((seed, length, history)) >> 7) % VOCAB_SIZE
+    while token in suppressed:
+        token = (token + 1) % VOCAB_SIZE
+    return token
+
+
+def solo_tokens(request: Request) -> list[int]:
+    """The output that the fake device must give for ``request``, alone or in any company."""
+    history, outputs = NO_HISTORY, []
+    for token in request.prompt_token_ids:
+        history = chain(history, token)
+    stops = frozenset(request.stop_token_ids)
+    while True:
+        suppressed = stops if len(outputs) < request.params.min_tokens else frozenset()
+        length = len(request.prompt_token_ids) + len(outputs)
+        outputs.append(sample(request.seed, length, history, suppressed))
+        history = chain(history, outputs[-1])
+        if outputs[-1] in stops or length + 1 == request.max_total_len:
+            return outputs
+
+
+def make_request(
+    request_id: str,
+    prompt: list[int] | tuple[int, ...],
+    max_tokens: int,
+    *,
+    eos: bool = True,
+    stop_token_ids: tuple[int, ...] = (),
+    min_tokens: int = 0,
+    seed: int = 0,
+    priority: int = 0,
+    arrival: float = 0.0,
+    deadline: float | None = None,
+) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, seed=seed)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        params=params,
+        max_total_len=len(prompt) + max_tokens,
+        stop_token_ids=((EOS_ID,) if eos else ()) + stop_token_ids,
+        seed=seed,
+        priority=priority,
+        arrival=arrival,
+        deadline=deadline,
+    )
+
+
+def dims_of(cache: CacheConfig, config: SchedulerConfig, **others: int) -> StepDims:
+    return StepDims(
+        num_slots=config.max_num_seqs,
+        max_pages_per_seq=config.max_pages_per_seq(cache.page_size),
+        num_pages=cache.num_pages,
+        page_size=cache.page_size,
+        **others,
+    )
+
+
+class FakeDevice:
+    """Runs steps in the order given. ``cells[page * PS + offset]``: (token, position, history up to it)."""
+
+    def __init__(self, dims: StepDims):
+        self.dims = dims
+        self.cells: list[tuple[int, int, int] | None] = [None] * (dims.num_pages * dims.page_size)
+        self.last_tokens: list[int | None] = [None] * dims.num_slots
+
+    def step(self, bucket: Bucket, inputs: StepInputs) -> np.ndarray:
+        """Sampled tokens [B]; rows that do not sample, and padding, give -7: nobody may use them."""
+        dims, tokens = self.dims, np.full(bucket.num_rows, -7, np.int32)
+        written: dict[int, tuple[int, int, int]] = {}  # visible to other rows only after the step: stricter than a GPU
+        used_tokens, used_slots = set(), set()
+        last_tokens = list(self.last_tokens)
+        for b in range(bucket.num_rows):
+            first, last = self._token_range(bucket, inputs, b)
+            slot, kv_len = int(inputs.slot_ids[b]), int(inputs.kv_lens[b])
+            if slot == dims.num_slots:  # padding
+                assert kv_len == 0 and not inputs.does_sample[b] and (b < bucket.decode_rows or first == last)
+                continue
+            assert slot not in used_slots, "two rows of one slot"
+            used_slots.add(slot)
+            assert 1 <= last - first <= kv_len <= dims.max_pages_per_seq * dims.page_size
+            own: dict[int, tuple[int, int, int]] = {}
+            history = NO_HISTORY
+            for position in range(kv_len):
+                place = int(inputs.page_table[b, position // dims.page_size]) * dims.page_size
+                place += position % dims.page_size
+                t = first + position - (kv_len - (last - first))
+                if t >= first:
+                    used_tokens.add(t)
+                    token = int(inputs.token_ids[t])
+                    if token == -1:
+                        assert b < bucket.decode_rows, "only a decode row may ask for the slot's last token"
+                        held = self.last_tokens[slot]
+                        assert held is not None
+                        token = held
+                    assert inputs.positions[t] == position and inputs.kv_write_index[t] == place
+                    own[place] = (token, position, chain(history, token))
+                cell = own.get(place, self.cells[place])
+                assert cell is not None, f"row {b} reads a place never written: position {position}"
+                assert cell[1:] == (position, chain(history, cell[0])), f"row {b} reads another's history at {position}"
+                history = cell[2]
+            assert not own.keys() & written.keys(), "two rows write one place"
+            written |= own
+            assert inputs.sample_index[b] == last - 1
+            if inputs.does_sample[b]:
+                high, low = inputs.seed[b].view(np.uint32).tolist()
+                held_back = frozenset(inputs.stop_ids[b].tolist()) if kv_len < inputs.min_len[b] else frozenset()
+                tokens[b] = last_tokens[slot] = sample(high << 32 | low, kv_len, history, held_back)
+        for t in set(range(bucket.num_tokens)) - used_tokens:
+            assert inputs.token_ids[t] == 0 and inputs.positions[t] == 0
+            assert inputs.kv_write_index[t] == dims.num_pages * dims.page_size
+        for place, cell in written.items():
+            self.cells[place] = cell
+        self.last_tokens = last_tokens
+        return tokens
+
+    @staticmethod
+    def _token_range(bucket: Bucket, inputs: StepInputs, b: int) -> tuple[int, int]:
+        if b < bucket.decode_rows:
+            return b, b + 1
+        starts = inputs.prefill_cu_q_lens.tolist()
+        assert starts[0] == 0 and starts == sorted(starts)
+        i = b - bucket.decode_rows
+        return bucket.decode_rows + starts[i], bucket.decode_rows + starts[i + 1]
+
+
+@dataclass
+class FakeEngine:
+    """The engine's loop: dispatch step n + 1, then read step n (lookahead 1), or one after the other (0)."""
+
+    cache: CacheConfig
+    config: SchedulerConfig
+    requests: dict[str, Request] = field(default_factory=dict)
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    in_flight: tuple[ScheduledBatch, np.ndarray] | None = None
+    num_steps: int = 0
+
+    def __post_init__(self):
+        self.dims = dims_of(self.cache, self.config)
+        self.scheduler = Scheduler(self.cache, self.config, self.dims, clock=lambda: 0.0)
+        self.device = FakeDevice(self.dims)
+        self.buckets = set(all_buckets(self.config))
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.requests[request.request_id] = request
+        self.outputs[request.request_id] = []
+
+    def end(self, request_id: str, reason: str) -> bool:
+        """Abort (or end by a stop string) now; no token may come afterwards."""
+        ended = self.scheduler.abort(request_id) if reason == "abort" else self.scheduler.finish(request_id, "stop")
+        if ended:
+            self.reasons[request_id] = reason
+        return ended
+
+    def expire(self, now: float) -> None:
+        past = {
+            request_id
+            for request_id, request in self.requests.items()
+            if request_id not in self.reasons and request.deadline is not None and request.deadline <= now
+        }
+        expired = self.scheduler.expire(now)
+        assert sorted(expired) == sorted(past)
+        self.reasons |= dict.fromkeys(expired, "deadline")
+
+    def step(self) -> ScheduledBatch | None:
+        batch = self.scheduler.schedule()
+        dispatched = None
+        if batch is not None:
+            self.check_batch(batch)
+            _, inputs = build_inputs(batch, self.scheduler.slots, self.dims)
+            dispatched = batch, self.device.step(batch.bucket, inputs)
+            self.num_steps += 1
+        if self.config.lookahead == 0:
+            ready, self.in_flight = dispatched, None
+        else:
+            ready, self.in_flight = self.in_flight, dispatched
+        if ready is not None:
+            for committed in self.scheduler.commit(*ready):
+                self.take(committed)
+        elif batch is None:
+            assert not self.scheduler.has_unfinished(), "nothing to do, but somebody waits"
+        return batch
+
+    def take(self, committed: CommittedToken) -> None:
+        outputs, request = self.outputs[committed.request_id], self.requests[committed.request_id]
+        assert committed.request_id not in self.reasons, "a token after the end"
+        assert committed.index == len(outputs)
+        outputs.append(committed.token)
+        expected = solo_tokens(request)
+        assert outputs == expected[: len(outputs)], f"{committed.request_id} differs from its solo run"
+        if len(outputs) < len(expected):
+            assert committed.finish_reason is None
+            return
+        stopped = committed.token in request.stop_token_ids
+        assert committed.finish_reason == ("stop" if stopped else "length")
+        assert committed.stop_reason == (committed.token if committed.token in request.params.stop_token_ids else None)
+        self.reasons[committed.request_id] = committed.finish_reason
+
+    def drain(self, max_steps: int) -> None:
+        """Step until all is finished and read; everything must be free then."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_unfinished() and self.in_flight is None:
+                break
+            self.step()
+            self.check_state()
+        assert not self.scheduler.has_unfinished(), f"unfinished after {max_steps} steps"
+        assert self.in_flight is None
+        for request_id, request in self.requests.items():
+            if self.reasons[request_id] in ("stop", "length"):
+                assert self.outputs[request_id] == solo_tokens(request)
+        stats = self.scheduler.stats()
+        assert (stats.num_pages_held, stats.num_tokens_held, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
+        assert self.scheduler.pool.num_free == self.cache.num_pages
+
+    def check_batch(self, batch: ScheduledBatch) -> None:
+        decode, prefill = batch.rows[: batch.num_decode_rows], batch.rows[batch.num_decode_rows :]
+        assert batch.bucket in self.buckets
+        assert batch.rows and len(decode) <= batch.bucket.decode_rows
+        assert len(prefill) <= min(batch.bucket.prefill_rows, self.config.max_prefill_rows)
+        assert sum(row.num_new_tokens for row in prefill) <= batch.bucket.prefill_tokens <= self.config.prefill_sizes[-1]
+        assert len({row.sequence.request_id for row in batch.rows}) == len(batch.rows)
+        for row in batch.rows:
+            assert row.sequence.status == "running" and row.slot == row.sequence.slot
+            assert row.start + row.num_new_tokens < row.sequence.request.max_total_len
+        # Whoever decodes is in every step: prompts never stall a stream.
+        rows = {row.sequence.request_id for row in decode}
+        for sequence in self.scheduler._running:
+            if sequence.num_in_flight and sequence.total_len < sequence.request.max_total_len:
+                assert sequence.request_id in rows or sequence.request_id in {r.sequence.request_id for r in prefill}
+
+    def check_state(self) -> None:
+        """What must hold between any two operations."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        running, waiting = scheduler._running, scheduler._waiting
+        references = [0] * pool.num_pages
+        filled = [0] * pool.num_pages
+        for sequence in running:
+            assert len(set(sequence.pages)) == len(sequence.pages)
+            assert sequence.num_computed <= len(sequence.pages) * pool.page_size
+            for index, page in enumerate(sequence.pages):
+                references[page] += 1
+                tokens = min(max(sequence.num_computed - index * pool.page_size, 0), pool.page_size)
+                filled[page] = max(filled[page], tokens)
+                assert scheduler.slots.page_table[sequence.slot, index] == page
+            assert not scheduler.slots.page_table[sequence.slot, len(sequence.pages) :].any()
+        assert references == [pool.refcount(page) for page in range(pool.num_pages)]
+        assert pool.num_references == sum(references)
+
+        unused, cached = pool._unused, list(pool._cached)
+        held = [page for page, count in enumerate(references) if count]
+        assert sorted(unused + cached + held) == list(range(pool.num_pages))
+        assert pool.num_free == len(unused) + len(cached) and pool.num_held == len(held)
+        assert {page: digest for digest, page in pool._page_of.items()} == pool._digest_of
+        assert set(cached) <= set(pool._digest_of) and not set(unused) & set(pool._digest_of)
+
+        slots = [sequence.slot for sequence in running] + scheduler._free_slots
+        assert sorted(slots) == list(range(self.config.max_num_seqs))
+        for queue, status in ((running, "running"), (waiting, "waiting")):
+            assert [s.order for s in queue] == sorted(s.order for s in queue)
+            assert all(s.status == status for s in queue)
+        assert all(not s.pages and s.slot == -1 for s in waiting)
+        unfinished = {s.request_id for s in running + waiting}
+        assert unfinished == set(scheduler._sequences) == set(self.requests) - set(self.reasons)
+        assert all(0 <= s.num_in_flight <= self.config.lookahead for s in running + waiting)
+
+        stats = scheduler.stats()
+        assert stats.num_tokens_held == sum(filled) and stats.num_pages_held == len(held)
+        assert stats.num_pages_cached == len(cached) and 0 <= stats.kv_fragmentation <= 1
+        assert 0 <= stats.kv_cache_usage <= 1 and stats.prefix_cache_hits <= stats.prefix_cache_queries
+        assert stats.generation_tokens == sum(map(len, self.outputs.values()))
