@@ -204,6 +204,7 @@ class Scheduler:
         """The next step's rows, or None when there is nothing to compute before a ``commit`` or ``add``."""
         decode: list[ScheduledRow] = []
         prefill: list[ScheduledRow] = []
+        in_prompt: list[Sequence] = []
         preemptions = self._num_preemptions
         static = self.config.batching == "static"
         forms_static_batch = static and not self._running
@@ -214,15 +215,17 @@ class Scheduler:
         for sequence in tuple(self._running):
             if sequence.status != "running":
                 break  # preempted just now, and so were all after it
-            if sequence.num_uncomputed != 1 or sequence.total_len >= sequence.request.max_total_len:
-                continue
-            if not self._grow(sequence):
-                break
-            decode.append(_advance(sequence, 1))
+            if sequence.num_uncomputed > 1:
+                in_prompt.append(sequence)
+            elif sequence.total_len < sequence.request.max_total_len:  # else its last token is in flight
+                if not self._grow(sequence):
+                    break
+                decode.append(_advance(sequence, 1))
 
         budget = self.config.prefill_sizes[-1]
-        for sequence in self._running:
-            budget -= self._advance_prompt(sequence, budget, prefill)
+        for sequence in in_prompt:
+            if sequence.status == "running":
+                budget -= self._advance_prompt(sequence, budget, prefill)
 
         # After a preemption the pages are wanted by those who run, and the victim may have a token in flight.
         if self._num_preemptions == preemptions:
@@ -249,9 +252,9 @@ class Scheduler:
         return ScheduledBatch(bucket, (*decode, *prefill), len(decode))
 
     def _advance_prompt(self, sequence: Sequence, budget: int, prefill: list[ScheduledRow]) -> int:
-        """Give ``sequence`` a prompt chunk if it is in its prompt and there is room; returns the chunk's tokens."""
+        """Give ``sequence`` the next chunk of its prompt if there is room; returns the chunk's tokens."""
         num_tokens = min(sequence.num_uncomputed, budget)
-        if sequence.num_uncomputed <= 1 or num_tokens == 0 or len(prefill) == self.config.max_prefill_rows:
+        if num_tokens == 0 or len(prefill) == self.config.max_prefill_rows:
             return 0
         prefill.append(_advance(sequence, num_tokens))
         return num_tokens

@@ -162,7 +162,7 @@ class FakeEngine:
     config: SchedulerConfig
     requests: dict[str, Request] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str | None] = field(default_factory=dict)
     in_flight: tuple[ScheduledBatch, np.ndarray] | None = None
     num_steps: int = 0
 
@@ -214,7 +214,7 @@ class FakeEngine:
         return batch
 
     def take(self, committed: CommittedToken) -> None:
-        outputs, request = self.outputs[committed.request_id], self.requests[committed.request_id]
+        request, outputs = self.requests[committed.request_id], self.outputs[committed.request_id]
         assert committed.request_id not in self.reasons, "a token after the end"
         assert committed.index == len(outputs)
         outputs.append(committed.token)
@@ -249,7 +249,7 @@ class FakeEngine:
         assert batch.bucket in self.buckets
         assert batch.rows and len(decode) <= batch.bucket.decode_rows
         assert len(prefill) <= min(batch.bucket.prefill_rows, self.config.max_prefill_rows)
-        assert sum(row.num_new_tokens for row in prefill) <= batch.bucket.prefill_tokens <= self.config.prefill_sizes[-1]
+        assert sum(row.num_new_tokens for row in prefill) <= batch.bucket.prefill_tokens
         assert len({row.sequence.request_id for row in batch.rows}) == len(batch.rows)
         for row in batch.rows:
             assert row.sequence.status == "running" and row.slot == row.sequence.slot

@@ -1,12 +1,12 @@
-"""Any sequence of adds, steps, aborts and expiries, under any limits: the tokens are those of a solo run, nothing leaks."""
+"""Any sequence of adds, steps, aborts and expiries, under any limits: a solo run's tokens, and nothing leaks."""
 
-from tests.scheduler.fake_engine import VOCAB_SIZE, FakeEngine, make_request
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import QueueFullError
+from tests.scheduler.fake_engine import VOCAB_SIZE, FakeEngine, make_request
 
 MAX_MODEL_LEN = 24
 
