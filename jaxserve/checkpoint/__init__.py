@@ -1,0 +1,7 @@
+"""Checkpoints: from a name or path to a config, a tokenizer and a parameter tree of numpy arrays."""
+
+from jaxserve.checkpoint.errors import CheckpointError
+from jaxserve.checkpoint.gguf import GGUFCheckpoint
+from jaxserve.checkpoint.resolve import DEFAULT_MODEL, resolve_model
+
+__all__ = ["DEFAULT_MODEL", "CheckpointError", "GGUFCheckpoint", "resolve_model"]

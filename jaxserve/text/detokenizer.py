@@ -1,0 +1,27 @@
+"""Token by token to text, never half a character."""
+
+import codecs
+
+from jaxserve.text.tokenizer import Tokenizer
+
+
+class IncrementalDetokenizer:
+    """Text of a growing sequence: every ``add`` and the final ``flush`` concatenated equal ``tokenizer.decode(ids)``.
+
+    A token may end inside a UTF-8 character; its bytes wait until the character is whole or known to be ill-formed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token_id: int) -> str:
+        """Text that became final with this token, perhaps none."""
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """The sequence has ended: U+FFFD for a character that stayed incomplete, else nothing."""
+        return self._decoder.decode(b"", final=True)
