@@ -36,7 +36,7 @@ class CommittedToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """Figures of now; the last seven count since the start (``prefix_*`` in tokens).
+    """Figures of now; the last five count since the start (``prefix_*`` in tokens).
 
     ``num_tokens_held``: tokens with KV over the running sequences, a shared page's counted once; so
     ``kv_fragmentation = 1 - num_tokens_held / (num_pages_held * page_size)`` is the share of held memory that holds

@@ -1,0 +1,399 @@
+"""The scheduler by hand: each case small enough to be followed on paper."""
+
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.request import QueueFullError, RequestError
+from jaxserve.scheduler.batch import ScheduledBatch
+from jaxserve.scheduler.scheduler import CommittedToken, Scheduler
+from tests.scheduler.fake_engine import EOS_ID, FakeEngine, dims_of, make_request
+
+ANY = 1  # a token that ends nothing
+
+
+def make_scheduler(
+    num_pages: int = 16,
+    page_size: int = 4,
+    *,
+    max_num_seqs: int = 4,
+    prefill_sizes: tuple[int, ...] = (8, 16),
+    prefix_caching: bool = False,
+    allocation: Literal["paged", "static"] = "paged",
+    **config,
+) -> Scheduler:
+    cache = CacheConfig(num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation)
+    config = {"max_model_len": 64, "decode_sizes": (1, max_num_seqs) if max_num_seqs > 1 else (1,)} | config
+    scheduler_config = SchedulerConfig(max_num_seqs=max_num_seqs, prefill_sizes=prefill_sizes, **config)
+    return Scheduler(cache, scheduler_config, dims_of(cache, scheduler_config, max_stop_ids=2), clock=lambda: 100.0)
+
+
+def next_batch(scheduler: Scheduler) -> ScheduledBatch:
+    batch = scheduler.schedule()
+    assert batch is not None
+    return batch
+
+
+def shape(batch: ScheduledBatch) -> list[tuple[str, int, int, bool]]:
+    return [(row.sequence.request_id, row.start, row.num_new_tokens, row.samples) for row in batch.rows]
+
+
+def commit(scheduler: Scheduler, batch: ScheduledBatch, *tokens: int) -> list[CommittedToken]:
+    """Commit ``tokens`` for the rows of ``batch``, or ANY for all of them."""
+    packed = np.full(batch.bucket.num_rows, 999, np.int32)
+    for i in range(len(batch.rows)):
+        packed[batch.row_index(i)] = tokens[i] if tokens else ANY
+    return scheduler.commit(batch, packed)
+
+
+def test_a_prompt_in_chunks_then_one_token_a_step():
+    scheduler = make_scheduler(prefill_sizes=(2, 4))
+    scheduler.add(make_request("a", [5] * 6, 3))
+    first = next_batch(scheduler)
+    assert shape(first) == [("a", 0, 4, False)] and first.bucket == (0, 4, 4)
+    assert commit(scheduler, first) == []
+    second = next_batch(scheduler)
+    assert shape(second) == [("a", 4, 2, True)] and second.bucket == (0, 2, 2)
+    [token] = commit(scheduler, second)
+    assert token[1:] == (0, ANY, 0, None, None) and token.request_id == "a"
+    third = next_batch(scheduler)
+    assert shape(third) == [("a", 6, 1, True)] and third.bucket == (1, 0, 0)
+    commit(scheduler, third)
+    fourth = next_batch(scheduler)
+    [last] = commit(scheduler, fourth)
+    assert (last.index, last.finish_reason, last.stop_reason) == (2, "length", None)
+    assert scheduler.schedule() is None and not scheduler.has_unfinished()
+
+
+def test_decode_rows_and_a_prompt_chunk_share_a_step():
+    scheduler = make_scheduler(prefill_sizes=(8,))
+    scheduler.add(make_request("a", [5] * 3, 9))
+    commit(scheduler, next_batch(scheduler))
+    scheduler.add(make_request("b", [6] * 10, 9))
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("a", 3, 1, True), ("b", 0, 8, False)]
+    assert batch.bucket == (4, 8, 4) and batch.num_decode_rows == 1
+    [token] = commit(scheduler, batch, 2, 3)
+    assert (token.request_id, token.row, token.token) == ("a", 0, 2)
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("a", 4, 1, True), ("b", 8, 2, True)]
+    assert [(t.request_id, t.row, t.token) for t in commit(scheduler, batch, 2, 3)] == [("a", 0, 2), ("b", 4, 3)]
+
+
+def test_a_single_token_prompt_takes_a_decode_row():
+    scheduler = make_scheduler(prefill_sizes=(4,))
+    scheduler.add(make_request("a", [5], 2))
+    scheduler.add(make_request("b", [6] * 5, 2))
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("a", 0, 1, True), ("b", 0, 4, False)] and batch.num_decode_rows == 1
+    commit(scheduler, batch)
+    assert shape(next_batch(scheduler)) == [("a", 1, 1, True), ("b", 4, 1, True)]
+
+
+def test_max_prefill_rows_and_the_token_budget_bound_a_step():
+    scheduler = make_scheduler(prefill_sizes=(8,), max_prefill_rows=2)
+    for name in "abcd":
+        scheduler.add(make_request(name, [5] * 3, 2))
+    assert shape(next_batch(scheduler)) == [("a", 0, 3, True), ("b", 0, 3, True)]
+    scheduler = make_scheduler(prefill_sizes=(8,))
+    for name in "abcd":
+        scheduler.add(make_request(name, [5] * 3, 2))
+    assert shape(next_batch(scheduler)) == [("a", 0, 3, True), ("b", 0, 3, True), ("c", 0, 2, False)]
+
+
+def test_lookahead_schedules_past_an_unread_token_and_drops_the_wasted_one():
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.add(make_request("a", [5] * 4, 9, stop_token_ids=(3,)))
+    first, second = next_batch(scheduler), next_batch(scheduler)
+    assert shape(second) == [("a", 4, 1, True)]
+    [token] = commit(scheduler, first, 3)
+    assert (token.finish_reason, token.stop_reason) == ("stop", 3)
+    assert scheduler.stats().num_pages_held == 0
+    assert commit(scheduler, second) == []
+    assert scheduler.stats().generation_tokens == 1
+
+
+def test_lookahead_does_not_pass_the_length_limit():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", [5] * 4, 2))
+    first, second = next_batch(scheduler), next_batch(scheduler)
+    assert scheduler.schedule() is None  # its last token is in flight
+    assert [t.finish_reason for t in commit(scheduler, first)] == [None]
+    assert [t.finish_reason for t in commit(scheduler, second)] == ["length"]
+
+
+def test_end_of_sequence_has_no_stop_reason_unless_the_params_name_it():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", [5], 9, stop_token_ids=(3,)))
+    scheduler.add(make_request("b", [5], 9, stop_token_ids=(EOS_ID,)))
+    scheduler.add(make_request("c", [5], 9, eos=False))
+    tokens = commit(scheduler, next_batch(scheduler), EOS_ID, EOS_ID, EOS_ID)
+    assert [t[4:] for t in tokens] == [("stop", None), ("stop", EOS_ID), (None, None)]
+
+
+def test_admission_by_priority_then_arrival_then_number():
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.add(make_request("late", [5], 1, arrival=2.0))
+    scheduler.add(make_request("early", [5], 1, arrival=1.0))
+    scheduler.add(make_request("early too", [5], 1, arrival=1.0))
+    scheduler.add(make_request("urgent", [5], 1, arrival=3.0, priority=-1))
+    served = []
+    while (batch := scheduler.schedule()) is not None:
+        served += [t.request_id for t in commit(scheduler, batch)]
+    assert served == ["urgent", "early", "early too", "late"]
+
+
+def test_nobody_passes_a_head_that_does_not_fit():
+    scheduler = make_scheduler(num_pages=6)
+    scheduler.add(make_request("runs", [5] * 8, 8))  # 3 pages: 8 tokens and one more
+    commit(scheduler, next_batch(scheduler))
+    scheduler.add(make_request("head", [5] * 11, 8))  # 3 pages, but 1 is kept free while others run
+    scheduler.add(make_request("small", [5], 1))
+    assert shape(next_batch(scheduler)) == [("runs", 8, 1, True)]
+    assert scheduler.stats().num_waiting == 2
+    scheduler.abort("runs")
+    assert shape(next_batch(scheduler)) == [("small", 0, 1, True), ("head", 0, 11, True)]
+
+
+def two_running() -> Scheduler:
+    """Two sequences in 4 of 5 pages, with nothing scheduled yet: their ninth tokens want one page each."""
+    scheduler = make_scheduler(num_pages=5)
+    scheduler.add(make_request("old", [5] * 7, 9, arrival=1.0))
+    scheduler.add(make_request("young", [6] * 7, 9, arrival=2.0))
+    return scheduler
+
+
+def test_preemption_takes_the_youngest_and_recomputes_it():
+    scheduler = two_running()
+    commit(scheduler, next_batch(scheduler))
+    commit(scheduler, next_batch(scheduler), 2, 3)  # both have 9 tokens, 8 of them computed, in 2 pages each
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("old", 8, 1, True)]  # took the fifth page, so "young" had to go
+    young = scheduler.get("young")
+    assert young is not None and (young.status, young.pages, young.num_preemptions) == ("waiting", [], 1)
+    assert scheduler.stats().num_preemptions == 1 and scheduler.stats().num_waiting == 1
+    commit(scheduler, batch, EOS_ID)
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("young", 0, 9, True)]
+    [token] = commit(scheduler, batch, 4)
+    assert (token.index, young.tokens) == (2, [6] * 7 + [ANY, 3, 4])
+
+
+def test_a_preempted_sequence_gets_its_token_in_flight_before_it_returns():
+    scheduler = two_running()
+    first, second = next_batch(scheduler), next_batch(scheduler)
+    commit(scheduler, first)
+    third = next_batch(scheduler)  # "young" is preempted while ``second`` is in flight
+    assert shape(third) == [("old", 8, 1, True)]
+    young = scheduler.get("young")
+    assert young is not None and young.num_in_flight == 1
+    scheduler.abort("old")  # every page is free now, yet "young" must wait for its token
+    assert scheduler.schedule() is None
+    assert [(t.request_id, t.token, t.index) for t in commit(scheduler, second, 2, 3)] == [("young", 3, 1)]
+    assert shape(next_batch(scheduler)) == [("young", 0, 9, True)]
+    assert commit(scheduler, third) == []
+
+
+def test_a_preempted_sequence_may_end_by_its_token_in_flight():
+    scheduler = two_running()
+    first, second = next_batch(scheduler), next_batch(scheduler)
+    commit(scheduler, first)
+    next_batch(scheduler)
+    tokens = commit(scheduler, second, ANY, EOS_ID)
+    assert [(t.request_id, t.finish_reason) for t in tokens] == [("old", None), ("young", "stop")]
+    assert scheduler.stats().num_waiting == 0 and scheduler.get("young") is None
+
+
+def test_priority_decides_before_age_who_is_preempted():
+    scheduler = make_scheduler(num_pages=5)
+    scheduler.add(make_request("young", [6] * 8, 9, arrival=2.0))  # 3 pages: 8 tokens and one more
+    scheduler.add(make_request("old", [5] * 3, 9, arrival=1.0, priority=1))  # 1 page, a second after 4 tokens
+    for _ in range(5):
+        commit(scheduler, next_batch(scheduler))
+    assert scheduler.stats().num_pages_held == 5
+    assert shape(next_batch(scheduler)) == [("young", 12, 1, True)]
+    old = scheduler.get("old")
+    assert old is not None and old.num_preemptions == 1
+
+
+def test_the_worst_preempts_itself():
+    scheduler = make_scheduler(num_pages=8, prefill_sizes=(32,))
+    scheduler.add(make_request("first", [5] * 3, 9))  # 1 page, a second after 4 tokens
+    scheduler.add(make_request("second", [6] * 8, 9))  # 3 pages, a fourth after 12
+    scheduler.add(make_request("third", [7] * 11, 9))  # 3 pages, a fourth after 12
+    assert shape(next_batch(scheduler)) == [("first", 0, 3, True), ("second", 0, 8, True), ("third", 0, 11, True)]
+    assert shape(next_batch(scheduler)) == [("first", 3, 1, True), ("second", 8, 1, True), ("third", 11, 1, True)]
+    # "first" takes the eighth page, and "third" wants one too.
+    assert shape(next_batch(scheduler)) == [("first", 4, 1, True), ("second", 9, 1, True)]
+    assert [s.num_preemptions for name in ("first", "second", "third") if (s := scheduler.get(name))] == [0, 0, 1]
+
+
+def test_recomputation_finds_its_pages_in_the_prefix_cache():
+    scheduler = make_scheduler(num_pages=5, prefix_caching=True)
+    scheduler.add(make_request("old", [5] * 7, 9, arrival=1.0))
+    scheduler.add(make_request("young", [6] * 7, 9, arrival=2.0))
+    commit(scheduler, next_batch(scheduler))
+    commit(scheduler, next_batch(scheduler), 2, 3)
+    commit(scheduler, next_batch(scheduler), EOS_ID)
+    assert shape(next_batch(scheduler)) == [("young", 8, 1, True)]
+    young = scheduler.get("young")
+    assert young is not None and young.num_cached == 0  # counted at the first admission
+
+
+def test_a_shared_prefix_is_computed_once():
+    scheduler = make_scheduler(prefix_caching=True)
+    scheduler.add(make_request("a", [5] * 8 + [1], 9))
+    commit(scheduler, next_batch(scheduler))
+    scheduler.add(make_request("b", [5] * 8 + [2, 3], 9))
+    scheduler.add(make_request("same", [5] * 8, 9))
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("a", 9, 1, True), ("b", 8, 2, True), ("same", 4, 4, True)]
+    a, b, same = (scheduler.get(name) for name in ("a", "b", "same"))
+    assert a is not None and b is not None and same is not None
+    assert a.pages[:2] == b.pages[:2] and a.pages[0] == same.pages[0] and same.pages[1] not in a.pages + b.pages
+    assert (a.num_cached, b.num_cached, same.num_cached) == (0, 8, 4)
+    stats = scheduler.stats()
+    # a: 3 pages, 10 tokens; b: one page more, 2 tokens; same: two pages more, 4 tokens.
+    assert (stats.num_pages_held, stats.num_tokens_held) == (6, 16)
+    assert stats.kv_cache_usage == 6 / 16 and stats.kv_fragmentation == 1 - 16 / 24
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (9 + 10 + 8, 8 + 4)
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.num_active_rows) == (27, 1, 3)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_abort_at_every_moment_of_a_life(lookahead):
+    cache = CacheConfig(num_pages=6, page_size=2)
+    config = SchedulerConfig(
+        max_model_len=12, max_num_seqs=2, prefill_sizes=(3,), decode_sizes=(2,), lookahead=lookahead
+    )
+    for num_steps in range(12):
+        engine = FakeEngine(cache, config)
+        engine.add(make_request("gone", [1, 2, 3, 4], 6, eos=False))
+        engine.add(make_request("stays", [1, 2, 3, 5], 6, eos=False))
+        for _ in range(num_steps):
+            engine.step()
+        unfinished = "gone" not in engine.reasons
+        assert engine.end("gone", "abort") == unfinished
+        assert not engine.end("gone", "abort")
+        engine.check_state()
+        engine.add(make_request("gone again", [1, 2, 3, 4], 6, eos=False))
+        engine.drain(100)
+
+
+def test_an_id_is_free_again_after_its_end_even_with_a_token_in_flight():
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", [5], 9))
+    first = next_batch(scheduler)
+    assert scheduler.abort("a")
+    scheduler.add(make_request("a", [6, 7], 9))
+    second = next_batch(scheduler)
+    assert commit(scheduler, first) == []
+    assert [t.sequence.tokens for t in commit(scheduler, second, 4)] == [[6, 7, 4]]
+
+
+def test_expire():
+    scheduler = make_scheduler(max_num_seqs=1)
+    scheduler.add(make_request("runs", [5], 9, deadline=50.0))
+    next_batch(scheduler)
+    scheduler.add(make_request("waits", [5], 9, deadline=60.0))
+    scheduler.add(make_request("later", [5], 9, deadline=101.0))
+    scheduler.add(make_request("never", [5], 9))
+    assert scheduler.expire(49.0) == []
+    assert sorted(scheduler.expire()) == ["runs", "waits"]  # the clock says 100
+    assert shape(next_batch(scheduler)) == [("later", 0, 1, True)]
+
+
+def test_finish_records_the_reason_and_keeps_the_prefix():
+    scheduler = make_scheduler(prefix_caching=True)
+    sequence = scheduler.add(make_request("a", [5] * 8, 9))
+    commit(scheduler, next_batch(scheduler))
+    assert scheduler.finish("a", "stop") and sequence.finish_reason == "stop"
+    assert not scheduler.finish("a", "stop")
+    assert scheduler.stats().num_pages_cached == 2 and scheduler.stats().num_pages_held == 0
+
+
+def test_static_batching_admits_only_into_an_empty_batch():
+    scheduler = make_scheduler(batching="static", prefill_sizes=(4,), max_num_seqs=3, decode_sizes=(1, 2, 3))
+    scheduler.add(make_request("short", [5], 1))
+    scheduler.add(make_request("long", [5] * 6, 3))
+    scheduler.add(make_request("third", [5] * 6, 3))
+    scheduler.add(make_request("next", [5], 1))
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("short", 0, 1, True), ("long", 0, 4, False)]
+    assert scheduler.stats().num_running == 3  # admitted all at once, whatever the budget
+    commit(scheduler, batch)
+    assert scheduler.stats().num_idle_rows == 1
+    seen = []
+    while scheduler.stats().num_running:
+        batch = next_batch(scheduler)
+        seen += [name for name, *_ in shape(batch)]
+        if not batch.bucket.prefill_tokens:
+            assert batch.bucket == (3, 0, 0)  # the idle rows are computed too
+        commit(scheduler, batch)
+    assert "next" not in seen
+    assert shape(next_batch(scheduler)) == [("next", 0, 1, True)]
+
+
+def test_static_allocation_reserves_max_model_len():
+    scheduler = make_scheduler(num_pages=7, allocation="static", max_model_len=12)
+    for name in "abc":
+        scheduler.add(make_request(name, [5] * 2, 3))
+    next_batch(scheduler)
+    stats = scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_pages_held, stats.num_tokens_held) == (2, 1, 6, 4)
+    assert stats.kv_fragmentation == 1 - 4 / 24
+
+
+@pytest.mark.parametrize(
+    ("request_values", "field", "numbers"),
+    [
+        ({"prompt": [5] * 40, "max_tokens": 25}, "max_total_len", ("65", "max_model_len=64")),
+        ({"prompt": [5] * 40, "max_tokens": 9}, "max_total_len", ("49", "48", "12 pages of 4")),
+        ({"prompt": [], "max_tokens": 5}, "prompt_token_ids", ("empty",)),
+        ({"prompt": [5], "max_tokens": 5, "min_tokens": 1, "stop_token_ids": (1, 2)}, "stop_token_ids", ("3", "2")),
+    ],
+)
+def test_what_can_never_be_served_is_refused(request_values, field, numbers):
+    scheduler = make_scheduler(num_pages=12)
+    with pytest.raises(RequestError) as caught:
+        scheduler.add(make_request("a", **request_values))
+    assert caught.value.field == field and all(number in str(caught.value) for number in numbers)
+    assert not scheduler.has_unfinished()
+
+
+def test_many_stop_ids_are_fine_without_min_tokens():
+    make_scheduler().add(make_request("a", [5], 5, stop_token_ids=(1, 2, 3, 4)))
+
+
+def test_the_largest_request_that_fits_alone_finishes():
+    scheduler = make_scheduler(num_pages=3)
+    scheduler.add(make_request("a", [5] * 2, 10, eos=False))
+    finished = []
+    while (batch := scheduler.schedule()) is not None:
+        finished += [t.finish_reason for t in commit(scheduler, batch)]
+    assert finished == [None] * 9 + ["length"] and scheduler.stats().num_preemptions == 0
+
+
+def test_duplicate_id_and_full_queue():
+    scheduler = make_scheduler(max_num_waiting=2)
+    scheduler.add(make_request("a", [5], 5))
+    with pytest.raises(RequestError, match="'a' is already in use"):
+        scheduler.add(make_request("a", [5], 5))
+    scheduler.add(make_request("b", [5], 5))
+    with pytest.raises(QueueFullError, match="2 requests are waiting, max_num_waiting=2"):
+        scheduler.add(make_request("c", [5], 5))
+    next_batch(scheduler)
+    scheduler.add(make_request("c", [5], 5))
+
+
+def test_configs_that_disagree_are_refused():
+    cache = CacheConfig(num_pages=8, page_size=4)
+    config = SchedulerConfig(max_model_len=64, max_num_seqs=2, prefill_sizes=(8,), decode_sizes=(2,))
+    dims = dims_of(CacheConfig(num_pages=9, page_size=4), config)
+    with pytest.raises(ValueError, match=r"num_pages=9 .* 8"):
+        Scheduler(cache, config, dims)
+    static = CacheConfig(num_pages=8, page_size=4, allocation="static")
+    with pytest.raises(ValueError, match="16 pages a sequence, num_pages=8"):
+        Scheduler(static, config, dims_of(static, config))
