@@ -1,0 +1,449 @@
+"""The synchronous core: requests in, token events out, one step at a time."""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
+from jaxserve.engine import plan
+from jaxserve.engine.output import RequestOutput
+from jaxserve.execution.runner import Progress, Runner, place_params
+from jaxserve.model.params import Params
+from jaxserve.parallel.mesh import parallel_config
+from jaxserve.request import (
+    Completion,
+    EngineStats,
+    QueueFullError,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
+from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.text.tokenizer import Tokenizer, TokenizerError
+
+Prompt = str | Sequence[int]
+
+
+class Engine:
+    """A model, its paged KV cache and its scheduler. A constructed engine is ready: every step shape is compiled.
+
+    Make one with ``from_pretrained`` or ``from_params``. One thread at a time may use it (``make_request`` and
+    ``stats`` excepted); servers put an ``AsyncEngine`` around it.
+
+    Attributes:
+        model_name, model_config, cache_config, scheduler_config, parallel_config, dtype: what was resolved.
+        tokenizer: None where the engine was made without; prompts are then token ids and completions have no text.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        mesh: Mesh | ParallelConfig | str | None = None,
+        compilation_cache_dir: str | Path | None = None,
+        on_progress: Progress | None = None,
+        **options: Any,
+    ) -> Self:
+        """An engine from a checkpoint: a known name, a GGUF file, or a folder with one.
+
+        Args:
+            name_or_path: see ``jaxserve.checkpoint.resolve``.
+            compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
+                this process; None leaves the process' own setting.
+            on_progress: called with (stage, done, total) while loading, compiling and warming up.
+            options: as for ``from_params``.
+
+        Raises:
+            CheckpointError: nothing is found under that name, or the file cannot be used; names the tensor or offset.
+            ValueError: an option that does not fit the model or the memory, with both numbers.
+        """
+        from jaxserve.checkpoint.gguf import GGUFCheckpoint
+        from jaxserve.checkpoint.resolve import resolve_model
+
+        checkpoint = GGUFCheckpoint(resolve_model(name_or_path))
+        try:
+            tokenizer = checkpoint.tokenizer()
+            resolved = plan.resolve_mesh(mesh, checkpoint.config)
+            np_dtype = np.dtype(plan.resolve_dtype(dtype, resolved))
+            params = checkpoint.load_params(
+                np_dtype, on_tensor=(lambda done, total: on_progress("load", done, total)) if on_progress else None
+            )
+            return cls.from_params(
+                checkpoint.config,
+                params,
+                tokenizer,
+                model_name=checkpoint.model_name or str(name_or_path),
+                dtype=dtype,
+                mesh=resolved,
+                compilation_cache_dir=compilation_cache_dir,
+                on_progress=on_progress,
+                **options,
+            )
+        finally:
+            checkpoint.close()
+
+    @classmethod
+    def from_params(
+        cls,
+        model_config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        **options: Any,
+    ) -> Self:
+        """An engine over live arrays (``jaxserve.model.params`` has the tree and its layout).
+
+        ``options`` are the keywords of the constructor.
+        """
+        return cls(model_config, params, tokenizer, **options)
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        *,
+        model_name: str = "model",
+        mesh: Mesh | ParallelConfig | str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        num_pages: int | None = None,
+        memory_fraction: float | None = None,
+        page_size: int = 16,
+        prefill_sizes: Sequence[int] | None = None,
+        max_prefill_rows: int | None = None,
+        max_num_waiting: int = 1024,
+        prefix_caching: bool = True,
+        lookahead: Literal[0, 1] = 1,
+        batching: Literal["continuous", "static"] = "continuous",
+        allocation: Literal["paged", "static"] = "paged",
+        compilation_cache_dir: str | Path | None = None,
+        on_progress: Progress | None = None,
+    ):
+        """
+        Args:
+            model_config: the model; its ``eos_token_ids`` and the tokenizer's end a generation.
+            params: canonical ``Params`` of numpy or jax arrays, in any dtype.
+            mesh: devices to run on: a ``jax.sharding.Mesh`` with axes ("stage", "tensor"), a ``ParallelConfig``, or
+                text such as "stage=2,tensor=2"; None is one device.
+            dtype: of weights, activations and KV; "auto" is float32 on CPUs, bfloat16 elsewhere.
+            max_model_len: tokens of prompt and output together, at most.
+            max_num_seqs: sequences that run at once.
+            num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
+            page_size: tokens a page.
+            prefill_sizes: ascending padded sizes of the prompt part of a step; the last is the token budget.
+            max_prefill_rows: sequences at most that have a prompt chunk in one step.
+            max_num_waiting: requests that may wait; more are refused with QueueFullError.
+            lookahead: steps dispatched before the last one is read.
+            batching, allocation: "static" is for comparison in benchmarks only.
+        """
+        if num_pages is not None and memory_fraction is not None:
+            raise ValueError(f"num_pages={num_pages} and memory_fraction={memory_fraction}: give one of them")
+        if compilation_cache_dir is not None:
+            jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        resolved = plan.resolve_mesh(mesh, model_config)
+        jnp_dtype = plan.resolve_dtype(dtype, resolved)
+        self.model_name, self.model_config, self.tokenizer = model_name, model_config, tokenizer
+        self.parallel_config: ParallelConfig = parallel_config(resolved)
+        self.dtype = jnp_dtype.name
+        self.scheduler_config = plan.scheduler_config(
+            model_config,
+            resolved,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            prefill_sizes=prefill_sizes,
+            max_num_waiting=max_num_waiting,
+            lookahead=lookahead,
+            batching=batching,
+            **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
+        )
+        placed = place_params(params, model_config, resolved, jnp_dtype)
+        if num_pages is None:
+            num_pages = plan.num_pages_that_fit(
+                model_config, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction
+            )
+        self.cache_config = CacheConfig(
+            num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
+        )
+        if num_pages < self.scheduler_config.max_pages_per_seq(page_size):
+            raise ValueError(
+                f"num_pages={num_pages} of {page_size} hold {num_pages * page_size} tokens, fewer than max_model_len="
+                f"{self.scheduler_config.max_model_len}"
+            )
+        self._dims = plan.step_dims(self.scheduler_config, self.cache_config)
+        self._scheduler = Scheduler(self.cache_config, self.scheduler_config, self._dims)
+        self._eos_token_ids = tuple(
+            dict.fromkeys((*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())))
+        )
+        self._outputs: dict[str, RequestOutput] = {}  # unfinished requests
+        self._in_flight: deque[tuple[ScheduledBatch, jax.Array]] = deque()  # dispatched steps, oldest first
+        self._events: list[TokenEvent] = []  # for the next ``step``
+        self._inboxes: dict[str, deque[TokenEvent]] = {}  # requests of ``generate`` and ``stream``
+        self._num_steps = 0
+        self._closed = False
+        self._runner = Runner(
+            model_config,
+            placed,
+            self.cache_config,
+            self._dims,
+            all_buckets(self.scheduler_config),
+            resolved,
+            jnp_dtype,
+            on_progress,
+        )
+
+    # Whole requests.
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Completes every prompt (text or token ids), batched together, and returns them in the prompts' order.
+
+        Args:
+            prompts: one prompt or a sequence of them.
+            params: for all prompts, or one for each; None is ``SamplingParams()``.
+
+        Raises:
+            RequestError: a prompt or parameter that cannot be served; nothing was started.
+        """
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
+            prompts = [prompts]  # pyright: ignore[reportAssignmentType]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
+        requests = [self.make_request(p, s) for p, s in zip(prompts, params, strict=True)]
+        completions: dict[str, Completion] = {}
+        waiting = deque(requests)
+        inboxes = {r.request_id: deque[TokenEvent]() for r in requests}
+        collected: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests}
+        self._inboxes |= inboxes
+        try:
+            while len(completions) < len(requests):
+                while waiting:
+                    try:
+                        self.add_request(waiting[0])
+                    except QueueFullError:
+                        break
+                    waiting.popleft()
+                self._step()
+                for request in requests:
+                    inbox = inboxes[request.request_id]
+                    if not inbox:
+                        continue
+                    events = collected[request.request_id]
+                    events.extend(inbox)
+                    inbox.clear()
+                    if events[-1].finish_reason:
+                        completions[request.request_id] = _completion(request, events)
+        finally:
+            for request in requests:
+                self._drop(request.request_id)
+        return [completions[r.request_id] for r in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """Events of one request as its tokens appear. Closing the iterator aborts it; streams may be interleaved."""
+        request = self.make_request(prompt, params or SamplingParams())
+        inbox = self._inboxes[request.request_id] = deque()
+        try:
+            self.add_request(request)
+            while True:
+                while inbox:
+                    event = inbox.popleft()
+                    yield event
+                    if event.finish_reason:
+                        return
+                self._step()
+        finally:
+            self._drop(request.request_id)
+
+    def _drop(self, request_id: str) -> None:
+        """Ends a request whose reader has gone, and its inbox."""
+        self.abort(request_id)
+        self._inboxes.pop(request_id, None)
+        self._events = [e for e in self._events if e.request_id != request_id]
+
+    # Single steps.
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        """Checks a prompt and its parameters against this engine's limits. Pure; any thread may call it.
+
+        Args:
+            deadline: ``time.monotonic()`` seconds at which the request ends with finish reason "deadline".
+
+        Raises:
+            RequestError: names the field, with both numbers.
+        """
+        limit = self.scheduler_config.max_model_len
+        ids = self._prompt_ids(prompt, limit)
+        room = limit - len(ids)
+        if room < 1:
+            raise RequestError(
+                "prompt", f"{len(ids)} tokens leave no room for output in max_model_len={limit}"
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                "max_tokens",
+                f"{params.max_tokens} and {len(ids)} prompt tokens are more than max_model_len={limit}",
+            )
+        if params.min_tokens > room:
+            raise RequestError(
+                "min_tokens",
+                f"{params.min_tokens} and {len(ids)} prompt tokens are more than max_model_len={limit}",
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop", "this engine has no tokenizer; use stop_token_ids")
+        vocab_size = self.model_config.vocab_size
+        for i in params.stop_token_ids:
+            if i >= vocab_size:
+                raise RequestError("stop_token_ids", f"{i} is not below the vocabulary's {vocab_size}")
+        stop_ids = (*(() if params.ignore_eos else self._eos_token_ids), *params.stop_token_ids)
+        return Request(
+            request_id=secrets.token_hex(8) if request_id is None else request_id,
+            prompt_token_ids=ids,
+            params=params,
+            max_total_len=len(ids) + (room if params.max_tokens is None else params.max_tokens),
+            stop_token_ids=tuple(dict.fromkeys(stop_ids)),
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            priority=priority,
+            deadline=deadline,
+            arrival=time.monotonic(),
+        )
+
+    def _prompt_ids(self, prompt: Prompt, limit: int) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("prompt", "this engine has no tokenizer; give token ids")
+            try:
+                # Refused before it is tokenized: 10 MB of text take seconds, their least number of tokens does not.
+                if (least := self.tokenizer.min_num_tokens(prompt)) > limit:
+                    raise RequestError("prompt", f"at least {least} tokens do not fit in max_model_len={limit}")
+                ids = tuple(self.tokenizer.encode(prompt))
+            except UnicodeEncodeError as error:
+                raise RequestError("prompt", f"not valid Unicode at character {error.start}") from None
+            except TokenizerError as error:
+                raise RequestError("prompt", str(error)) from None
+        else:
+            vocab_size = self.model_config.vocab_size
+            for i, token in enumerate(prompt):
+                if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
+                    raise RequestError("prompt", f"token {i} is {token!r}, not an id below {vocab_size}")
+            ids = tuple(int(token) for token in prompt)
+        if not ids:
+            raise RequestError("prompt", "is empty")
+        return ids
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request of ``make_request``.
+
+        Raises:
+            QueueFullError: ``max_num_waiting`` requests wait already.
+            RequestError: its id is in use, or it cannot be served by this engine's cache.
+        """
+        sequence = self._scheduler.add(request)
+        self._outputs[request.request_id] = RequestOutput(sequence, self.tokenizer)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request at once and frees its pages; its last event comes with the next ``step``. False if unknown."""
+        if not self._scheduler.abort(request_id):
+            return False
+        self._emit(self._outputs.pop(request_id).on_end("abort"))
+        return True
+
+    def has_unfinished(self) -> bool:
+        """Whether ``step`` has anything to do: requests, steps in flight, or events to hand out."""
+        return self._scheduler.has_unfinished() or bool(self._in_flight) or bool(self._events)
+
+    def step(self) -> list[TokenEvent]:
+        """Schedules and dispatches one step, and returns the events of the one before it (of itself at lookahead 0)."""
+        self._step()
+        events, self._events = self._events, []
+        return events
+
+    def _step(self) -> None:
+        for request_id in self._scheduler.expire(time.monotonic()):
+            self._emit(self._outputs.pop(request_id).on_end("deadline"))
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            buffer, _ = build_inputs(batch, self._scheduler.slots, self._dims)
+            self._in_flight.append((batch, self._runner.dispatch(batch.bucket, buffer)))
+            self._num_steps += 1
+        if len(self._in_flight) > (self.scheduler_config.lookahead if batch is not None else 0):
+            self._commit(*self._in_flight.popleft())
+
+    def _commit(self, batch: ScheduledBatch, handle: jax.Array) -> None:
+        outputs = self._runner.read(handle)
+        for token in self._scheduler.commit(batch, outputs.tokens):
+            event = self._outputs[token.request_id].on_token(token, outputs)
+            if event.finish_reason:
+                del self._outputs[token.request_id]
+                if not token.finish_reason:  # a stop string, which the scheduler cannot see
+                    self._scheduler.finish(token.request_id, "stop")
+            self._emit(event)
+
+    def _emit(self, event: TokenEvent) -> None:
+        inbox = self._inboxes.get(event.request_id)
+        (self._events if inbox is None else inbox).append(event)
+
+    # Figures and end.
+
+    def stats(self) -> EngineStats:
+        """Figures of now. Read from another thread they may be of neighbouring steps."""
+        stats = asdict(self._scheduler.stats())
+        own = {"num_steps": self._num_steps, "recompilations_after_ready": self._runner.recompilations}
+        return EngineStats(**{name: (stats | own)[name] for name in EngineStats.__dataclass_fields__})
+
+    def close(self) -> None:
+        """Frees the device's memory. Unfinished requests are dropped. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._in_flight.clear()
+            self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _completion(request: Request, events: list[TokenEvent]) -> Completion:
+    last = events[-1]
+    assert last.finish_reason is not None and last.usage is not None
+    tokens = [e for e in events if e.token_id is not None]
+    logprobs = None
+    if request.params.logprobs is not None:
+        logprobs = [TokenLogprobs(token_id=e.token_id, logprob=e.logprob, top=e.top_logprobs or ()) for e in tokens]  # pyright: ignore[reportArgumentType]
+    return Completion(
+        request_id=request.request_id,
+        text="".join(e.text for e in events),
+        token_ids=[e.token_id for e in tokens if e.token_id is not None],
+        finish_reason=last.finish_reason,
+        prompt_len=len(request.prompt_token_ids),
+        stop_reason=last.stop_reason,
+        logprobs=logprobs,
+        cached_tokens=last.usage.cached_tokens,
+    )

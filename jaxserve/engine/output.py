@@ -1,0 +1,73 @@
+"""From a request's tokens to what its reader gets: text, stop strings, log-probabilities."""
+
+from jaxserve.request import FinishReason, TokenEvent, Usage
+from jaxserve.scheduler.scheduler import CommittedToken
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.step_io import StepOutputs
+from jaxserve.text.detokenizer import IncrementalDetokenizer
+from jaxserve.text.stop import StopStrings
+from jaxserve.text.tokenizer import Tokenizer
+
+
+class RequestOutput:
+    """One request's output side, from its first token to its last event."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None):
+        params = sequence.request.params
+        self.sequence = sequence
+        self._params = params
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
+        )
+        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+
+    def on_token(self, token: CommittedToken, outputs: StepOutputs) -> TokenEvent:
+        """The event of a committed token; it may end the request by a stop string before the scheduler would."""
+        reason, stop_reason = token.finish_reason, token.stop_reason
+        # A token that ends the request is part of its ids, and of its text only on demand.
+        silent = reason == "stop" and not self._params.include_stop_str_in_output
+        text = self._detokenizer.add(token.token) if self._detokenizer and not silent else ""
+        if reason and self._detokenizer:
+            text += self._detokenizer.flush()
+        if token.index >= self._params.min_tokens:
+            text, matched = self._stops.add(text)
+            if matched is not None:
+                reason, stop_reason = "stop", matched
+            elif reason:
+                text += self._stops.flush()
+        logprob = top = None
+        if self._params.logprobs is not None:
+            logprob = float(outputs.logprobs[token.row])
+            k = self._params.logprobs
+            ids, values = outputs.top_ids[token.row, :k], outputs.top_logprobs[token.row, :k]
+            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenEvent(
+            request_id=token.request_id,
+            index=token.index,
+            token_id=token.token,
+            text=text,
+            logprob=logprob,
+            top_logprobs=top,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            usage=self.usage() if reason else None,
+        )
+
+    def on_end(self, reason: FinishReason) -> TokenEvent:
+        """The event that ends the request without a token; text that was held back comes with it."""
+        text = self._stops.add(self._detokenizer.flush())[0] + self._stops.flush() if self._detokenizer else ""
+        return TokenEvent(
+            request_id=self.sequence.request_id,
+            index=self.sequence.num_output_tokens,
+            token_id=None,
+            text=text,
+            finish_reason=reason,
+            usage=self.usage(),
+        )
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.sequence.prompt_len,
+            completion_tokens=self.sequence.num_output_tokens,
+            cached_tokens=self.sequence.num_cached,
+        )

@@ -1,0 +1,156 @@
+"""From what a user asks of an engine to its frozen configs: defaults by platform, and pages by memory."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxserve.cache.pages import page_bytes
+from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.execution.runner import lower_step, state_shape
+from jaxserve.execution.step import StageParams
+from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
+from jaxserve.scheduler.batch import all_buckets
+from jaxserve.step_io import StepDims
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# A compiled step costs seconds on a CPU, and padding costs little there beside reading the weights.
+CPU = {"max_num_seqs": 8, "growth": 8, "prefill_sizes": (64, 256), "max_prefill_rows": 4, "memory_fraction": 0.1}
+ACCELERATOR = {
+    "max_num_seqs": 256,
+    "growth": 2,
+    "prefill_sizes": (128, 512, 2048),
+    "max_prefill_rows": 16,
+    "memory_fraction": 0.88,
+}
+DEFAULT_MAX_MODEL_LEN = 8192  # or the model's own limit, where that is less
+
+
+def resolve_mesh(mesh: Mesh | ParallelConfig | str | None, config: ModelConfig) -> Mesh:
+    """A mesh from any of the forms users have; None is one device. Checked against the model."""
+    if isinstance(mesh, str):
+        mesh = parse_mesh(mesh)
+    if mesh is None:
+        mesh = ParallelConfig()
+    check_mesh(config, parallel_config(mesh) if isinstance(mesh, Mesh) else mesh)
+    return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+
+
+def defaults(mesh: Mesh) -> dict:
+    """The table of defaults for the mesh's platform."""
+    return CPU if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
+
+
+def resolve_dtype(dtype: str, mesh: Mesh) -> jnp.dtype:
+    """``"auto"`` is float32 on CPUs, bfloat16 elsewhere."""
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return jnp.dtype(DTYPES[dtype])
+
+
+def decode_sizes(max_num_seqs: int, growth: int) -> tuple[int, ...]:
+    """1, growth, growth ** 2, ... up to and including ``max_num_seqs``."""
+    sizes, size = [], 1
+    while size < max_num_seqs:
+        sizes.append(size)
+        size *= growth
+    return (*sizes, max_num_seqs)
+
+
+def scheduler_config(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    prefill_sizes: Sequence[int] | None,
+    **options,
+) -> SchedulerConfig:
+    """Limits with the platform's defaults for what is None; ``options`` are the other ``SchedulerConfig`` fields."""
+    platform = defaults(mesh)
+    if max_model_len is None:
+        max_model_len = min(config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
+    if max_model_len > config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} is more than the model's max_position_embeddings="
+            f"{config.max_position_embeddings}"
+        )
+    seqs = platform["max_num_seqs"] if max_num_seqs is None else max_num_seqs
+    if seqs < 1:
+        raise ValueError(f"max_num_seqs={seqs} must be at least 1")
+    options.setdefault("max_prefill_rows", platform["max_prefill_rows"])
+    return SchedulerConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=seqs,
+        prefill_sizes=tuple(platform["prefill_sizes"] if prefill_sizes is None else prefill_sizes),
+        decode_sizes=decode_sizes(seqs, platform["growth"]),
+        **options,
+    )
+
+
+def num_pages_that_fit(
+    config: ModelConfig,
+    scheduler: SchedulerConfig,
+    params: StageParams,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    page_size: int,
+    memory_fraction: float | None,
+) -> int:
+    """Pages in ``memory_fraction`` of the memory: on a CPU of the machine's, else of each device's, less what is in
+    use (the parameters) and the compiler's figure for the largest step's workspace. Never more than
+    ``max_num_seqs`` full sequences can hold.
+
+    Raises ValueError with the figures where not even one sequence of ``max_model_len`` fits.
+    """
+    fraction = defaults(mesh)["memory_fraction"] if memory_fraction is None else memory_fraction
+    if not 0 < fraction <= 1:
+        raise ValueError(f"memory_fraction={fraction} must be in (0, 1]")
+    one_sequence = scheduler.max_pages_per_seq(page_size)
+    ways = mesh.shape["stage"] * mesh.shape["tensor"]
+    # [bytes of one page on one device]; stages and kv heads divide it evenly (check_mesh).
+    per_page = page_bytes(config, page_size, dtype) // ways
+    if mesh.devices.flat[0].platform == "cpu":
+        room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ways)
+    else:
+        stats = [d.memory_stats() for d in mesh.local_devices]
+        free = min(int(s["bytes_limit"] * fraction) - s["bytes_in_use"] for s in stats)
+        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size)
+    fit = room // per_page
+    if fit < one_sequence:
+        raise ValueError(
+            f"memory_fraction={fraction} leaves {max(room, 0) / 2**20:.0f} MiB a device for the KV cache: "
+            f"{max(fit, 0) * page_size} tokens, fewer than max_model_len={scheduler.max_model_len}"
+        )
+    return min(fit, scheduler.max_num_seqs * one_sequence)
+
+
+def _workspace_bytes(
+    config: ModelConfig,
+    scheduler: SchedulerConfig,
+    params: StageParams,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    page_size: int,
+) -> int:
+    """Temporary memory of the largest step on one device, from the compiler."""
+    few = CacheConfig(num_pages=16, page_size=page_size)
+    dims = step_dims(scheduler, few)
+    largest = max(all_buckets(scheduler), key=lambda b: (b.num_tokens, b.num_rows))
+    state = state_shape(config, few, dims, mesh, dtype)
+    analysis = lower_step(config, params, state, dims, largest, mesh).compile().memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+def step_dims(scheduler: SchedulerConfig, cache: CacheConfig) -> StepDims:
+    """The sizes that all steps of an engine with these configs share."""
+    return StepDims(
+        num_slots=scheduler.max_num_seqs,
+        max_pages_per_seq=scheduler.max_pages_per_seq(cache.page_size),
+        num_pages=cache.num_pages,
+        page_size=cache.page_size,
+    )

@@ -1,0 +1,119 @@
+"""The step: one pure function from (params, state, inputs) to (state, outputs), under one ``shard_map``."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.cache.pages import KVPages
+from jaxserve.config import ModelConfig
+from jaxserve.execution import sampling
+from jaxserve.model import decoder, layers
+from jaxserve.model.layers import AttentionContext
+from jaxserve.model.params import LayerParams, Params, is_spec, param_specs
+from jaxserve.parallel import specs
+from jaxserve.step_io import FLOAT_FIELDS, Bucket, StepDims, StepInputs, input_shapes
+
+
+@flax.struct.dataclass
+class DeviceState:
+    """What lives on the device between steps; donated by every step."""
+
+    kv_pages: KVPages  # LS entries [ST, NP, K, 2, PS, H]
+    last_tokens: Any  # [R] i32, last sampled token of each slot
+
+
+@flax.struct.dataclass
+class StageParams:
+    """``Params`` as the mesh holds them: layer ``i`` of every stage stacked on a leading ST axis, V padded."""
+
+    embed: Any  # [V, D]
+    layers: tuple[LayerParams, ...]  # LS entries, leaves [ST, ...]
+    final_norm: Any  # [D]
+    head: Any  # [V, D]; None where tied
+
+
+def stage_param_specs(config: ModelConfig, num_stages: int) -> StageParams:
+    """PartitionSpecs of a ``StageParams``."""
+    tree: Params = param_specs(config)
+    outer = jax.tree.map(lambda s: specs.param_spec(s.axes), tree.replace(layers=()), is_leaf=is_spec)
+    layer = jax.tree.map(lambda s: specs.layer_param_spec(s.axes), tree.layers[0], is_leaf=is_spec)
+    return StageParams(
+        embed=outer.embed,
+        layers=(layer,) * (config.num_layers // num_stages),
+        final_norm=outer.final_norm,
+        head=outer.head,
+    )
+
+
+def state_specs(config: ModelConfig, num_stages: int) -> DeviceState:
+    """PartitionSpecs of a ``DeviceState``."""
+    return DeviceState(
+        kv_pages=(specs.KV_PAGES,) * (config.num_layers // num_stages), last_tokens=specs.REPLICATED
+    )
+
+
+def unpack_inputs(buffer: jax.Array, bucket: Bucket, dims: StepDims) -> StepInputs:
+    """``StepInputs`` of device arrays from the one buffer they travelled in."""
+    fields, start = {}, 0
+    for name, shape in input_shapes(bucket, dims).items():
+        size = math.prod(shape)
+        x = lax.slice_in_dim(buffer, start, start + size).reshape(shape)
+        fields[name] = lax.bitcast_convert_type(x, jnp.float32) if name in FLOAT_FIELDS else x
+        start += size
+    return StepInputs(**fields)
+
+
+def make_step(
+    config: ModelConfig, mesh: Mesh, bucket: Bucket, dims: StepDims
+) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array]]:
+    """``step(params, state, buffer) -> (state, packed outputs [B, 2 + 2 * KL] i32)`` for one bucket.
+
+    ``buffer`` is ``step_io.new_inputs``' int32 buffer, the outputs are for ``step_io.unpack_outputs``.
+    """
+
+    def step(params: StageParams, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
+        inputs = unpack_inputs(buffer, bucket, dims)
+        stage = jax.tree.map(lambda x: x[0], params.layers)
+        kv_pages = tuple(x[0] for x in state.kv_pages)
+        bd = bucket.decode_rows
+        on_device = state.last_tokens.at[inputs.slot_ids[:bd]].get(mode="fill", fill_value=0)  # [BD]
+        token_ids = inputs.token_ids.at[:bd].set(jnp.where(inputs.token_ids[:bd] < 0, on_device, inputs.token_ids[:bd]))
+
+        cos, sin = layers.rope_tables(inputs.positions, config)
+        ctx = AttentionContext(
+            cos, sin, inputs.kv_write_index, inputs.page_table, inputs.kv_lens, inputs.prefill_cu_q_lens
+        )
+        x = decoder.embed(params.embed, token_ids)  # [T, D]
+        x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, config, bd)
+        x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
+        x = layers.rms_norm(x, params.final_norm, config.rms_norm_eps)
+        head = params.embed if params.head is None else params.head
+        logits = decoder.logits(head, x, config.vocab_size)  # [B, V] f32
+
+        tokens = sampling.sample(logits, inputs)  # [B]
+        chosen, top_ids, top = sampling.top_logprobs(logits, tokens, inputs.num_logprobs, dims.max_logprobs)
+        slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
+        last_tokens = state.last_tokens.at[slots].set(tokens, mode="drop")
+
+        def bits(v: jax.Array) -> jax.Array:
+            return lax.bitcast_convert_type(v, jnp.int32)
+
+        packed = jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
+        return DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=last_tokens), packed
+
+    num_stages = mesh.shape["stage"]
+    state = state_specs(config, num_stages)
+    return jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(stage_param_specs(config, num_stages), state, P()),
+        out_specs=(state, P()),
+        check_vma=False,
+    )

@@ -1,0 +1,87 @@
+"""The decoder: embedding, layers over stages, head. One for all families; runs inside ``shard_map`` over (stage, tensor)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.config import ModelConfig
+from jaxserve.model import layers
+from jaxserve.model.layers import AttentionContext
+from jaxserve.model.params import LayerParams
+
+
+def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """Rows of a vocabulary-sharded ``table`` [V / tensor, D] for ``token_ids`` [T]: [T, D] on every device."""
+    if lax.axis_size("tensor") == 1:
+        return table[token_ids]
+    local = token_ids - lax.axis_index("tensor") * table.shape[0]
+    mine = (local >= 0) & (local < table.shape[0])
+    rows = table[jnp.where(mine, local, 0)]
+    return lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
+
+
+def logits(head: jax.Array, x: jax.Array, vocab_size: int) -> jax.Array:
+    """f32 logits [B, V] of ``x`` [B, D], gathered from a vocabulary-sharded ``head`` [V / tensor, D]."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    out = lax.dot_general(x, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    if lax.axis_size("tensor") > 1:
+        out = lax.all_gather(out, "tensor", axis=1, tiled=True)
+    return out[:, :vocab_size]  # a mesh may have padded V
+
+
+def stage_layers(
+    stage: tuple[LayerParams, ...],
+    kv_pages: tuple[jax.Array, ...],
+    x: jax.Array,
+    ctx: AttentionContext,
+    config: ModelConfig,
+    num_decode_rows: int,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """This device's layers, unrolled: under ``scan`` XLA copies every layer's weights and pages.
+
+    The layer has a jit of its own, so that it is traced and lowered once and not once a layer.
+    """
+    layer = jax.jit(partial(layers.decoder_layer, config=config, num_decode_rows=num_decode_rows))
+    out = []
+    for p, pages in zip(stage, kv_pages, strict=True):
+        x, pages = layer(p, pages, x, ctx)
+        out.append(pages)
+    return x, tuple(out)
+
+
+def run_stages(
+    stage: tuple[LayerParams, ...],
+    kv_pages: tuple[jax.Array, ...],
+    x: jax.Array,
+    ctx: AttentionContext,
+    config: ModelConfig,
+    num_decode_rows: int,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """All layers of the model over ``x`` [T, D]: every stage's, in turn. The result is right on the last stage only.
+
+    The step travels the stages as one microbatch: in tick ``s`` stage ``s`` has it, and the others compute on what
+    they hold but write to no page and read no key.
+    """
+    num_stages = lax.axis_size("stage")
+    if num_stages == 1:
+        return stage_layers(stage, kv_pages, x, ctx, config, num_decode_rows)
+    num_slots = kv_pages[0].shape[0] * kv_pages[0].shape[3]  # NP * PS: writes nowhere
+    for tick in range(num_stages):
+        mine = lax.axis_index("stage") == tick
+        tick_ctx = ctx._replace(
+            kv_write_index=jnp.where(mine, ctx.kv_write_index, num_slots), kv_lens=jnp.where(mine, ctx.kv_lens, 0)
+        )
+        x, kv_pages = stage_layers(stage, kv_pages, x, tick_ctx, config, num_decode_rows)
+        if tick + 1 < num_stages:
+            x = lax.ppermute(x, "stage", [(s, s + 1) for s in range(num_stages - 1)])
+    return x, kv_pages
+
+
+def from_last_stage(x: jax.Array) -> jax.Array:
+    """The last stage's ``x`` on every stage."""
+    num_stages = lax.axis_size("stage")
+    if num_stages == 1:
+        return x
+    return lax.psum(jnp.where(lax.axis_index("stage") == num_stages - 1, x, 0), "stage")

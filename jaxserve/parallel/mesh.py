@@ -1,0 +1,51 @@
+"""The device mesh: two axes, ``("stage", "tensor")``, always both present."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.config import ModelConfig, ParallelConfig
+
+AXES = ("stage", "tensor")
+
+
+def parse_mesh(text: str) -> ParallelConfig:
+    """``"stage=2,tensor=4"`` to a ``ParallelConfig``; an axis left out is 1."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, value = part.partition("=")
+        if name not in AXES or name in sizes:
+            raise ValueError(f"mesh: {part!r}: expected each of {', '.join(AXES)} once at most, as in stage=2,tensor=4")
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"mesh: {part!r}: {value!r} is not a positive integer")
+        sizes[name] = int(value)
+    return ParallelConfig(**sizes)
+
+
+def check_mesh(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ValueError, with both numbers, where the model does not divide over the mesh."""
+    for name, size, axis, ways in (
+        ("num_layers", config.num_layers, "stage", parallel.stage),
+        ("num_kv_heads", config.num_kv_heads, "tensor", parallel.tensor),
+        ("intermediate_size", config.intermediate_size, "tensor", parallel.tensor),
+    ):
+        if size % ways:
+            raise ValueError(f"{name}={size} is not divisible by {axis}={ways}")
+
+
+def make_mesh(parallel: ParallelConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over the first ``stage * tensor`` devices, tensor neighbours adjacent."""
+    devices = jax.devices() if devices is None else devices
+    need = parallel.stage * parallel.tensor
+    if len(devices) < need:
+        raise ValueError(
+            f"mesh stage={parallel.stage}, tensor={parallel.tensor} needs {need} devices, there are {len(devices)}"
+        )
+    return Mesh(np.array(devices[:need]).reshape(parallel.stage, parallel.tensor), AXES)
+
+
+def parallel_config(mesh: Mesh) -> ParallelConfig:
+    """The axis sizes of a mesh made elsewhere; other axes than ours are refused by name."""
+    if mesh.axis_names != AXES:
+        raise ValueError(f"mesh axes are {mesh.axis_names}, expected {AXES}")
+    return ParallelConfig(stage=mesh.shape["stage"], tensor=mesh.shape["tensor"])

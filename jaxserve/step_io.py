@@ -1,0 +1,123 @@
+"""What crosses the corridor between the host wing and the device wing: numpy in, one small array out.
+
+A step is a flat batch of ``T = BD + TP`` tokens in ``B = BD + BP`` rows:
+
+* decode region: rows ``0..BD-1``, one token each (token ``i`` belongs to row ``i``);
+* prefill region: rows ``BD..B-1``, whose chunks lie one after another in tokens ``BD..T-1``
+  (``prefill_cu_q_lens`` has their starts, relative to the region).
+
+A row with one new token may lie in either region. All inputs of a step live in ONE int32 buffer (floats bit-cast),
+so that a step costs one host-to-device copy; ``StepInputs`` are numpy views into it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Bucket(NamedTuple):
+    """The padded shape of a step: the whole compile key."""
+
+    decode_rows: int  # BD
+    prefill_tokens: int  # TP
+    prefill_rows: int  # BP, 0 exactly when TP is 0
+
+    @property
+    def num_tokens(self) -> int:  # T
+        return self.decode_rows + self.prefill_tokens
+
+    @property
+    def num_rows(self) -> int:  # B
+        return self.decode_rows + self.prefill_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDims:
+    """Sizes that every step of one engine shares."""
+
+    num_slots: int  # R
+    max_pages_per_seq: int  # MP
+    num_pages: int  # NP
+    page_size: int  # PS
+    max_stop_ids: int = 16  # NS: ids a row may suppress until min_tokens
+    max_logprobs: int = 20  # KL
+
+
+class StepInputs(NamedTuple):
+    """Views into one step's buffer. Padding: see each field. Shapes by ``input_shapes``."""
+
+    token_ids: np.ndarray  # [T] i32; -1: the last token of the row's slot (decode region only); padding 0
+    positions: np.ndarray  # [T] i32, index of the token in its sequence; padding 0
+    kv_write_index: np.ndarray  # [T] i32, page * PS + offset in the page; padding NP * PS (dropped)
+    page_table: np.ndarray  # [B, MP] i32, page ids; unused entries 0
+    kv_lens: np.ndarray  # [B] i32, tokens of the row's sequence after this step; padding 0
+    prefill_cu_q_lens: np.ndarray  # [BP + 1] i32, chunk starts in the prefill region; padding rows repeat the last
+    slot_ids: np.ndarray  # [B] i32, engine slot; padding R
+    sample_index: np.ndarray  # [B] i32, flat token whose logits the row samples from; padding 0
+    does_sample: np.ndarray  # [B] i32, 1 where the row's chunk reaches the sequence's end
+    top_k: np.ndarray  # [B] i32, 0 = off
+    seed: np.ndarray  # [B, 2] i32 (bits of a u64: high, low)
+    min_len: np.ndarray  # [B] i32, while kv_len < min_len the row's stop_ids are suppressed; 0 = off
+    stop_ids: np.ndarray  # [B, NS] i32, padding -1
+    num_logprobs: np.ndarray  # [B] i32, -1 = none asked, 0 = the sampled token's only
+    temperature: np.ndarray  # [B] f32, 0 = greedy
+    top_p: np.ndarray  # [B] f32, 1 = off
+    min_p: np.ndarray  # [B] f32, 0 = off
+
+
+class StepOutputs(NamedTuple):
+    """Read from the device one step late."""
+
+    tokens: np.ndarray  # [B] i32
+    logprobs: np.ndarray  # [B] f32, of the sampled token, raw distribution
+    top_ids: np.ndarray  # [B, KL] i32
+    top_logprobs: np.ndarray  # [B, KL] f32, raw distribution, descending
+
+
+FLOAT_FIELDS = ("temperature", "top_p", "min_p")
+
+
+def input_shapes(bucket: Bucket, dims: StepDims) -> dict[str, tuple[int, ...]]:
+    """Shape of every field of ``StepInputs``, in buffer order."""
+    t, b = bucket.num_tokens, bucket.num_rows
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(StepInputs._fields, (b,))
+    shapes |= dict.fromkeys(("token_ids", "positions", "kv_write_index"), (t,))
+    shapes["page_table"] = (b, dims.max_pages_per_seq)
+    shapes["prefill_cu_q_lens"] = (bucket.prefill_rows + 1,)
+    shapes["seed"] = (b, 2)
+    shapes["stop_ids"] = (b, dims.max_stop_ids)
+    return shapes
+
+
+def buffer_size(bucket: Bucket, dims: StepDims) -> int:
+    """Elements of the int32 buffer that holds a step's inputs."""
+    return sum(math.prod(s) for s in input_shapes(bucket, dims).values())
+
+
+def new_inputs(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, StepInputs]:
+    """A buffer whose every row is padding, and the views into it."""
+    buffer = np.zeros(buffer_size(bucket, dims), np.int32)
+    views, start = {}, 0
+    for name, shape in input_shapes(bucket, dims).items():
+        size = math.prod(shape)
+        view = buffer[start : start + size].reshape(shape)
+        views[name] = view.view(np.float32) if name in FLOAT_FIELDS else view
+        start += size
+    inputs = StepInputs(**views)
+    inputs.kv_write_index[:] = dims.num_pages * dims.page_size
+    inputs.slot_ids[:] = dims.num_slots
+    inputs.stop_ids[:] = -1
+    inputs.num_logprobs[:] = -1
+    inputs.top_p[:] = 1.0
+    return buffer, inputs
+
+
+def unpack_outputs(packed: np.ndarray, max_logprobs: int) -> StepOutputs:
+    """``packed`` [B, 2 + 2 * KL] i32, as the step returns it: token, logprob bits, top ids, top logprob bits."""
+    packed = np.ascontiguousarray(packed)
+    kl = max_logprobs
+    return StepOutputs(
+        packed[:, 0], packed[:, 1].view(np.float32), packed[:, 2 : 2 + kl], packed[:, 2 + kl :].view(np.float32)
+    )

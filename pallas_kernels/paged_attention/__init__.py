@@ -1,0 +1,62 @@
+"""Ragged paged attention: decode rows and prompt chunks of one step against a paged KV cache."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import reference
+
+_IMPLEMENTATIONS = {"reference": reference.paged_attention}
+
+
+def paged_attention(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    prefill_cu_q_lens: jax.Array,
+    *,
+    num_decode_rows: int,
+    sm_scale: float,
+    implementation: dispatch.Implementation | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention of a flat batch of tokens over the pages of their sequences.
+
+    The K and V of the step's own tokens are already in the pages. Rows ``0..BD-1`` (``BD = num_decode_rows``) have one
+    query each, token ``i`` that of row ``i``. The queries of the other ``BP`` rows lie one chunk after another in tokens
+    ``BD..T-1``; row ``BD + j`` has tokens ``BD + cu[j] .. BD + cu[j + 1] - 1``. A row's queries are the LAST tokens of
+    its sequence: query ``i`` of ``n`` sees keys ``0 .. kv_len - n + i``.
+
+    Args:
+        q: ``[T, N, H]``.
+        kv_pages: ``[NP, K, 2, PS, H]``; K and V of one page and head adjacent. Contents of pages, or parts of pages,
+            that no row reaches may be anything, NaN included.
+        page_table: ``[B, MP]`` int32, ``B = BD + BP``; entries beyond a row's length may be any valid page id.
+        kv_lens: ``[B]`` int32, keys of each row, this step's included; 0 marks a padding row.
+        prefill_cu_q_lens: ``[BP + 1]`` int32, ascending from 0.
+        num_decode_rows: BD.
+        sm_scale: factor on the scores before the softmax.
+        implementation: None chooses (``pallas_kernels.dispatch``).
+
+    Returns:
+        ``[T, N, H]`` in q's dtype; zero for tokens of padding rows and tokens after the last chunk. Accumulated in f32.
+
+    Raises:
+        ValueError: shapes that do not fit each other, with both numbers.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_pages, num_kv_heads, two, page_size, kv_head_dim = kv_pages.shape
+    num_rows, num_prefill_rows = page_table.shape[0], prefill_cu_q_lens.shape[0] - 1
+    if two != 2 or kv_head_dim != head_dim:
+        raise ValueError(f"kv_pages {kv_pages.shape} must be [NP, K, 2, PS, H={head_dim}]")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"query heads {num_heads} are not divisible by kv heads {num_kv_heads}")
+    if kv_lens.shape != (num_rows,) or num_decode_rows + num_prefill_rows != num_rows:
+        raise ValueError(
+            f"page_table has {num_rows} rows, kv_lens {kv_lens.shape}, "
+            f"num_decode_rows={num_decode_rows} and prefill rows {num_prefill_rows}"
+        )
+    if num_tokens < num_decode_rows or (num_prefill_rows == 0) != (num_tokens == num_decode_rows):
+        raise ValueError(f"{num_tokens} tokens, {num_decode_rows} decode rows, {num_prefill_rows} prefill rows")
+    return dispatch.choose(_IMPLEMENTATIONS, implementation)(
+        q, kv_pages, page_table, kv_lens, prefill_cu_q_lens, num_decode_rows=num_decode_rows, sm_scale=sm_scale
+    )
