@@ -1,0 +1,331 @@
+"""One engine behind asyncio: a thread owns the engine, any number of event loops stream from it.
+
+    loop: stream() --commands--> engine thread: add / abort / step --one delivery per step--> loop: _Stream --> reader
+
+The engine thread is the only one that touches the engine and ``_streams``; a ``_Stream`` is touched only on its own
+loop's thread. Commands go through a list guarded by one condition, on which the thread sleeps when it has no work.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.engine.event_stream import EventStream
+from jaxserve.request import EngineStats, Request, RequestError, SamplingParams, TokenEvent
+from jaxserve.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "draining", "failed", "closed"]
+
+STATS_INTERVAL_S = 0.1  # the engine counts tokens held row by row: too much for every step, cheap ten times a second
+ABORT_TIMEOUT_S = 5.0  # for the step that runs when everything is aborted
+
+
+class EngineCore(Protocol):
+    """What a front end needs of ``engine.Engine``; its tests put a hand-computable engine here."""
+
+    model_name: str
+    model_config: ModelConfig
+    cache_config: CacheConfig
+    scheduler_config: SchedulerConfig
+    parallel_config: ParallelConfig
+    dtype: str
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    def make_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> bool: ...
+    def step(self) -> list[TokenEvent]: ...
+    def has_unfinished(self) -> bool: ...
+    def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
+
+
+class NotServingError(RuntimeError):
+    """The engine is loading, draining, closed or failed: it takes no request."""
+
+
+class EngineFailedError(RuntimeError):
+    """The engine's thread ended by an exception (``__cause__``) while the request was running."""
+
+
+class DuplicateRequestError(RequestError):
+    """A request with this id is queued or running."""
+
+
+class AsyncEngine:
+    """Runs ``engine_factory()`` and then the engine in a thread of its own.
+
+    Args:
+        engine_factory: builds the engine. It is called in the engine thread, so a server can answer while it loads.
+        slow_reader_timeout_s: a stream whose reader takes nothing for this long while events are pending is aborted,
+            and raises ``SlowReaderError``. Pending events are bounded by the request's ``max_total_len``.
+        observer: called with (request, event) once for every event, on the loop that streams the request.
+    """
+
+    def __init__(
+        self,
+        engine_factory: Callable[[], EngineCore],
+        *,
+        slow_reader_timeout_s: float = 30.0,
+        observer: Callable[[Request, TokenEvent], None] | None = None,
+    ):
+        self._factory = engine_factory
+        self._slow_reader_timeout_s = slow_reader_timeout_s
+        self._observer = observer
+        self._wake = threading.Condition()  # guards _state and _commands
+        self._state: State = "loading"
+        self._commands: list[tuple[Callable[[EngineCore], Any], Future[Any]]] = []
+        self._engine: EngineCore | None = None  # set once; used outside its thread only for facts and make_request
+        self._stats: EngineStats | None = None
+        self._streams: dict[str, EventStream] = {}  # engine thread only; an entry lives as long as the engine's request
+        self._idle_waiters: list[Future[None]] = []  # engine thread only
+        self._ready: Future[None] = _started_future()
+        self._stopped: Future[None] = _started_future()
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def engine(self) -> EngineCore:
+        """The engine, for its configs, ``tokenizer`` and ``make_request`` only: all else is its thread's own."""
+        if self._engine is None:
+            raise NotServingError(f"the engine is {self._state}")
+        return self._engine
+
+    def stats(self) -> EngineStats | None:
+        """The engine's figures, at most ``STATS_INTERVAL_S`` old, exact when idle. None until ready. Any thread."""
+        return self._stats
+
+    async def ready(self) -> None:
+        """Returns when the engine takes requests; raises what its construction raised."""
+        await asyncio.wrap_future(self._ready)
+
+    async def wait_stopped(self) -> None:
+        """Returns when the engine was closed; raises ``EngineFailedError`` when its thread ended by an exception."""
+        await asyncio.wrap_future(self._stopped)
+
+    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        """The events of ``request`` one by one. Closing or dropping the iterator before its end aborts the request.
+
+        Raises ``NotServingError``, ``QueueFullError``, ``DuplicateRequestError``, ``SlowReaderError`` or
+        ``EngineFailedError``.
+        """
+        async with aclosing(self.stream_batches(request)) as batches:
+            async for events in batches:
+                for event in events:
+                    yield event
+
+    async def stream_batches(self, request: Request) -> AsyncGenerator[list[TokenEvent]]:
+        """As ``stream``, but all events that are pending at once: several when the reader is slower than the engine."""
+        stream = EventStream(request, asyncio.get_running_loop(), self._slow_reader_timeout_s, self._drop_soon)
+        try:
+            await asyncio.wrap_future(self._post(partial(self._add, stream)))
+            while not stream.at_end:
+                yield await stream.take()
+        finally:
+            stream.close()
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request; its stream gets a last event. False: no such request is queued or running."""
+        return await asyncio.wrap_future(
+            self._post(lambda engine: engine.abort(request_id), when=("ready", "draining"))
+        )
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new request, lets the others finish, aborts them after ``timeout_s``. True: all finished."""
+        with self._wake:
+            if self._state == "ready":
+                self._state = "draining"
+            if self._state != "draining":
+                return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle()
+            return True
+        except TimeoutError:
+            self._post(self._abort_all, when=("draining",))
+            with suppress(TimeoutError):  # a step that hangs must not keep the process
+                async with asyncio.timeout(ABORT_TIMEOUT_S):
+                    await self._idle()
+            return False
+
+    async def close(self, timeout_s: float = 10.0) -> bool:
+        """Ends the thread and closes the engine. False: the thread is still busy (it cannot be interrupted)."""
+        with self._wake:
+            if self._state not in ("failed", "closed"):
+                self._state = "closed"
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join, timeout_s)
+        return not self._thread.is_alive()
+
+    # On any thread.
+
+    def _post(self, command: Callable[[EngineCore], Any], when: Sequence[State] = ("ready",)) -> Future[Any]:
+        """Has the engine thread run ``command(engine)``; fails at once unless the state is one of ``when``."""
+        future: Future[Any] = _started_future()
+        with self._wake:
+            if self._state in when:
+                self._commands.append((command, future))
+                self._wake.notify()
+            else:
+                future.set_exception(NotServingError(f"the engine is {self._state}"))
+        return future
+
+    def _drop_soon(self, stream: EventStream) -> None:
+        self._post(partial(self._drop, stream), when=("ready", "draining"))
+
+    async def _idle(self) -> None:
+        waiter: Future[None] = _started_future()
+        self._post(lambda _: self._idle_waiters.append(waiter), when=("draining",)).add_done_callback(
+            lambda posted: waiter.set_result(None) if posted.exception() else None
+        )
+        await asyncio.wrap_future(waiter)
+
+    # On a stream's loop.
+
+    def _deliver(self, deliveries: list[tuple[EventStream, TokenEvent]]) -> None:
+        for stream, event in deliveries:
+            stream.put(event)
+        if self._observer is not None:
+            for stream, event in deliveries:
+                self._observer(stream.request, event)
+
+    # On the engine thread.
+
+    def _run(self) -> None:
+        try:
+            engine = self._factory()
+        except BaseException as error:  # whatever it is, it belongs to the caller of ready()
+            self._end(error)
+            self._ready.set_exception(error)
+            return
+        self._stats = engine.stats()
+        self._engine = engine
+        with self._wake:
+            if self._state == "loading":
+                self._state = "ready"
+        if self._state == "ready":
+            self._ready.set_result(None)
+        else:
+            self._ready.set_exception(NotServingError("the engine was closed while it was loading"))
+        failure = None
+        try:
+            self._serve(engine)
+        except BaseException as error:
+            logger.exception("the engine failed")
+            failure = error
+        self._end(failure)
+        engine.close()
+
+    def _serve(self, engine: EngineCore) -> None:
+        next_stats = 0.0
+        while (commands := self._next_commands(engine)) is not None:
+            for command, future in commands:
+                try:
+                    future.set_result(command(engine))
+                except Exception as error:
+                    future.set_exception(error)
+            # A command may have left only a last event to give: has_unfinished() need not count that as work.
+            events = engine.step() if commands or engine.has_unfinished() else []
+            if (now := time.monotonic()) >= next_stats or not engine.has_unfinished():
+                self._stats = engine.stats()  # before the events: who has seen the last one finds exact figures
+                next_stats = now + STATS_INTERVAL_S
+            self._publish(engine, events)
+
+    def _next_commands(self, engine: EngineCore) -> list[tuple[Callable[[EngineCore], Any], Future[Any]]] | None:
+        """Commands to run before the next step, sleeping while there is nothing to do. None: the engine was closed."""
+        with self._wake:
+            while not self._commands and not engine.has_unfinished() and self._state != "closed":
+                for waiter in self._idle_waiters:
+                    waiter.set_result(None)
+                self._idle_waiters.clear()
+                self._wake.wait()
+            commands, self._commands = self._commands, []
+            if self._state == "closed":
+                self._commands = commands  # _end refuses them
+                return None
+            return commands
+
+    def _publish(self, engine: EngineCore, events: list[TokenEvent]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]] = {}
+        for event in events:
+            stream = self._streams[event.request_id]
+            if event.finish_reason is not None:
+                del self._streams[event.request_id]
+            by_loop.setdefault(stream.loop, []).append((stream, event))
+        for loop, deliveries in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(self._deliver, deliveries)
+            except RuntimeError:  # the loop was closed under its streams: nobody will read them
+                for stream, _ in deliveries:
+                    engine.abort(stream.request.request_id)
+
+    def _add(self, stream: EventStream, engine: EngineCore) -> None:
+        request_id = stream.request.request_id
+        if request_id in self._streams:
+            raise DuplicateRequestError("request_id", f"{request_id!r} is queued or running")
+        engine.add_request(stream.request)
+        self._streams[request_id] = stream
+
+    def _drop(self, stream: EventStream, engine: EngineCore) -> None:
+        if self._streams.get(stream.request.request_id) is stream:  # not a later request of the same id
+            engine.abort(stream.request.request_id)
+
+    def _abort_all(self, engine: EngineCore) -> None:
+        for request_id in self._streams:
+            engine.abort(request_id)
+
+    def _end(self, failure: BaseException | None) -> None:
+        """Leaves nothing waiting: streams, commands and waiters all get an answer."""
+        with self._wake:
+            self._state = "closed" if failure is None else "failed"
+            commands, self._commands = self._commands, []
+        for _, future in commands:
+            future.set_exception(NotServingError(f"the engine is {self._state}"))
+        for stream in self._streams.values():
+            error = NotServingError("the engine was closed") if failure is None else _failed(failure)
+            try:
+                stream.loop.call_soon_threadsafe(stream.fail, error)
+            except RuntimeError:
+                logger.debug("a stream's loop was closed before its engine ended")
+        self._streams.clear()
+        for waiter in self._idle_waiters:
+            waiter.set_result(None)
+        if failure is None:
+            self._stopped.set_result(None)
+        else:
+            self._stopped.set_exception(_failed(failure))
+
+
+def _failed(cause: BaseException) -> EngineFailedError:
+    error = EngineFailedError(f"the engine failed: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+def _started_future() -> Future[Any]:
+    """A future that a cancelled waiter cannot cancel for the others."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future

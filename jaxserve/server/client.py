@@ -1,0 +1,219 @@
+"""Python clients of a running server. gRPC's own errors pass through: ``error.code()``, ``error.details()``.
+
+    with Client("127.0.0.1:50051") as client:
+        client.wait_ready(60)
+        for chunk in client.generate("Once upon a time", max_tokens=32, temperature=0):
+            print(chunk.text, end="", flush=True)
+
+``generate`` takes one of ``prompt``, ``token_ids`` and ``messages``, and any field of ``SamplingParams`` by name; what
+is not given is not sent, so the server's default holds. A value that the wire cannot carry raises ``RequestError``.
+Nothing is sent before the first chunk is asked for; leaving the loop early ends the request on the server.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2
+
+from jaxserve.server import codec
+from jaxserve.server.codec import Chunk
+from jaxserve.server.v1 import inference_pb2 as pb
+from jaxserve.server.v1 import inference_pb2_grpc
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # wait_ready is often called before the server has bound its port
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+
+
+class Client:
+    """A blocking client. Safe to share between threads."""
+
+    def __init__(self, target: str = DEFAULT_TARGET):
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._watch_health = _watch_method(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Returns when the server serves requests; TimeoutError after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            watch = self._watch_health(health_pb2.HealthCheckRequest(), timeout=remaining_s, wait_for_ready=True)
+            try:
+                if any(answer.status == SERVING for answer in watch):
+                    return
+            except grpc.RpcError as error:
+                if _code(error) not in _KEEP_WAITING:
+                    raise
+            finally:
+                watch.cancel()
+        raise TimeoutError(f"the server is not ready after {timeout_s:g} s")
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Messages | None = None,
+        request_id: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> Generator[Chunk]:
+        """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server."""
+        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority)
+        return self._chunks(request, timeout_s)
+
+    def _chunks(self, request: pb.GenerateRequest, timeout_s: float | None) -> Generator[Chunk]:
+        call = self._stub.Generate(request, timeout=timeout_s)
+        try:
+            for message in call:
+                yield codec.read_chunk(message)
+        finally:
+            call.cancel()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; NOT_FOUND when it is neither queued nor running."""
+        self._stub.Abort(pb.AbortRequest(request_id=request_id))
+
+    def tokenize(
+        self, prompt: str | None = None, *, messages: Messages | None = None, add_special_tokens: bool | None = None
+    ) -> list[int]:
+        """Token ids of a text or a chat, as ``generate`` would read it."""
+        return list(self._stub.Tokenize(codec.tokenize_request(prompt, messages, add_special_tokens)).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
+        """Text of token ids."""
+        return self._stub.Detokenize(codec.detokenize_request(token_ids, skip_special_tokens)).text
+
+    def model_info(self) -> pb.ModelInfo:
+        """What is served."""
+        return self._stub.GetModelInfo(pb.GetModelInfoRequest())
+
+    def server_info(self) -> pb.ServerInfo:
+        """State, limits and load."""
+        return self._stub.GetServerInfo(pb.GetServerInfoRequest())
+
+
+class AsyncClient:
+    """The same on asyncio. Belongs to the event loop it is made in."""
+
+    def __init__(self, target: str = DEFAULT_TARGET):
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._watch_health = _watch_method(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns when the server serves requests; TimeoutError after ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self._watch_until_serving():
+                    pass
+        except TimeoutError:
+            raise TimeoutError(f"the server is not ready after {timeout_s:g} s") from None
+
+    async def _watch_until_serving(self) -> bool:
+        watch = self._watch_health(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+        try:
+            async for answer in watch:
+                if answer.status == SERVING:
+                    return True
+        except grpc.RpcError as error:
+            if _code(error) not in _KEEP_WAITING:
+                raise
+        finally:
+            watch.cancel()
+        return False
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        messages: Messages | None = None,
+        request_id: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[Chunk]:
+        """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server."""
+        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority)
+        return self._chunks(request, timeout_s)
+
+    async def _chunks(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Chunk]:
+        call = self._stub.Generate(request, timeout=timeout_s)
+        try:
+            async for message in call:
+                yield codec.read_chunk(message)
+        finally:
+            call.cancel()
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; NOT_FOUND when it is neither queued nor running."""
+        await self._stub.Abort(pb.AbortRequest(request_id=request_id))
+
+    async def tokenize(
+        self, prompt: str | None = None, *, messages: Messages | None = None, add_special_tokens: bool | None = None
+    ) -> list[int]:
+        """Token ids of a text or a chat, as ``generate`` would read it."""
+        return list((await self._stub.Tokenize(codec.tokenize_request(prompt, messages, add_special_tokens))).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
+        """Text of token ids."""
+        return (await self._stub.Detokenize(codec.detokenize_request(token_ids, skip_special_tokens))).text
+
+    async def model_info(self) -> pb.ModelInfo:
+        """What is served."""
+        return await self._stub.GetModelInfo(pb.GetModelInfoRequest())
+
+    async def server_info(self) -> pb.ServerInfo:
+        """State, limits and load."""
+        return await self._stub.GetServerInfo(pb.GetServerInfoRequest())
+
+
+_KEEP_WAITING = (
+    grpc.StatusCode.UNAVAILABLE,  # not bound yet, or gone: it may come back
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # the loop's own limit tells
+)
+
+
+def _watch_method(channel: grpc.Channel | grpc.aio.Channel) -> Any:
+    """``Watch`` of grpc.health.v1: the stubs' types of the installed package do not know it."""
+    return channel.unary_stream(
+        "/grpc.health.v1.Health/Watch",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode:
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)  # what stubs raise
+    return error.code()

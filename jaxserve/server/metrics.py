@@ -1,0 +1,87 @@
+"""Prometheus metrics under the names that vLLM's dashboards use, with the prefix ``jaxserve:``.
+
+Engine figures are read when they are scraped; request figures are recorded as the event loop delivers events, whether
+or not the client has taken them yet. What is called ``perc`` is a fraction of 1, as there.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jaxserve.request import EngineStats, Request, TokenEvent
+
+GAUGES = {
+    "num_requests_running": ("num_running", "Requests that hold an engine slot."),
+    "num_requests_waiting": ("num_waiting", "Requests in the waiting queue."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "KV pages held / KV pages, 0 to 1."),
+    "kv_page_fragmentation_perc": ("kv_fragmentation", "1 - tokens held / (pages held * page size), 0 to 1."),
+}  # metric -> (field of EngineStats, help)
+COUNTERS = {
+    "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "num_preemptions": ("num_preemptions", "Sequences that gave their pages up and were recomputed."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens processed."),
+    "generation_tokens": ("generation_tokens", "Output tokens generated."),
+    "recompilations_after_ready": ("recompilations_after_ready", "Programs traced or compiled after ready: stays 0."),
+}
+
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+TOKEN_BUCKETS = tuple(2**i for i in range(18))
+FINISH_REASONS = ("stop", "length", "abort", "deadline")
+
+
+class ServerMetrics:
+    """One server's metrics in a registry of their own. ``observe`` is the ``AsyncEngine``'s observer."""
+
+    def __init__(self, stats: Callable[[], EngineStats | None]):
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(stats))
+        self._last_token_at: dict[str, float] = {}  # unfinished requests that have a token, monotonic seconds
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"jaxserve:{name}", text, registry=self.registry, buckets=buckets)
+
+        self._first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", LATENCY_BUCKETS_S)
+        self._inter_token = histogram("inter_token_latency_seconds", "One token to the next.", LATENCY_BUCKETS_S)
+        self._request = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS_S)
+        self._prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS)
+        self._output_tokens = histogram("request_generation_tokens", "Output tokens of a request.", TOKEN_BUCKETS)
+        finished = Counter("jaxserve:request_success", "Ended requests.", ["finished_reason"], registry=self.registry)
+        self._finished = {reason: finished.labels(reason) for reason in FINISH_REASONS}
+
+    def observe(self, request: Request, event: TokenEvent) -> None:
+        """Records one delivered event."""
+        now = time.monotonic()
+        if event.token_id is not None:
+            last = self._last_token_at.get(request.request_id)
+            if last is None:
+                self._first_token.observe(now - request.arrival)
+            else:
+                self._inter_token.observe(now - last)
+            self._last_token_at[request.request_id] = now
+        if event.finish_reason is not None:
+            self._last_token_at.pop(request.request_id, None)
+            self._finished[event.finish_reason].inc()
+            if event.finish_reason in ("stop", "length"):  # an aborted request says nothing of the usual length
+                self._request.observe(now - request.arrival)
+                if event.usage is not None:
+                    self._prompt_tokens.observe(event.usage.prompt_tokens)
+                    self._output_tokens.observe(event.usage.completion_tokens)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats | None]):
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        if stats is None:  # nothing to say before the engine is ready
+            return
+        for name, (field, text) in GAUGES.items():
+            yield GaugeMetricFamily(f"jaxserve:{name}", text, value=getattr(stats, field))
+        for name, (field, text) in COUNTERS.items():
+            yield CounterMetricFamily(f"jaxserve:{name}", text, value=getattr(stats, field))

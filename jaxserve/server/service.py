@@ -1,0 +1,193 @@
+"""The Inference service: each call is decoded, run against the AsyncEngine and answered. No engine logic here."""
+
+import asyncio
+import time
+from contextlib import aclosing
+from typing import NoReturn
+
+import grpc
+import grpc.aio
+
+from jaxserve import __version__
+from jaxserve.engine.async_engine import (
+    AsyncEngine,
+    DuplicateRequestError,
+    EngineCore,
+    EngineFailedError,
+    NotServingError,
+)
+from jaxserve.engine.event_stream import SlowReaderError
+from jaxserve.request import QueueFullError, Request, RequestError
+from jaxserve.server import codec
+from jaxserve.server.options import ServerOptions
+from jaxserve.server.v1 import inference_pb2 as pb
+from jaxserve.server.v1 import inference_pb2_grpc
+from jaxserve.text.chat_template import ChatTemplateError
+from jaxserve.text.tokenizer import Tokenizer
+
+FIELD_KEY = "jaxserve-field"  # trailing metadata: the request field at fault
+
+
+class UnsupportedByModelError(RequestError):
+    """The model lacks what the request needs."""
+
+
+STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (DuplicateRequestError, grpc.StatusCode.ALREADY_EXISTS),
+    (UnsupportedByModelError, grpc.StatusCode.FAILED_PRECONDITION),
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (SlowReaderError, grpc.StatusCode.ABORTED),
+    (NotServingError, grpc.StatusCode.UNAVAILABLE),
+    (EngineFailedError, grpc.StatusCode.INTERNAL),
+)  # the first that matches; any other exception is a bug, which grpc logs and answers with UNKNOWN
+ANSWERED = tuple(kind for kind, _ in STATUS)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """``idle`` is set while no Generate call is open, its last bytes handed to the transport."""
+
+    def __init__(self, engine: AsyncEngine, options: ServerOptions):
+        self._engine = engine
+        self._options = options
+        self._started = time.monotonic()
+        self._num_open = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        self._count_open(context)
+        remaining_s = context.time_remaining()
+        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+        finish_reason = None
+        try:
+            # Tokenizing may take long, and the event loop has other streams to serve.
+            engine_request = await asyncio.to_thread(self._read_request, request, deadline)
+            async with aclosing(self._engine.stream_batches(engine_request)) as batches:
+                async for events in batches:
+                    await context.write(codec.generate_chunk(events))
+                    finish_reason = events[-1].finish_reason
+        except ANSWERED as error:
+            await _abort(context, error)
+        if finish_reason == "deadline":
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
+        if finish_reason == "abort" and self._engine.state != "ready":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: the request was aborted")
+
+    async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        try:
+            found = await self._engine.abort(request.request_id)
+        except ANSWERED as error:
+            await _abort(context, error)
+        else:
+            if found:
+                return pb.AbortResponse()
+        message = f"request_id: {request.request_id!r} is neither queued nor running"
+        await context.abort(grpc.StatusCode.NOT_FOUND, message, ((FIELD_KEY, "request_id"),))
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        try:
+            token_ids = await asyncio.to_thread(self._tokenize, request)
+        except ANSWERED as error:
+            await _abort(context, error)
+        return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        try:
+            text = await asyncio.to_thread(self._detokenize, request)
+        except ANSWERED as error:
+            await _abort(context, error)
+        return pb.DetokenizeResponse(text=text)
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.ModelInfo:
+        try:
+            return codec.model_info(self._engine.engine)
+        except ANSWERED as error:
+            await _abort(context, error)
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext) -> pb.ServerInfo:
+        stats = self._engine.stats()
+        info = codec.server_info(__version__, self._engine.state, time.monotonic() - self._started, self._options)
+        if stats is not None:
+            codec.add_engine_info(info, self._engine.engine, stats)
+        return info
+
+    def _count_open(self, context: grpc.aio.ServicerContext) -> None:
+        self._num_open += 1
+        self.idle.clear()
+        context.add_done_callback(self._count_closed)  # pyright: ignore[reportArgumentType]: no protocol in its stubs
+
+    def _count_closed(self, ctx: grpc.aio.ServicerContext) -> None:
+        self._num_open -= 1
+        if self._num_open == 0:
+            self.idle.set()
+
+    # In a thread: these may take long.
+
+    def _read_request(self, message: pb.GenerateRequest, deadline: float | None) -> Request:
+        engine = self._engine.engine
+        params = codec.read_sampling(message.sampling)
+        prompt = codec.read_prompt(message)
+        if isinstance(prompt, str):
+            self._check_size(engine, self._tokenizer(engine, "prompt"), "prompt", prompt)
+        elif isinstance(prompt, list):
+            prompt = self._encode_chat(engine, prompt)
+        return engine.make_request(
+            prompt,
+            params,
+            request_id=message.request_id if message.HasField("request_id") else None,
+            priority=message.priority,
+            deadline=deadline,
+        )
+
+    def _tokenize(self, message: pb.TokenizeRequest) -> list[int]:
+        engine = self._engine.engine
+        prompt = codec.read_prompt(message)
+        if isinstance(prompt, list):
+            return self._encode_chat(engine, prompt)
+        assert isinstance(prompt, str)
+        tokenizer = self._tokenizer(engine, "prompt")
+        self._check_size(engine, tokenizer, "prompt", prompt)
+        add_special_tokens = message.add_special_tokens if message.HasField("add_special_tokens") else True
+        return tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+
+    def _detokenize(self, message: pb.DetokenizeRequest) -> str:
+        tokenizer = self._tokenizer(self._engine.engine, "token_ids")
+        for i in message.token_ids:
+            if not 0 <= i < tokenizer.vocab_size:
+                raise RequestError("token_ids", f"{i} is not a token id, the vocabulary has {tokenizer.vocab_size}")
+        skip_special_tokens = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
+        return tokenizer.decode(message.token_ids, skip_special_tokens=skip_special_tokens)
+
+    def _encode_chat(self, engine: EngineCore, messages: list[dict[str, str]]) -> list[int]:
+        tokenizer = self._tokenizer(engine, "messages")
+        if tokenizer.chat_template is None:
+            raise UnsupportedByModelError("messages", f"{engine.model_name} has no chat template: send text")
+        self._check_size(engine, tokenizer, "messages", "".join(m["content"] for m in messages))
+        try:
+            return tokenizer.encode_chat(messages)
+        except ChatTemplateError as error:
+            raise RequestError("messages", str(error)) from error
+
+    @staticmethod
+    def _tokenizer(engine: EngineCore, field: str) -> Tokenizer:
+        if engine.tokenizer is None:
+            raise UnsupportedByModelError(field, f"{engine.model_name} has no tokenizer: send and take token ids")
+        return engine.tokenizer
+
+    def _check_size(self, engine: EngineCore, tokenizer: Tokenizer, field: str, text: str) -> None:
+        """Refuses a text that cannot fit, without the time and memory of tokenizing it."""
+        limit = self._options.max_prompt_bytes
+        if limit is not None and (num_bytes := len(text.encode())) > limit:
+            raise RequestError(field, f"{num_bytes} bytes, this server takes at most {limit}")
+        max_model_len = engine.scheduler_config.max_model_len
+        if (num_tokens := tokenizer.min_num_tokens(text)) > max_model_len:
+            raise RequestError(field, f"at least {num_tokens} tokens, max_model_len={max_model_len}")
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    code = next(code for kind, code in STATUS if isinstance(error, kind))
+    metadata = ((FIELD_KEY, error.field),) if isinstance(error, RequestError) else ()
+    await context.abort(code, str(error), metadata)

@@ -1,0 +1,230 @@
+"""An engine whose every answer is known by arithmetic: what the asyncio and gRPC layers are tested on.
+
+Token number ``i`` (from 0) of a prompt is a lower-case letter, ``expected_tokens``. Token ids are bytes, so a stream's
+text is known, too. One step gives one token to every live request. It holds one "page" a live request.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.request import (
+    EngineStats,
+    FinishReason,
+    QueueFullError,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenEvent,
+    Usage,
+)
+from jaxserve.text.tokenizer import BYTE_OF_CHAR, Tokenizer
+
+EOS_ID = 256
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ m.role }}:{{ m.content }};{% endfor %}"
+)
+
+
+def expected_tokens(prompt: str | Sequence[int], num_tokens: int) -> list[int]:
+    """The first ``num_tokens`` output tokens of ``prompt``."""
+    ids = prompt.encode() if isinstance(prompt, str) else prompt
+    return [_token(ids, i) for i in range(num_tokens)]
+
+
+def _token(prompt_ids: Sequence[int], index: int) -> int:
+    return ord("a") + (sum(prompt_ids) + 7 * index) % 26
+
+
+def expected_text(prompt: str | Sequence[int], num_tokens: int) -> str:
+    return bytes(expected_tokens(prompt, num_tokens)).decode()
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """Token ids 0..255 are the bytes, 256 is end-of-sequence."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab=dict(BYTE_OF_CHAR), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    return Tokenizer.from_backend(backend, eos_token_ids=[EOS_ID], chat_template=chat_template)
+
+
+class FakeEngine:
+    """See the module. Its knobs may be turned from any thread.
+
+    Args:
+        step_delay_s: how long a step takes.
+        text_scale: each token's text is its letter so many times.
+    Attributes:
+        fail: once set, the next step raises.
+        idle: set while no request is live.
+        requests: every request taken, in order.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 400,
+        max_num_waiting: int = 1024,
+        tokenizer: Tokenizer | None = None,
+        step_delay_s: float = 0.0,
+        text_scale: int = 1,
+    ):
+        self.model_name = "fake"
+        self.model_config = ModelConfig(
+            vocab_size=257, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
+            eos_token_ids=(EOS_ID,),
+        )  # fmt: skip
+        self.cache_config = CacheConfig(num_pages=100, page_size=16)
+        self.scheduler_config = SchedulerConfig(
+            max_model_len=max_model_len, max_num_seqs=8, prefill_sizes=(64,), decode_sizes=(8,),
+            max_num_waiting=max_num_waiting,
+        )  # fmt: skip
+        self.parallel_config = ParallelConfig()
+        self.dtype = "float32"
+        self.tokenizer = tokenizer
+        self.fail = threading.Event()
+        self.idle = threading.Event()
+        self.idle.set()
+        self.requests: list[Request] = []
+        self.num_steps = 0
+        self.closed = False
+        self._step_delay_s = step_delay_s
+        self._text_scale = text_scale
+        self._live: dict[str, tuple[Request, int]] = {}  # request and its number of output tokens
+        self._last_events: list[TokenEvent] = []
+        self._num_tokens = 0
+        self._names = itertools.count()
+        self._thread: int | None = None
+
+    def make_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        if isinstance(prompt, str):
+            assert self.tokenizer is not None
+            prompt = self.tokenizer.encode(prompt)
+        limit = self.scheduler_config.max_model_len
+        if not prompt:
+            raise RequestError("prompt", "is empty")
+        if len(prompt) >= limit:
+            raise RequestError("prompt", f"{len(prompt)} tokens, max_model_len={limit}")
+        return Request(
+            request_id=request_id or f"fake-{next(self._names)}",
+            prompt_token_ids=tuple(prompt),
+            params=params,
+            max_total_len=min(limit, len(prompt) + (params.max_tokens or limit)),
+            stop_token_ids=params.stop_token_ids,
+            seed=params.seed or 0,
+            priority=priority,
+            deadline=deadline,
+            arrival=time.monotonic(),
+        )
+
+    def add_request(self, request: Request) -> None:
+        self._on_one_thread()
+        if len(self._live) >= self.scheduler_config.max_num_waiting:
+            raise QueueFullError(f"the queue is full: {len(self._live)} requests")
+        self._live[request.request_id] = (request, 0)
+        self.requests.append(request)
+        self.idle.clear()
+
+    def abort(self, request_id: str) -> bool:
+        self._on_one_thread()
+        if request_id not in self._live:
+            return False
+        self._end(request_id, "abort")
+        return True
+
+    def step(self) -> list[TokenEvent]:
+        self._on_one_thread()
+        time.sleep(self._step_delay_s)  # what a step takes, not a synchronisation
+        if self.fail.is_set():
+            raise RuntimeError("the device was lost")
+        self.num_steps += 1
+        for request_id, (request, _) in list(self._live.items()):
+            if request.deadline is not None and time.monotonic() >= request.deadline:
+                self._end(request_id, "deadline")
+        events, self._last_events = self._last_events, []
+        events += [self._next_event(request, index) for request, index in list(self._live.values())]
+        self._set_idle()
+        return events
+
+    def has_unfinished(self) -> bool:
+        return bool(self._live)
+
+    def stats(self) -> EngineStats:
+        self._on_one_thread()
+        return EngineStats(
+            num_running=len(self._live), num_waiting=0, num_pages=100, num_pages_held=len(self._live),
+            num_tokens_held=8 * len(self._live), num_pages_cached=3, kv_cache_usage=len(self._live) / 100,
+            kv_fragmentation=0.5, prefix_cache_queries=40, prefix_cache_hits=30, num_preemptions=2,
+            num_steps=self.num_steps, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.requests),
+            generation_tokens=self._num_tokens, recompilations_after_ready=0,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._on_one_thread()
+        self.closed = True
+
+    def _next_event(self, request: Request, index: int) -> TokenEvent:
+        token = _token(request.prompt_token_ids, index)
+        num_tokens = index + 1
+        self._num_tokens += 1
+        reason: FinishReason | None = None
+        if token in request.stop_token_ids:
+            reason = "stop"
+        elif len(request.prompt_token_ids) + num_tokens >= request.max_total_len:
+            reason = "length"
+        if reason is None:
+            self._live[request.request_id] = (request, num_tokens)
+        else:
+            del self._live[request.request_id]
+        k = request.params.logprobs
+        return TokenEvent(
+            request_id=request.request_id,
+            index=index,
+            token_id=token,
+            text=chr(token) * self._text_scale,
+            logprob=None if k is None else -0.5,
+            top_logprobs=None if k is None else tuple((token + j, -0.5 - j) for j in range(k)),
+            finish_reason=reason,
+            stop_reason=token if reason == "stop" else None,
+            usage=None if reason is None else self._usage(request, num_tokens),
+        )
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        request, index = self._live.pop(request_id)
+        self._last_events.append(
+            TokenEvent(
+                request_id=request_id,
+                index=index,
+                token_id=None,
+                finish_reason=reason,
+                usage=self._usage(request, index),
+            )
+        )
+        self._set_idle()
+
+    def _set_idle(self) -> None:
+        if not self._live:
+            self.idle.set()
+
+    @staticmethod
+    def _usage(request: Request, num_tokens: int) -> Usage:
+        return Usage(prompt_tokens=len(request.prompt_token_ids), completion_tokens=num_tokens, cached_tokens=1)
+
+    def _on_one_thread(self) -> None:
+        self._thread = self._thread or threading.get_ident()
+        assert threading.get_ident() == self._thread, "the engine was touched by two threads"

@@ -1,0 +1,138 @@
+"""Every sampling field through a real server: what is set arrives as it is, what is refused is refused by name."""
+
+import dataclasses
+import math
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from jaxserve.request import MAX_SEED, NOT_IMPLEMENTED, RequestError, SamplingParams
+from jaxserve.server.v1 import inference_pb2 as pb
+from jaxserve.server.v1 import inference_pb2_grpc
+from tests.server.conftest import serving
+
+TAKEN = {
+    "max_tokens": (1, 7),
+    "min_tokens": (0, 3),
+    "temperature": (0.0, 0.7, 1e-300),
+    "top_p": (0.1, 1.0),
+    "top_k": (-1, 0, 40),
+    "min_p": (0.0, 0.05, 1.0),
+    "seed": (0, 1, MAX_SEED),
+    "stop": ((), ("x",), ("né", "\n\n")),
+    "stop_token_ids": ((), (0, 255)),
+    "include_stop_str_in_output": (False, True),
+    "ignore_eos": (False, True),
+    "logprobs": (0, 5),
+    "skip_special_tokens": (False, True),
+    **{name: (() if neutral is None else (neutral,)) for name, neutral in NOT_IMPLEMENTED.items()},
+}
+
+REFUSED = {
+    "max_tokens": (0, -1),
+    "min_tokens": (-1, 10),  # 10 is more than max_tokens below
+    "temperature": (-0.1, math.nan, math.inf, -math.inf),
+    "top_p": (0.0, -0.5, 1.5, math.nan, math.inf),
+    "top_k": (-2,),
+    "min_p": (-0.1, 1.1, math.nan),
+    "seed": (),  # every value of the wire's type is one
+    "stop": (("",), ("a", "")),
+    "stop_token_ids": ((-1,),),
+    "include_stop_str_in_output": (),
+    "ignore_eos": (),
+    "logprobs": (-1,),
+    "skip_special_tokens": (),
+    "n": (0, 2, -1),
+    "presence_penalty": (0.5, -0.5, math.nan),
+    "frequency_penalty": (0.5, math.nan),
+    "repetition_penalty": (0.0, 1.1, math.nan),
+    "logit_bias": ({3: 1.5}, {0: 0.0}),
+    "allowed_token_ids": ((), (1, 2)),
+    "bad_words": (("word",),),
+    "prompt_logprobs": (0, 1),
+    "truncate_prompt_tokens": (0, 8),
+}
+
+NOT_ON_THE_WIRE = {
+    "max_tokens": (2**31, 1.5, "3"),
+    "temperature": ("hot",),
+    "seed": (-1, 2**64),
+    "stop": ("\ud800",),
+    "stop_token_ids": ((2**31,),),
+    "logit_bias": ({"a": 1.0},),
+}
+
+
+def cases(table):
+    return [pytest.param(name, value, id=f"{name}={value!r}") for name, values in table.items() for value in values]
+
+
+def test_the_tables_know_every_field():
+    names = {f.name for f in dataclasses.fields(SamplingParams)}
+    assert set(TAKEN) == names and set(REFUSED) == names
+
+
+async def test_every_taken_value_arrives_as_it_was_set():
+    async with serving() as s:
+        for name, values in TAKEN.items():
+            for value in values:
+                sampling: dict[str, Any] = {"max_tokens": 4} | {name: value}
+                [_ async for _ in s.client.generate("a", **sampling)]
+                assert s.engine.requests[-1].params == SamplingParams(**sampling), (name, value)
+                got = getattr(s.engine.requests[-1].params, name)
+                assert got == value and type(got) is type(value), (name, value)
+
+
+async def test_a_single_stop_may_be_a_string():
+    async with serving() as s:
+        [_ async for _ in s.client.generate("a", stop="x", max_tokens=1)]
+        assert s.engine.requests[-1].params.stop == ("x",)
+
+
+async def test_unset_is_the_default_and_not_zero():
+    async with serving() as s:
+        [_ async for _ in s.client.generate("a", temperature=None)]
+        assert s.engine.requests[-1].params == SamplingParams()
+        [_ async for _ in s.client.generate("a", temperature=0.0)]
+        assert s.engine.requests[-1].params == SamplingParams(temperature=0.0)
+
+        # The same on the bare wire: no sampling message, an empty one, and one with an explicit zero.
+        async with grpc.aio.insecure_channel(s.target) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            for request in (pb.GenerateRequest(text="a"), pb.GenerateRequest(text="a", sampling=pb.SamplingParams())):
+                [_ async for _ in stub.Generate(request)]
+                assert s.engine.requests[-1].params == SamplingParams()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                explicit = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=0))
+                [_ async for _ in stub.Generate(explicit)]
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_every_refused_value_is_refused_by_name():
+    async with serving() as s:
+        for name, values in REFUSED.items():
+            for value in values:
+                sampling: dict[str, Any] = {"max_tokens": 4} | {name: value}
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    [_ async for _ in s.client.generate("a", **sampling)]
+                error = caught.value
+                assert error.code() == grpc.StatusCode.INVALID_ARGUMENT, (name, value, error)
+                assert (error.details() or "").startswith(f"{name}: "), (name, value, error)
+                assert dict(error.trailing_metadata() or ())["jaxserve-field"] == name
+        assert s.engine.requests == []
+
+
+@pytest.mark.parametrize(("name", "value"), cases(NOT_ON_THE_WIRE))
+async def test_what_the_wire_cannot_hold_is_refused_by_the_client(name, value):
+    async with serving() as s:
+        with pytest.raises(RequestError) as caught:
+            s.client.generate("a", **{name: value})
+        assert caught.value.field == name
+
+
+async def test_unknown_field_is_refused_by_the_client():
+    async with serving() as s:
+        with pytest.raises(RequestError, match="tempreature: unknown"):
+            s.client.generate("a", tempreature=1.0)
