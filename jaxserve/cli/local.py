@@ -1,0 +1,119 @@
+"""Commands that run in this process: generate, chat, info, bench."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxserve.cli.conversation import Message, converse
+from jaxserve.cli.loading import open_engine
+from jaxserve.cli.options import EngineOptions, Json, Model, SamplingOptions, Stats, System, flatten_options
+from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
+from jaxserve.request import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.engine.engine import Engine
+
+Prompts = Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue or answer; may be repeated.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Each prompt is a message: use the model's chat template.")]
+
+bench = typer.Typer(help="Measure, from one run, and print a table or JSON.")
+
+
+@flatten_options
+def generate(
+    model: Model,
+    prompt: Prompts,
+    sampling: SamplingOptions,
+    engine: EngineOptions,
+    chat: Chat = False,
+    as_json: Json = False,
+    stats: Stats = False,
+) -> None:
+    """Answer prompts on this machine: one is streamed, several are batched. --json prints a line for each."""
+    params = sampling.params()
+    with open_engine(model, engine) as e:
+        inputs = [chat_prompt(e, [{"role": "user", "content": p}]) for p in prompt] if chat else prompt
+        if len(inputs) == 1 and not as_json:
+            for text in stream_text(e, inputs[0], params, stats=stats):
+                write_answer(text)
+            write_answer("\n")
+            return
+        watch = StreamStats()
+        completions = e.generate(inputs, params)
+        watch.add(sum(len(c.token_ids) for c in completions))
+        for number, (text, completion) in enumerate(zip(prompt, completions)):
+            if as_json:
+                values = {"prompt": text} | dataclasses.asdict(completion)
+                write_answer(json.dumps(values, ensure_ascii=False) + "\n")
+            else:
+                write_answer(("\n" if number else "") + completion.text + "\n")
+        if stats:
+            note(f"{watch.num_tokens} tokens in {watch.ttft_s or 0:.3f} s")
+
+
+@flatten_options
+def chat(
+    model: Model, sampling: SamplingOptions, engine: EngineOptions, system: System = None, stats: Stats = False
+) -> None:
+    """Talk to a model on this machine, line by line. /exit leaves, Ctrl-C stops an answer."""
+    params = sampling.params()
+    with open_engine(model, engine) as e:
+
+        def answer(messages: list[Message]) -> Iterator[str]:
+            return stream_text(e, chat_prompt(e, messages), params, stats=stats)
+
+        converse(answer, system=system)
+
+
+def info(model: Model, as_json: Json = False) -> None:
+    """What a checkpoint holds. Reads its metadata only."""
+    from jaxserve.checkpoint.gguf import GGUFCheckpoint
+    from jaxserve.checkpoint.resolve import resolve_model
+
+    with GGUFCheckpoint(resolve_model(model)) as checkpoint:
+        values = {
+            "name": checkpoint.model_name,
+            "path": str(checkpoint.path),
+            "license": checkpoint.license,
+            "num_bytes": checkpoint.num_bytes,
+            "num_parameters": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+            "bytes_by_type": checkpoint.tensor_types(),
+            "has_chat_template": checkpoint.tokenizer().chat_template is not None,
+            "kv_bytes_per_token_float32": checkpoint.config.kv_bytes_per_token(4),
+        } | dataclasses.asdict(checkpoint.config)
+    if as_json:
+        write_answer(json.dumps(values) + "\n")
+    else:
+        print_table(values)
+
+
+@bench.command()
+@flatten_options
+def batching(model: Model, engine: EngineOptions, as_json: Json = False) -> None:
+    """Continuous against static batching, and a paged against a static cache."""
+    raise NotImplementedError
+
+
+def chat_prompt(engine: "Engine", messages: list[Message]) -> list[int]:
+    """Token ids of a conversation, ready for its answer."""
+    if engine.tokenizer is None:
+        raise ValueError(f"model {engine.model_name} has no tokenizer, so no chat template")
+    return engine.tokenizer.encode_chat(messages)
+
+
+def stream_text(engine: "Engine", prompt: str | list[int], params: SamplingParams, *, stats: bool) -> Iterator[str]:
+    """The pieces of one answer as they come; with ``stats``, its figures on stderr at the end."""
+    watch = StreamStats()
+    prompt_tokens = None
+    for event in engine.stream(prompt, params):
+        watch.add(event.token_id is not None)
+        if event.usage is not None:
+            prompt_tokens = event.usage.prompt_tokens
+        if event.text:
+            yield event.text
+    if stats:
+        note("\n" + watch.line(prompt_tokens))

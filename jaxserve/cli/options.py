@@ -1,0 +1,114 @@
+"""Options that several commands share, each declared once as a field of a dataclass."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from jaxserve.request import SamplingParams, sampling_params_from
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A .gguf file, or a model's name: smollm2-135m-instruct is installed with the quickstart."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
+System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Print time to first token and tokens/s on stderr.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """One request's sampling. Unset (None, empty) is left to the engine's or server's default."""
+
+    max_tokens: Annotated[int | None, typer.Option(help="Output tokens at most. (default: room in the model)")] = None
+    min_tokens: Annotated[int | None, typer.Option(help="No end before this many output tokens.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. (default: 1)")] = None
+    top_p: Annotated[float | None, typer.Option(help="Nucleus mass in (0, 1].")] = None
+    top_k: Annotated[int | None, typer.Option(help="Tokens kept; 0 is off.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this fraction as likely as the best one.")] = None
+    seed: Annotated[int | None, typer.Option(help="Same seed and prompt, same tokens. (default: drawn)")] = None
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be repeated.")] = None
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="A token id that ends it; may be repeated.")] = None
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="End-of-sequence does not end the text.")] = False
+    logprobs: Annotated[int | None, typer.Option(help="Log-probabilities of the k best tokens (with --json).")] = None
+
+    def set_fields(self) -> dict[str, Any]:
+        """The fields that were set, under the names of ``SamplingParams``."""
+        values = {name: value for name, value in asdict(self).items() if value not in (None, [], False)}
+        if "stop_token_id" in values:
+            values["stop_token_ids"] = values.pop("stop_token_id")
+        return values
+
+    def params(self) -> SamplingParams:
+        return sampling_params_from(self.set_fields())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to build an engine: the keywords of ``Engine.from_pretrained``. Unset is left to the engine's default."""
+
+    mesh: Annotated[str | None, typer.Option(help='Devices, as "stage=1,tensor=2". (default: one device)')] = None
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together, at most.")] = None
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at once, at most.")] = None
+    num_pages: Annotated[int | None, typer.Option(help="Pages of the KV cache (or give --memory-fraction).")] = None
+    memory_fraction: Annotated[float | None, typer.Option(help="Of the device's memory, for weights and cache.")] = None
+    page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None
+    prefill_sizes: Annotated[str | None, typer.Option(help='Prompt tokens in a step, as "64,256".')] = None
+    max_num_waiting: Annotated[int | None, typer.Option(help="Requests queued, at most.")] = None
+    no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no prefixes.")] = False
+    compilation_cache_dir: Annotated[Path | None, typer.Option(help="Keep compiled steps here between starts.")] = None
+    platform: Annotated[str | None, typer.Option(help="cpu, cuda or tpu. (default: the best there is)")] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """The engine keywords that were set."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        values.pop("platform", None)
+        if values.pop("no_prefix_caching"):
+            values["prefix_caching"] = False
+        if "prefill_sizes" in values:
+            try:
+                values["prefill_sizes"] = tuple(int(size) for size in values["prefill_sizes"].split(","))
+            except ValueError:
+                raise ValueError(f'prefill_sizes: {self.prefill_sizes!r} is not a list of sizes as "64,256"') from None
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAddress:
+    """Which server a client command talks to."""
+
+    server: Annotated[str, typer.Option(help="HOST:PORT of a running server.")] = "127.0.0.1:50051"
+    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call. (default: none)")] = None
+
+
+def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` as typer can read it: each parameter annotated with one of the dataclasses here becomes that class's
+    fields, as options. Typer itself knows no groups of options."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
+    parameters = [
+        p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(command).parameters.values()
+        if p.name not in groups
+    ]
+    for group in groups.values():
+        field_hints = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=field_hints[f.name])
+            for f in fields(group)
+        ]
+
+    @functools.wraps(command)
+    def flat(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+        command(**values)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {p.name: p.annotation for p in parameters}
+    return flat

@@ -1,0 +1,172 @@
+"""``jaxserve client``: commands that talk to a running server."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxserve.cli.conversation import Message, converse
+from jaxserve.cli.options import Json, SamplingOptions, ServerAddress, Stats, System, flatten_options
+from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
+
+if TYPE_CHECKING:
+    from jaxserve.server.client import Client
+    from jaxserve.server.codec import Chunk
+
+app = typer.Typer(help="Talk to a running server.")
+
+Server = Annotated[str, typer.Option(help="HOST:PORT of a running server.")]
+RequestId = Annotated[str | None, typer.Option(help="The name that abort takes. (default: drawn by the server)")]
+LOCAL = "127.0.0.1:50051"
+
+
+@app.command()
+@flatten_options
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue.")],
+    sampling: SamplingOptions,
+    address: ServerAddress,
+    request_id: RequestId = None,
+    as_json: Json = False,
+    stats: Stats = False,
+) -> None:
+    """Stream a continuation of a prompt."""
+    with connect(address.server) as client:
+        arguments = {"request_id": request_id, "timeout_s": address.timeout} | sampling.set_fields()
+        show(client.generate(prompt, **arguments), as_json=as_json, stats=stats)
+
+
+@app.command()
+@flatten_options
+def chat(
+    sampling: SamplingOptions,
+    address: ServerAddress,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One message; without it, a dialogue.")] = None,
+    system: System = None,
+    request_id: RequestId = None,
+    as_json: Json = False,
+    stats: Stats = False,
+) -> None:
+    """Stream the answer to one message, or talk line by line."""
+    with connect(address.server) as client:
+        arguments = {"request_id": request_id, "timeout_s": address.timeout} | sampling.set_fields()
+        if prompt is None:
+            converse(lambda messages: answer(client, messages, arguments, stats=stats), system=system)
+            return
+        opening = [{"role": "system", "content": system}] if system else []
+        messages = [*opening, {"role": "user", "content": prompt}]
+        show(client.generate(messages=messages, **arguments), as_json=as_json, stats=stats)
+
+
+@app.command()
+def abort(
+    request_id: Annotated[str, typer.Argument(help="Of a queued or running request.")], server: Server = LOCAL
+) -> None:
+    """End a request; its stream ends with finish reason abort."""
+    with connect(server) as client:
+        client.abort(request_id)
+
+
+@app.command()
+def health(
+    server: Server = LOCAL,
+    wait: Annotated[float | None, typer.Option(help="Seconds to wait until it serves. (default: do not)")] = None,
+) -> None:
+    """Print the server's state; exit status 0 where it is READY."""
+    from jaxserve.server.v1 import inference_pb2
+
+    with connect(server) as client:
+        if wait is not None:
+            client.wait_ready(wait)
+        state = inference_pb2.ServerState.Name(client.server_info().state).removeprefix("SERVER_STATE_")
+    write_answer(state + "\n")
+    if state != "READY":
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(server: Server = LOCAL, as_json: Json = False) -> None:
+    """The model that is served, and the server's limits and load."""
+    from google.protobuf.json_format import MessageToDict
+
+    with connect(server) as client:
+        model, state = (
+            MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+            for message in (client.model_info(), client.server_info())
+        )
+    if as_json:
+        write_answer(json.dumps({"model": model, "server": state}) + "\n")
+    else:
+        load = state.pop("load", {})
+        print_table(model | state | load)
+
+
+@app.command()
+def tokenize(
+    text: Annotated[str, typer.Argument(help="What to encode.")],
+    server: Server = LOCAL,
+    chat: Annotated[bool, typer.Option("--chat", help="The text is a message: use the chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the token ids of a text, as generate would read it."""
+    with connect(server) as client:
+        messages = [{"role": "user", "content": text}]
+        ids = client.tokenize(messages=messages) if chat else client.tokenize(text)
+    write_answer(json.dumps(ids) + "\n" if as_json else " ".join(map(str, ids)) + "\n")
+
+
+def connect(server: str) -> "Client":
+    """A client of ``server``; grpc is imported only now."""
+    from jaxserve.server.client import Client
+
+    return Client(server)
+
+
+def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool) -> None:
+    """Writes a stream's text as it comes, or all of it as one line of JSON at its end."""
+    watch = StreamStats()
+    text: list[str] = []
+    token_ids: list[int] = []
+    logprobs: list[Any] = []
+    last = None
+    for last in chunks:
+        watch.add(len(last.token_ids))
+        if as_json:
+            text.append(last.text)
+            token_ids += last.token_ids
+            logprobs += [dataclasses.asdict(entry) for entry in last.logprobs]
+        else:
+            write_answer(last.text)
+    if as_json and last is not None:
+        values = dataclasses.asdict(last) | {
+            "text": "".join(text),
+            "token_ids": token_ids,
+            "logprobs": logprobs or None,
+        }
+        del values["index"]  # of the last chunk
+        write_answer(json.dumps(values, ensure_ascii=False))
+    write_answer("\n")
+    if stats:
+        note(watch.line(last.usage.prompt_tokens if last is not None and last.usage is not None else None))
+
+
+def answer(client: "Client", messages: list[Message], arguments: dict[str, Any], *, stats: bool) -> Iterator[str]:
+    """The pieces of the server's reply. A refusal of the message is a ValueError, as it is where no wire is between."""
+    import grpc
+
+    watch = StreamStats()
+    chunks = client.generate(messages=messages, **arguments)
+    try:
+        for chunk in chunks:
+            watch.add(len(chunk.token_ids))
+            yield chunk.text
+    except grpc.RpcError as error:
+        if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+            raise ValueError(error.details()) from error
+        raise
+    finally:
+        chunks.close()
+    if stats:
+        note("\n" + watch.line())

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Lint, formatting, types and the whole test suite. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+install_jaxserve dev
+cd "$ROOT"
+say "ruff"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+say "pyright"
+PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
+say "pytest"
+exec .venv/bin/python -m pytest "$@"
