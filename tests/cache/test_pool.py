@@ -118,7 +118,7 @@ def test_released_prefix_is_found_again_and_shared():
     assert figures(pool) == (0, 2, 4)
     first = pool.allocate_sequence(list(range(9)), [], 3)
     second = pool.allocate_sequence(list(range(6)), [], 2)
-    assert first == ([0, 1, 2], 2)
+    assert first is not None and first == ([0, 1, 2], 2)
     assert second == ([0, 3], 1)
     assert [pool.refcount(page) for page in range(4)] == [2, 1, 1, 1]
     assert (pool.num_references, figures(pool)) == (5, (4, 0, 0))

@@ -89,7 +89,7 @@ def test_build_inputs_by_hand():
     expected = {
         "token_ids": [15, -1, 0, 33, 34, 35, 36, 0, 0],
         "positions": [4, 4, 0, 2, 3, 4, 5, 0, 0],
-        "kv_write_index": [4, 28, DROPPED] + [18, 19, 20, 21, DROPPED, DROPPED],
+        "kv_write_index": [4, 28, DROPPED, 18, 19, 20, 21, DROPPED, DROPPED],
         "page_table": [[9, 1, 0], [3, 7, 0], [0, 0, 0], [4, 5, 6], [0, 0, 0]],
         "kv_lens": [5, 5, 0, 6, 0],
         "prefill_cu_q_lens": [0, 4, 4],
