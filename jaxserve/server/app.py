@@ -1,6 +1,7 @@
 """The server process: bind, health, signals, drain. ``serve`` is what the command line runs."""
 
 import asyncio
+import atexit
 import errno
 import logging
 import os
@@ -31,6 +32,8 @@ HEALTH_NAMES = ("", SERVICE_NAME)  # grpc.health.v1: the server as a whole, and 
 REFLECTED = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
 
 FLUSH_TIMEOUT_S = 2.0  # for readers to take the last chunks when the engine has finished or was told to
+CLOSE_TIMEOUT_S = 10.0  # for the step that runs
+LOADING_TIMEOUT_S = 0.5  # loading may take minutes and cannot be interrupted
 STOP_GRACE_S = 0.2  # for unary calls; a health watch never ends by itself
 
 
@@ -109,7 +112,7 @@ class Server:
     async def close(self) -> bool:
         """Ends calls, engine and metrics. False: the engine thread is busy loading and cannot be interrupted."""
         await self._health.enter_graceful_shutdown()
-        ended = await self.engine.close()
+        ended = await self.engine.close(LOADING_TIMEOUT_S if self.engine.state == "loading" else CLOSE_TIMEOUT_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_GRACE_S):  # streams learn why they ended
                 await self._service.idle.wait()
@@ -134,9 +137,9 @@ async def serve(
 ) -> None:
     """Serves until ``stop`` is set, then drains. Returns after a clean end.
 
-    Without ``stop`` it is the process's main coroutine: SIGTERM and SIGINT drain, a second one exits at once, and an
-    engine that is still loading when the server ends takes the process with it (exit 0), for its thread cannot be
-    interrupted.
+    Without ``stop`` it is the process's main coroutine: SIGTERM and SIGINT drain, a second one exits at once. When told
+    to stop while the engine loads, whose thread cannot be interrupted, it returns, and the process ends without
+    finalizing the interpreter (exit 0).
 
     Args:
         on_bound: called when the ports are bound (``server.port``, ``server.metrics_port``); the engine loads then.
@@ -154,7 +157,7 @@ async def serve(
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     server = Server(engine_factory, options or ServerOptions())
     await server.start()
-    ended = False
+    ended = True
     try:
         if on_bound is not None:
             on_bound(server)
@@ -167,10 +170,15 @@ async def serve(
                 logger.warning("the drain limit of %g s passed: requests were aborted", server.options.drain_timeout_s)
     finally:
         ended = await server.close()
-        if owns_process and not ended:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+    if owns_process and not ended:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Ends the process as it is: finalizing the interpreter under a thread that is inside XLA may crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 async def _first(work, stop: asyncio.Event) -> bool:

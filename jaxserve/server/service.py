@@ -131,7 +131,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         params = codec.read_sampling(message.sampling)
         prompt = codec.read_prompt(message)
         if isinstance(prompt, str):
-            self._check_size(engine, self._tokenizer(engine, "prompt"), "prompt", prompt)
+            self._tokenizer(engine, "prompt")
+            self._check_bytes("prompt", prompt)
         elif isinstance(prompt, list):
             prompt = self._encode_chat(engine, prompt)
         return engine.make_request(
@@ -149,7 +150,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             return self._encode_chat(engine, prompt)
         assert isinstance(prompt, str)
         tokenizer = self._tokenizer(engine, "prompt")
-        self._check_size(engine, tokenizer, "prompt", prompt)
+        self._check_bytes("prompt", prompt)
+        _check_fits(engine, tokenizer, "prompt", prompt)
         add_special_tokens = message.add_special_tokens if message.HasField("add_special_tokens") else True
         return tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
@@ -165,7 +167,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         tokenizer = self._tokenizer(engine, "messages")
         if tokenizer.chat_template is None:
             raise UnsupportedByModelError("messages", f"{engine.model_name} has no chat template: send text")
-        self._check_size(engine, tokenizer, "messages", "".join(m["content"] for m in messages))
+        contents = "".join(m["content"] for m in messages)
+        self._check_bytes("messages", contents)
+        _check_fits(engine, tokenizer, "messages", contents)
         try:
             return tokenizer.encode_chat(messages)
         except ChatTemplateError as error:
@@ -177,14 +181,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             raise UnsupportedByModelError(field, f"{engine.model_name} has no tokenizer: send and take token ids")
         return engine.tokenizer
 
-    def _check_size(self, engine: EngineCore, tokenizer: Tokenizer, field: str, text: str) -> None:
-        """Refuses a text that cannot fit, without the time and memory of tokenizing it."""
+    def _check_bytes(self, field: str, text: str) -> None:
         limit = self._options.max_prompt_bytes
         if limit is not None and (num_bytes := len(text.encode())) > limit:
             raise RequestError(field, f"{num_bytes} bytes, this server takes at most {limit}")
-        max_model_len = engine.scheduler_config.max_model_len
-        if (num_tokens := tokenizer.min_num_tokens(text)) > max_model_len:
-            raise RequestError(field, f"at least {num_tokens} tokens, max_model_len={max_model_len}")
+
+
+def _check_fits(engine: EngineCore, tokenizer: Tokenizer, field: str, text: str) -> None:
+    """Refuses a text that cannot fit, without the time of tokenizing it (``make_request`` does so for its texts)."""
+    max_model_len = engine.scheduler_config.max_model_len
+    if (num_tokens := tokenizer.min_num_tokens(text)) > max_model_len:
+        raise RequestError(field, f"at least {num_tokens} tokens, max_model_len={max_model_len}")
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

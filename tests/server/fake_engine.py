@@ -112,10 +112,12 @@ class FakeEngine:
         priority: int = 0,
         deadline: float | None = None,
     ) -> Request:
+        limit = self.scheduler_config.max_model_len
         if isinstance(prompt, str):
             assert self.tokenizer is not None
+            if (least := self.tokenizer.min_num_tokens(prompt)) > limit:
+                raise RequestError("prompt", f"at least {least} tokens, max_model_len={limit}")
             prompt = self.tokenizer.encode(prompt)
-        limit = self.scheduler_config.max_model_len
         if not prompt:
             raise RequestError("prompt", "is empty")
         if len(prompt) >= limit:
