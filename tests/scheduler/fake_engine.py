@@ -161,10 +161,12 @@ class FakeEngine:
     cache: CacheConfig
     config: SchedulerConfig
     requests: dict[str, Request] = field(default_factory=dict)
+    expected: dict[str, list[int]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str | None] = field(default_factory=dict)
     in_flight: tuple[ScheduledBatch, np.ndarray] | None = None
     num_steps: int = 0
+    num_preempted_in_flight: int = 0
 
     def __post_init__(self):
         self.dims = dims_of(self.cache, self.config)
@@ -175,6 +177,7 @@ class FakeEngine:
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
         self.requests[request.request_id] = request
+        self.expected[request.request_id] = solo_tokens(request)
         self.outputs[request.request_id] = []
 
     def end(self, request_id: str, reason: str) -> bool:
@@ -207,6 +210,7 @@ class FakeEngine:
         else:
             ready, self.in_flight = self.in_flight, dispatched
         if ready is not None:
+            self.num_preempted_in_flight += sum(row.sequence.status == "waiting" for row in ready[0].rows)
             for committed in self.scheduler.commit(*ready):
                 self.take(committed)
         elif batch is None:
@@ -218,7 +222,7 @@ class FakeEngine:
         assert committed.request_id not in self.reasons, "a token after the end"
         assert committed.index == len(outputs)
         outputs.append(committed.token)
-        expected = solo_tokens(request)
+        expected = self.expected[committed.request_id]
         assert outputs == expected[: len(outputs)], f"{committed.request_id} differs from its solo run"
         if len(outputs) < len(expected):
             assert committed.finish_reason is None
@@ -228,8 +232,14 @@ class FakeEngine:
         assert committed.stop_reason == (committed.token if committed.token in request.params.stop_token_ids else None)
         self.reasons[committed.request_id] = committed.finish_reason
 
-    def drain(self, max_steps: int) -> None:
-        """Step until all is finished and read; everything must be free then."""
+    def drain(self) -> None:
+        """Step until all is finished and read; everything must be free then.
+
+        Even one after the other, with each token in a step of its own, the requests take as many steps as they have
+        tokens; what preemption computes twice fits in twice that.
+        """
+        unfinished = (r.max_total_len for request_id, r in self.requests.items() if request_id not in self.reasons)
+        max_steps = 2 * sum(unfinished) + 4
         for _ in range(max_steps):
             if not self.scheduler.has_unfinished() and self.in_flight is None:
                 break
@@ -237,9 +247,9 @@ class FakeEngine:
             self.check_state()
         assert not self.scheduler.has_unfinished(), f"unfinished after {max_steps} steps"
         assert self.in_flight is None
-        for request_id, request in self.requests.items():
-            if self.reasons[request_id] in ("stop", "length"):
-                assert self.outputs[request_id] == solo_tokens(request)
+        for request_id, reason in self.reasons.items():
+            if reason in ("stop", "length"):
+                assert self.outputs[request_id] == self.expected[request_id]
         stats = self.scheduler.stats()
         assert (stats.num_pages_held, stats.num_tokens_held, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
         assert self.scheduler.pool.num_free == self.cache.num_pages
@@ -290,7 +300,7 @@ class FakeEngine:
         for queue, status in ((running, "running"), (waiting, "waiting")):
             assert [s.order for s in queue] == sorted(s.order for s in queue)
             assert all(s.status == status for s in queue)
-        assert all(not s.pages and s.slot == -1 for s in waiting)
+        assert all(not s.pages and s.slot == -1 and s.num_computed == s.num_registered == 0 for s in waiting)
         unfinished = {s.request_id for s in running + waiting}
         assert unfinished == set(scheduler._sequences) == set(self.requests) - set(self.reasons)
         assert all(0 <= s.num_in_flight <= self.config.lookahead for s in running + waiting)

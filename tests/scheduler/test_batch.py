@@ -1,5 +1,6 @@
 """The corridor, field by field, against batches written by hand."""
 
+import time
 import timeit
 
 import numpy as np
@@ -162,6 +163,8 @@ def test_256_decode_rows_take_less_than_a_millisecond():
     assert scheduler.schedule() is not None
     batch = scheduler.schedule()
     assert batch is not None and batch.bucket == (256, 0, 0) and len(batch.rows) == 256
-    # The best of many: the machine may be busy, the code is not slower for that.
-    seconds = min(timeit.repeat(lambda: build_inputs(batch, scheduler.slots, scheduler.dims), number=1, repeat=50))
-    assert seconds < 1e-3
+    # CPU time, the best of many: the machine may be busy, the code is not slower for that.
+    seconds = timeit.repeat(
+        lambda: build_inputs(batch, scheduler.slots, scheduler.dims), timer=time.process_time, number=1, repeat=50
+    )
+    assert min(seconds) < 1e-3

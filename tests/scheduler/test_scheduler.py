@@ -206,6 +206,20 @@ def test_a_preempted_sequence_may_end_by_its_token_in_flight():
     assert scheduler.stats().num_waiting == 0 and scheduler.get("young") is None
 
 
+def test_nobody_is_admitted_in_the_step_of_a_preemption():
+    scheduler = make_scheduler(num_pages=6, max_num_seqs=2)
+    scheduler.add(make_request("old", [5] * 5, 9))  # 2 pages, a third after 8 tokens
+    scheduler.add(make_request("young", [6] * 9, 9, priority=1))  # 3 pages
+    commit(scheduler, next_batch(scheduler))
+    scheduler.add(make_request("tiny", [7], 2))  # better than "young", but both slots are taken
+    for _ in range(3):
+        commit(scheduler, next_batch(scheduler))  # 8 and 12 tokens computed
+    batch = next_batch(scheduler)  # "old" takes the last page, "young" goes and leaves three
+    assert shape(batch) == [("old", 8, 1, True)]
+    commit(scheduler, batch)
+    assert shape(next_batch(scheduler)) == [("old", 9, 1, True), ("tiny", 0, 1, True)]
+
+
 def test_priority_decides_before_age_who_is_preempted():
     scheduler = make_scheduler(num_pages=5)
     scheduler.add(make_request("young", [6] * 8, 9, arrival=2.0))  # 3 pages: 8 tokens and one more
@@ -279,7 +293,7 @@ def test_abort_at_every_moment_of_a_life(lookahead):
         assert not engine.end("gone", "abort")
         engine.check_state()
         engine.add(make_request("gone again", [1, 2, 3, 4], 6, eos=False))
-        engine.drain(100)
+        engine.drain()
 
 
 def test_an_id_is_free_again_after_its_end_even_with_a_token_in_flight():
