@@ -19,7 +19,7 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from jaxserve.engine.async_engine import AsyncEngine, EngineCore
+from jaxserve.engine.async_engine import AsyncEngine, EngineCore, EngineFailedError
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.service import InferenceService
@@ -56,6 +56,9 @@ class Server:
     async def start(self) -> None:
         """Binds, serves health (NOT_SERVING), and starts the engine. Raises ServeError when a port cannot be bound."""
         options = self.options
+        for port in (options.port, options.metrics_port):
+            if port is not None:
+                _check_can_bind(options.host, port)
         self._grpc = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # or a second server would take half of the first one's connections
@@ -65,7 +68,6 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 10_000),
             ]
         )
-        _check_can_bind(options.host, options.port)
         try:
             self.port = self._grpc.add_insecure_port(_address(options.host, options.port))
         except RuntimeError as error:
@@ -74,7 +76,6 @@ class Server:
         metrics = ServerMetrics(lambda: self.engine.stats())
         self._metrics_server = None
         if options.metrics_port is not None:
-            _check_can_bind(options.host, options.metrics_port)
             self._metrics_server, self._metrics_thread = start_http_server(
                 options.metrics_port, options.host, metrics.registry
             )
@@ -95,6 +96,7 @@ class Server:
         """Returns when requests are served; raises what the engine's construction raised."""
         await self.engine.ready()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watch = asyncio.create_task(self._watch_engine())
 
     async def drain(self) -> bool:
         """Health NOT_SERVING, new requests UNAVAILABLE, running ones finish or are aborted at the limit.
@@ -121,6 +123,11 @@ class Server:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
         return ended
+
+    async def _watch_engine(self) -> None:
+        with suppress(EngineFailedError):  # who runs the server learns it from ``engine.wait_stopped``
+            await self.engine.wait_stopped()
+        await self._health.enter_graceful_shutdown()
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for name in HEALTH_NAMES:
@@ -168,6 +175,8 @@ async def serve(
             logger.info("draining: at most %g s", server.options.drain_timeout_s)
             if not await server.drain():
                 logger.warning("the drain limit of %g s passed: requests were aborted", server.options.drain_timeout_s)
+            if server.engine.state == "failed":  # while it drained
+                await server.engine.wait_stopped()
     finally:
         ended = await server.close()
     if owns_process and not ended:

@@ -15,6 +15,7 @@ from jaxserve.engine.async_engine import EngineFailedError
 from jaxserve.server.app import SERVICE_NAME, ServeError, Server, serve
 from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.v1 import inference_pb2 as pb
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
 from tests.server.fake_engine import FakeEngine, byte_tokenizer, expected_text
 from tests.server.test_service import refused, text_of
@@ -103,6 +104,22 @@ async def test_drain_aborts_at_its_limit_and_says_so():
         assert chunks[-1].finish_reason == "abort" and s.engine.idle.is_set()
 
 
+async def test_health_is_not_serving_once_the_engine_died():
+    async with serving(endless_engine()) as s, grpc.aio.insecure_channel(s.target) as channel:
+        watch = channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=Health.FromString,
+        )(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
+        statuses = aiter(watch)
+        assert (await anext(statuses)).status == Health.SERVING
+        stream = s.client.generate("a")
+        await anext(stream)
+        s.engine.fail.set()
+        assert (await anext(statuses)).status == Health.NOT_SERVING
+        assert set((await health(s.target)).values()) == {Health.NOT_SERVING}
+
+
 async def test_serve_stops_when_told_and_raises_when_the_engine_dies():
     async def run(engine, act):
         stop, ready = asyncio.Event(), asyncio.Future()
@@ -131,6 +148,19 @@ async def test_serve_stops_when_told_and_raises_when_the_engine_dies():
     broken = endless_engine()
     with pytest.raises(EngineFailedError, match="the device was lost"):
         await run(broken, break_it)
+
+    async def break_it_while_it_drains(client, stop):
+        stream = client.generate("a")
+        await anext(stream)
+        stop.set()
+        while (await client.server_info()).state == pb.SERVER_STATE_READY:
+            pass  # each turn is a call, and the drain begins within a few
+        broken.fail.set()
+        assert (await refused(stream)).code() == grpc.StatusCode.INTERNAL
+
+    broken = endless_engine()
+    with pytest.raises(EngineFailedError, match="the device was lost"):
+        await run(broken, break_it_while_it_drains)
 
 
 async def test_serve_raises_what_construction_raised():
