@@ -74,16 +74,15 @@ class Server:
             raise ServeError(f"cannot bind {_address(options.host, options.port)}: {error}") from error
 
         metrics = ServerMetrics(lambda: self.engine.stats())
+        self.engine = AsyncEngine(
+            self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=metrics.observe
+        )
         self._metrics_server = None
         if options.metrics_port is not None:
             self._metrics_server, self._metrics_thread = start_http_server(
                 options.metrics_port, options.host, metrics.registry
             )
             self.metrics_port = self._metrics_server.server_port
-
-        self.engine = AsyncEngine(
-            self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=metrics.observe
-        )
         self._service = InferenceService(self.engine, options)
         self._health = health_aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
