@@ -2,6 +2,7 @@
 
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.gguf import GGUFCheckpoint
+from jaxserve.checkpoint.info import CheckpointInfo, checkpoint_info
 from jaxserve.checkpoint.resolve import DEFAULT_MODEL, resolve_model
 
-__all__ = ["DEFAULT_MODEL", "CheckpointError", "GGUFCheckpoint", "resolve_model"]
+__all__ = ["DEFAULT_MODEL", "CheckpointError", "CheckpointInfo", "GGUFCheckpoint", "checkpoint_info", "resolve_model"]

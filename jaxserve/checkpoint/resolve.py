@@ -30,26 +30,26 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """
     if isinstance(name_or_path, str) and name_or_path in MODELS:
         return _locate(name_or_path, MODELS[name_or_path])
+    shown = repr(str(name_or_path) if len(str(name_or_path)) <= 200 else f"{str(name_or_path)[:200]}...")
+    unknown = CheckpointError(f"no model {shown}: neither a file nor a folder; known names: {', '.join(MODELS)}")
     if not str(name_or_path):
-        raise CheckpointError(f"the model name is empty; known names: {', '.join(MODELS)}")
+        raise unknown
     try:
         path = Path(name_or_path).expanduser()
         is_dir, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as e:  # a name too long, an unknown ~user, a NUL
-        raise CheckpointError(f"{str(name_or_path)[:200]!r} is not a path: {e}") from None
+    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a NUL
+        raise unknown from None
     if is_dir:
         files = sorted(p for p in path.glob("*.gguf") if p.is_file())
         if len(files) != 1:
             found = ", ".join(p.name for p in files) or "none"
             raise CheckpointError(f"the folder {path} must hold exactly one .gguf file, it holds: {found}")
         return files[0]
-    if is_file:
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is not a .gguf file")
-        return path
-    raise CheckpointError(
-        f"no model {str(name_or_path)[:200]!r}: not a file or folder; known names: {', '.join(MODELS)}"
-    )
+    if not is_file:
+        raise unknown
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path} is not a .gguf file")
+    return path
 
 
 def _locate(name: str, model: PackagedModel) -> Path:

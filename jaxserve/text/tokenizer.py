@@ -64,7 +64,9 @@ class Tokenizer:
         self.add_bos = add_bos
         self._prefix = [bos_token_id] if add_bos and bos_token_id is not None else []
         self.chat_template = chat_template
-        self._max_token_len = max(map(len, self._token_bytes), default=1)  # bytes
+        # Bytes that one token can stand for; 0, unbounded, where an added token swallows the spaces around it.
+        strips = any(t.lstrip or t.rstrip for t in backend.get_added_tokens_decoder().values())
+        self._max_token_len = 0 if strips else max(map(len, self._token_bytes), default=0)
         for name, ids in (("eos_token_ids", self.eos_token_ids), ("bos_token_id", (bos_token_id,))):
             for i in ids:
                 if i is not None and not 0 <= i < self.vocab_size:
@@ -98,17 +100,25 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Special tokens written in the text become their ids.
 
+        Bytes for which the vocabulary has no token (models trained on little text lack a few) are dropped, as by the
+        tokenizers that such models were trained with.
+
         Raises:
             TokenizerError: ``text`` has a lone surrogate, which no encoding of Unicode can carry.
         """
-        try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as e:
-            raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {e.start}") from e
+        check_unicode(text)
+        ids = self._backend.encode(text, add_special_tokens=False).ids
         return self._prefix + ids if add_special_tokens else ids
 
     def min_num_tokens(self, text: str) -> int:
-        """A lower bound of ``len(encode(text))`` in a small part of its time: refuses a huge prompt at the door."""
+        """A lower bound of ``len(encode(text))`` in a small part of its time: refuses a huge prompt at the door.
+
+        Raises:
+            TokenizerError: as ``encode``.
+        """
+        check_unicode(text)
+        if not self._max_token_len:
+            return 0
         if self._backend.normalizer is not None:
             text = self._backend.normalizer.normalize_str(text)
         return -(-len(text) // self._max_token_len)  # a character is at least one byte
@@ -155,6 +165,14 @@ class Tokenizer:
 
     def _literal(self, token_id: int | None) -> str | None:
         return None if token_id is None else self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+
+def check_unicode(text: str) -> None:
+    """Raises TokenizerError where ``text`` has a lone surrogate: it came from bytes that were not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {e.start}") from None
 
 
 def _token_table(backend: tokenizers.Tokenizer) -> tuple[list[bytes], frozenset[int]]:

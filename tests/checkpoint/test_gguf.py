@@ -1,0 +1,243 @@
+"""GGUF checkpoints: layout of the loaded tree, and refusal by name of everything that is not understood."""
+
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from jaxserve.checkpoint import CheckpointError, GGUFCheckpoint, checkpoint_info
+from jaxserve.config import ModelConfig
+from jaxserve.model.params import check_params
+from tests.checkpoint.tiny_gguf import LAYERS, D, F, H, K, N, V, weights, write
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def test_config_is_read_from_the_metadata(tiny_file):
+    checkpoint = GGUFCheckpoint(tiny_file)
+    assert checkpoint.config == ModelConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_layers=LAYERS,
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=H,
+        rope_theta=5000.0,
+        rms_norm_eps=float(np.float32(1e-5)),
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+        eos_token_ids=checkpoint.tokenizer().eos_token_ids,
+    )
+    assert (checkpoint.architecture, checkpoint.model_name, checkpoint.license) == ("llama", "tiny", "apache-2.0")
+
+
+def test_absent_keys_have_the_format_s_defaults(tmp_path):
+    absent = ("attention.head_count_kv", "rope.freq_base", "rope.dimension_count", "vocab_size")
+    keys = {f"llama.{k}": None for k in absent} | {"general.name": None, "general.license": None}
+    tensors = weights()
+    for name in tensors:
+        if "attn_k" in name or "attn_v" in name:
+            tensors[name] = np.zeros((N * H, D), np.float32)
+    checkpoint = GGUFCheckpoint(write(tmp_path / "some-name.gguf", keys=keys, tensors=tensors))
+    config = checkpoint.config
+    assert (config.num_kv_heads, config.rope_theta, config.head_dim, config.vocab_size) == (N, 10_000.0, D // N, V)
+    assert (checkpoint.model_name, checkpoint.license) == ("some-name", None)
+
+
+def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """By definition: row (pair i, side s) of a head moves from 2 i + s to s H/2 + i."""
+    out = np.empty((heads, H, D), np.float32)
+    for head in range(heads):
+        for i in range(H // 2):
+            for side in range(2):
+                out[head, side * (H // 2) + i] = rows[head * H + 2 * i + side]
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_params_have_the_canonical_layout(tmp_path, tied):
+    given = weights(tied)
+    calls = []
+    with GGUFCheckpoint(write(tmp_path / "m.gguf", tensors=given)) as checkpoint:
+        params = checkpoint.load_params(on_tensor=lambda done, total: calls.append((done, total)))
+        config = checkpoint.config
+    check_params(params, config)
+    assert calls == [(i + 1, len(given)) for i in range(len(given))]
+    assert config.tie_word_embeddings == tied
+    np.testing.assert_array_equal(params.embed, given["token_embd.weight"])
+    np.testing.assert_array_equal(params.final_norm, given["output_norm.weight"])
+    if tied:
+        assert params.head is None
+    else:
+        np.testing.assert_array_equal(params.head, given["output.weight"])
+    for i, layer in enumerate(params.layers):
+        blk = {name.split(".")[2]: a for name, a in given.items() if name.startswith(f"blk.{i}.")}
+        q, k = half_split(blk["attn_q"], N), half_split(blk["attn_k"], K)
+        v = blk["attn_v"].reshape(K, H, D)
+        for head in range(N):  # query head n reads kv head n // G
+            np.testing.assert_array_equal(layer.qkv[head // (N // K), head % (N // K)], q[head])
+        np.testing.assert_array_equal(layer.qkv[:, N // K], k)
+        np.testing.assert_array_equal(layer.qkv[:, N // K + 1], v)
+        np.testing.assert_array_equal(layer.gate_up, np.stack([blk["ffn_gate"], blk["ffn_up"]]))
+        np.testing.assert_array_equal(layer.attn_out, blk["attn_output"])
+        np.testing.assert_array_equal(layer.down, blk["ffn_down"])
+        np.testing.assert_array_equal(layer.attn_norm, blk["attn_norm"])
+        np.testing.assert_array_equal(layer.mlp_norm, blk["ffn_norm"])
+
+
+QUANTIZED = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_every_type_that_gguf_writes_is_dequantized(tmp_path, kind):
+    given, kind = weights(), gguf.GGMLQuantizationType[kind]
+    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", types={n: kind for n, a in given.items() if a.ndim == 2}))
+    for name, array in given.items():
+        quantized = array.ndim == 2
+        expected = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind) if quantized else array
+        np.testing.assert_array_equal(checkpoint.load_tensor(name), expected)
+    assert set(checkpoint.tensor_types()) == {kind.name, "F32"}
+
+
+def test_params_come_in_the_dtype_asked_for(tiny_file):
+    import ml_dtypes
+
+    with GGUFCheckpoint(tiny_file) as checkpoint:
+        whole, half = checkpoint.load_params(), checkpoint.load_params(ml_dtypes.bfloat16)
+    assert half.layers[0].qkv.dtype == half.embed.dtype == half.final_norm.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(half.layers[1].qkv, whole.layers[1].qkv.astype(ml_dtypes.bfloat16))
+
+
+def test_params_do_not_depend_on_the_open_file(tiny_file):
+    with GGUFCheckpoint(tiny_file) as checkpoint:
+        params = checkpoint.load_params()
+    params.embed[0, 0] += 1  # writable, and its own
+    with pytest.raises(CheckpointError, match="is closed"):
+        checkpoint.load_params()
+    assert checkpoint.config.vocab_size == V
+    assert checkpoint.tokenizer().vocab_size == V
+
+
+def test_info_counts_what_the_file_holds(tiny_file):
+    info = checkpoint_info(GGUFCheckpoint(tiny_file))
+    assert info.num_params == sum(a.size for a in weights().values())
+    assert info.tensor_bytes == {"F32": 4 * info.num_params}
+    assert (info.kv_bytes_per_token_f32, info.kv_bytes_per_token_bf16) == (
+        2 * LAYERS * K * H * 4,
+        2 * LAYERS * K * H * 2,
+    )
+    assert (info.num_bytes, info.context_len, info.vocab_size) == (tiny_file.stat().st_size, 64, V)
+    assert not info.has_chat_template
+
+
+def test_the_header_says_what_gguf_s_own_reader_says(tmp_path):
+    keys = {
+        "general.languages": ["en", "日本"],
+        "x.floats": [0.5, 2.0],
+        "x.flags": [True, False],
+        "tokenizer.chat_template": "é",
+    }
+    path = write(tmp_path / "m.gguf", keys=keys, types={"token_embd.weight": gguf.GGMLQuantizationType.Q8_0})
+    ours, theirs = GGUFCheckpoint(path), gguf.GGUFReader(path)
+    their_keys = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    assert {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in ours.metadata.items()} == their_keys
+    assert [(t.name, t.shape, t.type_name, t.start, t.num_bytes) for t in ours.tensors.values()] == [
+        (t.name, tuple(t.shape[::-1].tolist()), t.tensor_type.name, t.data_offset, t.n_bytes) for t in theirs.tensors
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not supported"),
+        ({"llama.rope.scaling.factor": 8.0}, "llama.rope.scaling.factor=8.0 is not supported"),
+        ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported"),
+        ({"llama.attention.sliding_window": 512}, "llama.attention.sliding_window=512 is not supported"),
+        ({"llama.attention.head_count": [4, 4]}, r"head_count=<array of 2> must be a positive integer"),
+        ({"llama.block_count": None}, "llama.block_count is missing"),
+        ({"llama.block_count": 0}, "llama.block_count=0 must be a positive integer"),
+        ({"llama.block_count": 3}, r"tensor 'blk.2.attn_norm.weight' is missing, expected shape \(32,\)"),
+        ({"llama.block_count": 2**32 - 1}, "tensor 'blk.2.attn_norm.weight' is missing"),
+        ({"llama.block_count": 1}, r"tensor 'blk.1.attn_norm.weight' of shape \(32,\) is not one of a llama model"),
+        ({"llama.embedding_length": 64}, "head dimension 16"),
+        ({"llama.feed_forward_length": 48}, r"'blk.0.ffn_gate.weight' has shape \(32, 32\), expected \(48, 32\)"),
+        ({"llama.vocab_size": 300}, r"'token_embd.weight' has shape \(266, 32\), expected \(300, 32\)"),
+        ({"llama.attention.head_count_kv": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
+        ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4 differs from the head dimension 8"),
+        ({"llama.attention.key_length": 16}, "differs from the head dimension 16"),
+        ({"llama.rope.freq_base": float("nan")}, "rope.freq_base=nan must be a positive number"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
+        ({"llama.attention.layer_norm_rms_epsilon": "1"}, "layer_norm_rms_epsilon='1' must be a positive number"),
+        ({"llama.something.new": 1}, "llama.something.new=1 is not supported"),
+        ({"general.type": "adapter"}, "general.type='adapter' is not a model"),
+        ({"split.count": 4}, "split.count=4"),
+        ({"tokenizer.ggml.eos_token_id": "2"}, "end-of-sequence ids"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(tmp_path, keys, complaint):
+    with pytest.raises(CheckpointError, match=complaint):
+        GGUFCheckpoint(write(tmp_path / "m.gguf", keys=keys))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"llama.rope.scaling.type": "none"}, {"llama.expert_count": 0}, {"x.y": 1}, {"split.count": 1}]
+)
+def test_keys_that_change_nothing_are_taken(tmp_path, keys):
+    assert GGUFCheckpoint(write(tmp_path / "m.gguf", keys=keys)).config.vocab_size == V
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported, only llama"):
+        GGUFCheckpoint(write(tmp_path / "m.gguf", arch="mamba"))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("rope_freqs.weight", "'rope_freqs.weight': scaled rotary frequencies are not supported"),
+        ("blk.0.attn_q.bias", r"'blk.0.attn_q.bias' of shape \(4,\) is not one of a llama model"),
+    ],
+)
+def test_an_extra_tensor_is_refused_by_name(tmp_path, name, complaint):
+    with pytest.raises(CheckpointError, match=complaint):
+        GGUFCheckpoint(write(tmp_path / "m.gguf", tensors={**weights(), name: np.ones(4, np.float32)}))
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "output_norm.weight", "blk.1.ffn_down.weight"])
+def test_a_missing_tensor_is_named(tmp_path, name):
+    tensors = weights()
+    del tensors[name]
+    with pytest.raises(CheckpointError, match=f"tensor '{name}' is missing"):
+        GGUFCheckpoint(write(tmp_path / "m.gguf", tensors=tensors, keys={"llama.vocab_size": V}))
+
+
+def test_a_type_that_cannot_be_dequantized_is_named(tmp_path):
+    tensors = {n: a.astype(np.int32) if n == "output_norm.weight" else a for n, a in weights().items()}
+    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", tensors=tensors))
+    with pytest.raises(CheckpointError, match=r"tensor 'output_norm\.weight' of type I32 cannot be read"):
+        checkpoint.load_params()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    tensors = {n: a[: V - 1] if n == "token_embd.weight" else a for n, a in weights().items()}
+    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", tensors=tensors, keys={"llama.vocab_size": V - 1}))
+    with pytest.raises(CheckpointError, match="266 tokens, the embedding only 265 rows"):
+        checkpoint.tokenizer()
+
+
+def test_a_tokenizer_error_names_the_file(tmp_path):
+    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", keys={"tokenizer.ggml.model": "llama"}))
+    with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.model 'llama' is not supported"):
+        checkpoint.tokenizer()
+
+
+def test_without_the_gguf_package_opening_says_what_to_install(tiny_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match="pip install gguf"):
+        GGUFCheckpoint(tiny_file)

@@ -1,0 +1,74 @@
+"""Small GGUF files of a llama model, written with the `gguf` package, and weights to compare them with."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from tests.text.metadata import gguf_metadata
+
+V, D, F, LAYERS, N, K, H = 266, 32, 32, 2, 4, 2, 8
+ARCH_KEYS: dict[str, Any] = {
+    "llama.block_count": LAYERS,
+    "llama.context_length": 64,
+    "llama.embedding_length": D,
+    "llama.feed_forward_length": F,
+    "llama.attention.head_count": N,
+    "llama.attention.head_count_kv": K,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 5000.0,
+    "llama.rope.dimension_count": H,
+    "llama.vocab_size": V,
+}
+GENERAL_KEYS: dict[str, Any] = {"general.name": "tiny", "general.license": "apache-2.0"}
+
+
+def weights(tied: bool = True) -> dict[str, np.ndarray]:
+    """Float32 tensors by GGUF name, q and k rows in GGUF's interleaved order."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (V, D), "output_norm.weight": (D,)}
+    if not tied:
+        shapes["output.weight"] = (V, D)
+    for i in range(LAYERS):
+        layer = {
+            "attn_norm": (D,), "attn_q": (N * H, D), "attn_k": (K * H, D), "attn_v": (K * H, D),
+            "attn_output": (D, N * H), "ffn_norm": (D,), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F),
+        }  # fmt: skip
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def write(
+    path: Path,
+    *,
+    arch: str = "llama",
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    types: dict[str, gguf.GGMLQuantizationType] | None = None,
+) -> Path:
+    """A GGUF file; ``keys`` are added to the tiny model's, None removes one; ``types`` quantize tensors."""
+    writer = gguf.GGUFWriter(path, arch)
+    all_keys = {**GENERAL_KEYS, **ARCH_KEYS, **gguf_metadata(), **(keys or {})}
+    for key, value in all_keys.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+    for name, array in (weights() if tensors is None else tensors).items():
+        kind = (types or {}).get(name)
+        if kind is None:
+            writer.add_tensor(name, array)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
