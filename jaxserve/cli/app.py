@@ -1,7 +1,6 @@
 """The ``jaxserve`` command: its subcommands and the one place where errors become a line and an exit status."""
 
 import os
-import signal
 import sys
 import traceback
 from typing import Annotated
@@ -10,8 +9,9 @@ import typer
 
 import jaxserve
 from jaxserve.cli import local, remote, serving
+from jaxserve.cli.loading import INTERRUPTED
 
-BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 128 + signal.SIGINT
+BAD_INPUT, FAILURE = 2, 1
 
 app = typer.Typer(
     name="jaxserve",
@@ -41,11 +41,12 @@ def _top_level(
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. Ends the process without waiting for threads: one that is inside XLA's compiler, of a server
+    that was told to stop while loading, cannot be interrupted, and the commands have closed what they opened."""
     status = run(sys.argv[1:])
-    if status == INTERRUPTED:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not print a traceback from exit handlers
-    sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(arguments: list[str]) -> int:

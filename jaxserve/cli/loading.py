@@ -1,5 +1,10 @@
 """From a model's name and the engine options to an engine that is ready, with its start-up shown."""
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.options import EngineOptions
@@ -7,6 +12,8 @@ from jaxserve.cli.terminal import ProgressDisplay
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def open_engine(model: str, options: EngineOptions) -> "Engine":
@@ -16,13 +23,31 @@ def open_engine(model: str, options: EngineOptions) -> "Engine":
         ValueError: an option or the checkpoint is wrong (``CheckpointError``).
     """
     keywords = options.keywords()
-    with ProgressDisplay() as progress:
+    with ProgressDisplay() as progress, _leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         import jax
 
         from jaxserve.engine.engine import Engine
 
-        progress("import jax", 1, 1)  # its bar is full
         if options.platform is not None:
             jax.config.update("jax_platforms", options.platform)
         return Engine.from_pretrained(model, on_progress=progress, **keywords)
+
+
+@contextmanager
+def _leaving_at_interrupt(progress: ProgressDisplay) -> Iterator[None]:
+    """Ctrl-C in the block ends the process at once: threads inside XLA's compiler cannot be interrupted, an exception
+    would wait for them, and there is nothing yet to clean up. In the main thread only, where signals go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        progress.__exit__(None, None, None)
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -38,7 +38,8 @@ class SamplingOptions:
 
     def set_fields(self) -> dict[str, Any]:
         """The fields that were set, under the names of ``SamplingParams``."""
-        values = {name: value for name, value in asdict(self).items() if value not in (None, [], False)}
+        # By identity: 0 is a temperature, and equal to False.
+        values = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
         if "stop_token_id" in values:
             values["stop_token_ids"] = values.pop("stop_token_id")
         return values

@@ -1,0 +1,100 @@
+"""generate and chat on this machine, with a tiny model's real engine."""
+
+import io
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from jaxserve.checkpoint.resolve import DEFAULT_MODEL
+from jaxserve.cli.app import run
+from jaxserve.engine.engine import Engine
+from jaxserve.request import SamplingParams
+
+GREEDY = ["--max-tokens=12", "--temperature=0", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def continuation(tiny: list[str]) -> Iterator[Callable[[str], str]]:
+    """The text of twelve greedy tokens after a prompt, from the library."""
+    path, *options = tiny
+    values = dict(option.removeprefix("--").split("=") for option in options)
+    with Engine.from_pretrained(
+        path,
+        max_num_seqs=int(values["max-num-seqs"]),
+        prefill_sizes=[int(values["prefill-sizes"])],
+        max_model_len=int(values["max-model-len"]),
+        compilation_cache_dir=values["compilation-cache-dir"],
+    ) as engine:
+        params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        yield lambda prompt: engine.generate([prompt], params)[0].text
+
+
+def test_one_prompt_is_streamed(tiny: list[str], continuation, capsys: pytest.CaptureFixture[str]):
+    assert run(["generate", *tiny, "-p", "hello", *GREEDY, "--stats"]) == 0
+    out, err = capsys.readouterr()
+    assert out == continuation("hello") + "\n"
+    assert "compile" in err and "TTFT" in err and "12 tokens (prompt 5)" in err
+
+
+def test_json_lines(tiny: list[str], continuation, capsys: pytest.CaptureFixture[str]):
+    assert run(["generate", *tiny, "-p", "hello", "-p", "there", *GREEDY, "--json", "--logprobs=2"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["prompt"], second["prompt"]) == ("hello", "there")
+    assert first["text"] == continuation("hello") and first["finish_reason"] == "length"
+    assert len(second["token_ids"]) == len(second["logprobs"]) == 12 and len(second["logprobs"][0]["top"]) == 2
+
+
+def test_several_prompts_as_text(tiny: list[str], continuation, capsys: pytest.CaptureFixture[str]):
+    assert run(["generate", *tiny, "-p", "hello", "-p", "there", *GREEDY]) == 0
+    assert capsys.readouterr().out == f"{continuation('hello')}\n\n{continuation('there')}\n"
+
+
+def test_bad_prompt_is_refused(tiny: list[str], capsys: pytest.CaptureFixture[str]):
+    assert run(["generate", *tiny, "-p", ""]) == 2
+    assert "error: prompt: is empty" in capsys.readouterr().err
+
+
+def test_chat_from_a_pipe(
+    tiny: list[str], continuation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Each line is answered in the light of the ones before; /reset forgets them; too long a line is refused."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hi\nhow\n/reset\n{'x' * 5000}\nhi\n/exit\nnever read\n"))
+    assert run(["chat", *tiny, *GREEDY]) == 0
+    out, err = capsys.readouterr()
+    first = continuation("u:hi;a:")
+    second = continuation(f"u:hi;a:{first};u:how;a:")
+    assert out == f"{first}\n{second}\n{first}\n"
+    assert "error: prompt: " in err and "4096" in err
+
+
+def test_interrupt_while_streaming(spawn, tiny: list[str]):
+    process = spawn("generate", *tiny, "-p", "hello", "--ignore-eos")
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err and "rror" not in err
+
+
+def test_interrupt_while_compiling(spawn):
+    """At once, though the default model still has many seconds to compile."""
+    process = spawn("generate", DEFAULT_MODEL, "-p", "hello")
+    while "load 272/272" not in (line := process.stderr.readline()):
+        assert line, "the command ended"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err and "rror" not in err
+
+
+def test_reader_of_a_pipe_leaves(spawn, tiny: list[str]):
+    process = spawn("generate", *tiny, "-p", "hello", "--ignore-eos")
+    assert process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert "Traceback" not in err and "rror" not in err
