@@ -224,8 +224,7 @@ class Scheduler:
 
         budget = self.config.prefill_sizes[-1]
         for sequence in in_prompt:
-            if sequence.status == "running":
-                budget -= self._advance_prompt(sequence, budget, prefill)
+            budget -= self._advance_prompt(sequence, budget, prefill)
 
         # After a preemption the pages are wanted by those who run, and the victim may have a token in flight.
         if self._num_preemptions == preemptions:
@@ -350,7 +349,6 @@ class Scheduler:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=_by_order)]
         sequence.status = "finished"
         sequence.finish_reason = reason
-        sequence.num_in_flight = 0
         del self._sequences[sequence.request_id]
         self._with_deadline.pop(sequence.request_id, None)
 

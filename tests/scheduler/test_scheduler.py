@@ -92,12 +92,17 @@ def test_a_single_token_prompt_takes_a_decode_row():
     assert shape(next_batch(scheduler)) == [("a", 1, 1, True), ("b", 4, 1, True)]
 
 
-def test_max_prefill_rows_and_the_token_budget_bound_a_step():
-    scheduler = make_scheduler(prefill_sizes=(8,), max_prefill_rows=2)
+@pytest.mark.parametrize("batching", ["continuous", "static"])
+def test_max_prefill_rows_and_the_token_budget_bound_a_step(batching):
+    scheduler = make_scheduler(prefill_sizes=(8,), max_prefill_rows=2, batching=batching)
     for name in "abcd":
         scheduler.add(make_request(name, [5] * 3, 2))
-    assert shape(next_batch(scheduler)) == [("a", 0, 3, True), ("b", 0, 3, True)]
-    scheduler = make_scheduler(prefill_sizes=(8,))
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("a", 0, 3, True), ("b", 0, 3, True)]
+    commit(scheduler, batch)
+    rest = [("a", 3, 1, True), ("b", 3, 1, True), ("c", 0, 3, True), ("d", 0, 3, True)]
+    assert shape(next_batch(scheduler)) == rest
+    scheduler = make_scheduler(prefill_sizes=(8,), batching=batching)
     for name in "abcd":
         scheduler.add(make_request(name, [5] * 3, 2))
     assert shape(next_batch(scheduler)) == [("a", 0, 3, True), ("b", 0, 3, True), ("c", 0, 2, False)]
@@ -220,6 +225,23 @@ def test_nobody_is_admitted_in_the_step_of_a_preemption():
     assert shape(next_batch(scheduler)) == [("old", 9, 1, True), ("tiny", 0, 1, True)]
 
 
+def test_a_sequence_is_preempted_in_the_middle_of_its_prompt():
+    scheduler = make_scheduler(num_pages=6, prefill_sizes=(2,))
+    scheduler.add(make_request("old", [5] * 4, 9, eos=False))  # 2 pages: 4 tokens and one more
+    for _ in range(2):
+        commit(scheduler, next_batch(scheduler))
+    scheduler.add(make_request("young", [6] * 11, 9))  # 3 pages, and one is left
+    for i in range(4):
+        batch = next_batch(scheduler)
+        assert shape(batch) == [("old", 4 + i, 1, True), ("young", 2 * i, 2, False)]
+        commit(scheduler, batch)
+    assert scheduler.pool.allocate(1) is not None  # somebody else took it
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("old", 8, 1, True)]
+    young = scheduler.get("young")
+    assert young is not None and (young.status, young.num_computed) == ("waiting", 0)
+
+
 def test_priority_decides_before_age_who_is_preempted():
     scheduler = make_scheduler(num_pages=5)
     scheduler.add(make_request("young", [6] * 8, 9, arrival=2.0))  # 3 pages: 8 tokens and one more
@@ -328,6 +350,15 @@ def test_finish_records_the_reason_and_keeps_the_prefix():
     assert scheduler.stats().num_pages_cached == 2 and scheduler.stats().num_pages_held == 0
 
 
+def test_what_a_step_in_flight_writes_is_kept_too():
+    scheduler = make_scheduler(prefix_caching=True)
+    scheduler.add(make_request("a", [5] * 9, 9))
+    next_batch(scheduler)
+    scheduler.abort("a")
+    scheduler.add(make_request("b", [5] * 9, 9))
+    assert shape(next_batch(scheduler)) == [("b", 8, 1, True)]
+
+
 def test_static_batching_admits_only_into_an_empty_batch():
     scheduler = make_scheduler(batching="static", prefill_sizes=(4,), max_num_seqs=3, decode_sizes=(1, 2, 3))
     scheduler.add(make_request("short", [5], 1))
@@ -381,13 +412,14 @@ def test_many_stop_ids_are_fine_without_min_tokens():
     make_scheduler().add(make_request("a", [5], 5, stop_token_ids=(1, 2, 3, 4)))
 
 
-def test_the_largest_request_that_fits_alone_finishes():
+@pytest.mark.parametrize("prompt_len", [1, 7, 8, 11])
+def test_the_largest_request_that_fits_alone_finishes(prompt_len):
     scheduler = make_scheduler(num_pages=3)
-    scheduler.add(make_request("a", [5] * 2, 10, eos=False))
+    scheduler.add(make_request("a", [5] * prompt_len, 12 - prompt_len, eos=False))
     finished = []
     while (batch := scheduler.schedule()) is not None:
         finished += [t.finish_reason for t in commit(scheduler, batch)]
-    assert finished == [None] * 9 + ["length"] and scheduler.stats().num_preemptions == 0
+    assert finished == [None] * (11 - prompt_len) + ["length"] and scheduler.stats().num_preemptions == 0
 
 
 def test_duplicate_id_and_full_queue():

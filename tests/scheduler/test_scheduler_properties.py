@@ -140,7 +140,7 @@ def test_a_crowd_on_few_pages(lookahead: int, prefix_caching: bool, page_size: i
     config = SchedulerConfig(
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=8,
-        prefill_sizes=(4, 12),
+        prefill_sizes=(2, 5),
         decode_sizes=(2, 8),
         lookahead=1 if lookahead else 0,
     )
