@@ -114,58 +114,36 @@ class GGUFCheckpoint:
         """
         from jaxserve.model.params import LayerParams, Params
 
-        total, done = len(self.tensors), 0
+        family, config, total, done = self._family, self.config, len(self.tensors), 0
+        per_kv_head = (config.num_kv_heads, -1, config.head_dim, config.hidden_size)  # [K, heads of one kv head, H, D]
 
         def load(name: str) -> np.ndarray:
             nonlocal done
-            values = self.load_tensor(name)
+            values = np.array(self.load_tensor(name), dtype)
             done += 1
             if on_tensor is not None:
                 on_tensor(done, total)
             return values
 
-        def load_into(name: str, out: np.ndarray) -> None:
-            out[...] = load(name).reshape(out.shape)
-
-        def top(parameter: str) -> np.ndarray:
-            return np.array(load(self._family.top[parameter]), dtype)
-
-        def layer(i: int) -> "LayerParams":
-            c, group = self.config, self.config.num_heads // self.config.num_kv_heads
-
-            def name(parameter: str) -> str:
-                return layer_tensor(self._family, i, parameter)
-
-            def matrix(parameter: str) -> np.ndarray:
-                return np.array(load(name(parameter)), dtype)
-
-            def rotary_rows(parameter: str) -> np.ndarray:  # [heads * H, D]
-                rows = load(name(parameter))
-                return half_split_rows(rows, c.head_dim) if self._family.interleaved_rope else rows
-
-            qkv = np.empty((c.num_kv_heads, group + 2, c.head_dim, c.hidden_size), dtype)  # [K, G + 2, H, D]
-            gate_up = np.empty((2, c.intermediate_size, c.hidden_size), dtype)  # [2, F, D]
-            attn_norm = matrix("attn_norm")
-            qkv[:, :group] = rotary_rows("q").reshape(c.num_kv_heads, group, c.head_dim, c.hidden_size)
-            qkv[:, group] = rotary_rows("k").reshape(c.num_kv_heads, c.head_dim, c.hidden_size)
-            load_into(name("v"), qkv[:, group + 1])
-            attn_out, mlp_norm = matrix("attn_out"), matrix("mlp_norm")
-            load_into(name("gate"), gate_up[0])
-            load_into(name("up"), gate_up[1])
+        def load_layer(i: int) -> "LayerParams":
+            tensors = {parameter: load(layer_tensor(family, i, parameter)) for parameter in family.layer}
+            if family.interleaved_rope:
+                for parameter in ("q", "k"):
+                    tensors[parameter] = half_split_rows(tensors[parameter], config.head_dim)
             return LayerParams(
-                attn_norm=attn_norm,
-                qkv=qkv,
-                attn_out=attn_out,
-                mlp_norm=mlp_norm,
-                gate_up=gate_up,
-                down=matrix("down"),
+                attn_norm=tensors["attn_norm"],
+                qkv=np.concatenate([tensors[parameter].reshape(per_kv_head) for parameter in "qkv"], axis=1),
+                attn_out=tensors["attn_out"],
+                mlp_norm=tensors["mlp_norm"],
+                gate_up=np.stack([tensors["gate"], tensors["up"]]),
+                down=tensors["down"],
             )
 
         return Params(
-            embed=top("embed"),
-            layers=tuple(layer(i) for i in range(self.config.num_layers)),
-            final_norm=top("final_norm"),
-            head=None if self.config.tie_word_embeddings else top("head"),
+            embed=load(family.top["embed"]),
+            layers=tuple(load_layer(i) for i in range(config.num_layers)),
+            final_norm=load(family.top["final_norm"]),
+            head=None if config.tie_word_embeddings else load(family.top["head"]),
         )
 
 
