@@ -1,7 +1,13 @@
 """What every test shares. Imports nothing of jax, so that the host wing's tests start in milliseconds."""
 
 import os
+import tempfile
 
 # Eight devices where there is no accelerator, so that every mesh of up to eight runs on one CPU. XLA reads this once,
 # when its first client is made, hence here and not in a fixture. A GPU or TPU machine is not affected by it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# Many tests make engines of the same shapes: a step that took long to compile is compiled once a run.
+_compiled = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -84,7 +84,9 @@ def make_step(
         kv_pages = tuple(x[0] for x in state.kv_pages)
         bd = bucket.decode_rows
         on_device = state.last_tokens.at[inputs.slot_ids[:bd]].get(mode="fill", fill_value=0)  # [BD]
-        token_ids = inputs.token_ids.at[:bd].set(jnp.where(inputs.token_ids[:bd] < 0, on_device, inputs.token_ids[:bd]))
+        given, chunks = jnp.split(inputs.token_ids, [bd])
+        # Concatenated, not `.at[:bd].set`: that hoists an empty constant, on which XLA's Shardy pass crashes (0.11.2).
+        token_ids = jnp.concatenate([jnp.where(given < 0, on_device, given), chunks])  # [T]
 
         cos, sin = layers.rope_tables(inputs.positions, config)
         ctx = AttentionContext(

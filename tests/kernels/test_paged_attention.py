@@ -1,0 +1,114 @@
+"""The reference of paged attention against dense attention in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import paged_attention
+
+compiled = jax.jit(paged_attention, static_argnames=("num_decode_rows", "sm_scale", "implementation"))
+
+
+def dense(q, k, v, scale):
+    """Causal attention of the last len(q) positions: q [n, N, H], k and v [s, K, H], float64."""
+    n, num_heads, _ = q.shape
+    s, num_kv_heads, _ = k.shape
+    group = num_heads // num_kv_heads
+    out = np.zeros(q.shape)
+    for i in range(n):
+        last = s - n + i + 1
+        for head in range(num_heads):
+            scores = k[:last, head // group] @ q[i, head] * scale
+            p = np.exp(scores - scores.max())
+            out[i, head] = p / p.sum() @ v[:last, head // group]
+    return out
+
+
+def case(seed, decode_lens, chunks, *, page_size, num_heads=6, num_kv_heads=2, head_dim=8, pad_rows=1, pad_tokens=3):
+    """Inputs with permuted pages and NaN in all that no row reaches; and the expected output.
+
+    ``decode_lens``: keys of each decode row; ``chunks``: (new tokens, keys) of each prefill row.
+    """
+    r = np.random.default_rng(seed)
+    rows = [(1, n) for n in decode_lens] + [(0, 0)] * pad_rows + list(chunks) + [(0, 0)] * pad_rows
+    num_decode = len(decode_lens) + pad_rows
+    max_pages = max(-(-n // page_size) for _, n in rows) + 1
+    num_pages = max_pages * len(rows) + 2
+    free = list(r.permutation(num_pages))
+    kv = np.full((num_pages, num_kv_heads, 2, page_size, head_dim), np.nan)
+    table = r.integers(0, num_pages, (len(rows), max_pages))
+    q, want = [], []
+    for row, (new, keys) in enumerate(rows):
+        k, v = r.standard_normal((2, keys, num_kv_heads, head_dim))
+        for i in range(keys):
+            if i % page_size == 0:
+                table[row, i // page_size] = free.pop()
+            kv[table[row, i // page_size], :, 0, i % page_size] = k[i]
+            kv[table[row, i // page_size], :, 1, i % page_size] = v[i]
+        queries = r.standard_normal((new, num_heads, head_dim))
+        out = dense(queries, k, v, 0.3)
+        if row < num_decode and new == 0:  # a padding row of the decode region has a token
+            queries, out = r.standard_normal((1, num_heads, head_dim)), np.zeros((1, num_heads, head_dim))
+        q.append(queries)
+        want.append(out)
+    if len(rows) > num_decode:
+        q.append(r.standard_normal((pad_tokens, num_heads, head_dim)))
+        want.append(np.zeros((pad_tokens, num_heads, head_dim)))
+    cu = np.cumsum([0] + [new for new, _ in rows[num_decode:]])
+    inputs = {
+        "q": jnp.asarray(np.concatenate(q), jnp.float32),
+        "kv_pages": jnp.asarray(kv, jnp.float32),
+        "page_table": jnp.asarray(table, jnp.int32),
+        "kv_lens": jnp.asarray([n for _, n in rows], jnp.int32),
+        "prefill_cu_q_lens": jnp.asarray(cu, jnp.int32),
+        "num_decode_rows": num_decode,
+        "sm_scale": 0.3,
+    }
+    return inputs, np.concatenate(want)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_decode_rows(page_size, seed):
+    lens = [1, max(page_size - 1, 1), page_size, page_size + 1, 3 * page_size + 2, 150]
+    inputs, want = case(seed, lens, [], page_size=page_size, pad_rows=0)
+    np.testing.assert_allclose(compiled(**inputs), want, atol=2e-6)
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_decode_rows_and_chunks(page_size, seed):
+    chunks = [(1, 1), (page_size, page_size), (page_size + 1, 3 * page_size), (35, 40), (33, 200), (2, 17)]
+    inputs, want = case(seed, [5, 140], chunks, page_size=page_size)
+    np.testing.assert_allclose(compiled(**inputs), want, atol=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_ragged_batches(seed):
+    r = np.random.default_rng(100 + seed)
+    decode = r.integers(1, 80, r.integers(0, 4)).tolist()
+    chunks = [(int(n), int(n + r.integers(0, 50))) for n in r.integers(1, 40, r.integers(1, 5))]
+    heads = [(4, 4), (6, 2), (8, 1)][seed % 3]
+    inputs, want = case(
+        seed, decode, chunks, page_size=8, num_heads=heads[0], num_kv_heads=heads[1], pad_rows=int(seed % 2)
+    )
+    np.testing.assert_allclose(compiled(**inputs), want, atol=2e-6)
+
+
+def test_bfloat16_accumulates_in_float32():
+    inputs, want = case(0, [700], [], page_size=16, pad_rows=0)
+    half = {k: inputs[k].astype(jnp.bfloat16) for k in ("q", "kv_pages")}
+    out = compiled(**(inputs | half))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.02)
+
+
+def test_shapes_that_do_not_fit_are_refused_with_both_numbers():
+    inputs, _ = case(0, [5], [(3, 9)], page_size=4)
+    with pytest.raises(ValueError, match=r"query heads 6 are not divisible by kv heads 4"):
+        paged_attention(**(inputs | {"kv_pages": jnp.zeros((4, 4, 2, 4, 8))}))
+    with pytest.raises(ValueError, match=r"num_decode_rows=1 and prefill rows 2"):
+        paged_attention(**(inputs | {"num_decode_rows": 1}))
+    with pytest.raises(ValueError, match="does not exist"):
+        paged_attention(**inputs, implementation="fastest")  # pyright: ignore[reportArgumentType]

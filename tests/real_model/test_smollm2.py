@@ -1,0 +1,51 @@
+"""The default model, in float32, against greedy tokens of an independent implementation.
+
+``tests/data/smollm2_greedy.json`` was made by ``scripts/make_reference_tokens.py`` with transformers on torch. It has the
+gap between the two best log-probabilities of every step; all are far above float32 noise, so every token must agree.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxserve import Engine, SamplingParams
+from jaxserve.checkpoint.resolve import DEFAULT_MODEL
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def engine():
+    options = {"max_model_len": 1024, "max_num_seqs": 4, "prefill_sizes": (64,)}
+    with Engine.from_pretrained(DEFAULT_MODEL, dtype="float32", **options) as engine:
+        yield engine
+
+
+def params(prompt: dict) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=len(prompt["new_token_ids"]), ignore_eos=True)
+
+
+def test_greedy_tokens_from_text(engine):
+    prompts = REFERENCE["prompts"]
+    completions = engine.generate([p["text"] for p in prompts], [params(p) for p in prompts])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.prompt_len == len(prompt["prompt_token_ids"]), prompt["name"]
+        assert completion.token_ids == prompt["new_token_ids"], prompt["name"]
+    assert engine.stats().recompilations_after_ready == 0
+    assert engine.stats().num_pages_held == 0
+
+
+def test_greedy_tokens_again_from_the_prefix_cache_one_by_one(engine):
+    for prompt in REFERENCE["prompts"][:4]:
+        (completion,) = engine.generate([prompt["prompt_token_ids"]], params(prompt))
+        assert completion.token_ids == prompt["new_token_ids"], prompt["name"]
+        assert completion.cached_tokens == (len(prompt["prompt_token_ids"]) - 1) // 16 * 16
+
+
+def test_stream_concatenates_to_the_text(engine):
+    prompt = REFERENCE["prompts"][0]
+    events = list(engine.stream(prompt["text"], SamplingParams(temperature=0, max_tokens=200)))
+    ids = [e.token_id for e in events]
+    assert events[-1].finish_reason == "stop" and ids[-1] == engine.tokenizer.eos_token_ids[0]
+    assert "".join(e.text for e in events) == engine.tokenizer.decode(ids)
