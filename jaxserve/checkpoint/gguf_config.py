@@ -33,7 +33,7 @@ def read_config(family: GGUFFamily, header: GGUFHeader) -> ModelConfig:
     for key, value in keys.items():
         known = key in family.neutral or key in family.sizes or key in family.numbers or key in family.head_dim_keys
         if not known or (key in family.neutral and not _is_one_of(value, family.neutral[key])):
-            raise CheckpointError(f"metadata {prefix}{key}={_shown(value)} is not supported")
+            raise CheckpointError(f"metadata {prefix + key!r}={_shown(value)} is not supported")
 
     def size(key: str, default: int | None = None) -> int:
         value = keys.get(key, default)

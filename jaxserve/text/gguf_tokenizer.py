@@ -136,7 +136,7 @@ def _refuse_unknown_keys(metadata: Mapping[str, Any]) -> None:
             continue
         if name not in _NEUTRAL_KEYS or value != _NEUTRAL_KEYS[name]:
             shown = f"={value!r}" if isinstance(value, (bool, int, float, str)) else ""
-            raise TokenizerError(f"{key}{shown:.60} is not supported")
+            raise TokenizerError(f"{key!r}{shown:.60} is not supported")
 
 
 _REQUIRED = object()

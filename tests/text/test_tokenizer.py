@@ -134,9 +134,9 @@ def test_numeric_arrays_may_be_numpy():
         ({"eos_token_id": "2"}, "eos_token_id must be int, not str"),
         ({"bos_token_id": None, "add_bos_token": True}, "no bos_token_id"),
         ({"add_bos_token": 1}, "add_bos_token must be bool, not int"),
-        ({"add_eos_token": True}, "tokenizer.ggml.add_eos_token=True is not supported"),
-        ({"add_space_prefix": True}, "tokenizer.ggml.add_space_prefix=True is not supported"),
-        ({"precompiled_charsmap": [1]}, "tokenizer.ggml.precompiled_charsmap is not supported"),
+        ({"add_eos_token": True}, "'tokenizer.ggml.add_eos_token'=True is not supported"),
+        ({"add_space_prefix": True}, "'tokenizer.ggml.add_space_prefix'=True is not supported"),
+        ({"precompiled_charsmap": [1]}, "'tokenizer.ggml.precompiled_charsmap' is not supported"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(changes, complaint):
