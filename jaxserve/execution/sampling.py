@@ -15,8 +15,8 @@ from jaxserve.step_io import StepInputs
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 keys in the order of f32 ``x``; -0.0 directly below 0.0."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    """uint32 keys in the order of f32 ``x``; 0.0 and -0.0 have the same."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

@@ -1,0 +1,246 @@
+"""What requests may ask, what is refused, and how they end."""
+
+import gc
+import time
+
+import jax
+import pytest
+
+from jaxserve import Engine, RequestError, SamplingParams
+from jaxserve.request import NOT_IMPLEMENTED, QueueFullError
+from tests import tiny
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPT = tiny.prompts(7)[2]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with tiny.engine() as engine:
+        yield engine
+
+
+def drain(engine: Engine) -> list:
+    events = []
+    while engine.has_unfinished():
+        events += engine.step()
+    return events
+
+
+@pytest.mark.parametrize(
+    "prompt, params, match",
+    [
+        ("", {}, "prompt: is empty"),
+        ([], {}, "prompt: is empty"),
+        ([5] * 96, {}, "prompt: 96 tokens leave no room for output in max_model_len=96"),
+        ("x" * 10_000_000, {}, "prompt: at least .* tokens do not fit in max_model_len=96"),
+        ("a\ud800b", {}, "prompt: .*valid Unicode.* character 1"),
+        ([5, 259], {}, "prompt: token 1 is 259, not an id below 259"),
+        ([5, -1], {}, "prompt: token 1 is -1"),
+        ([5, True], {}, "prompt: token 1 is True"),
+        ([5, "x"], {}, "prompt: token 1 is 'x'"),
+        ([5] * 10, {"max_tokens": 87}, "max_tokens: 87 and 10 prompt tokens are more than max_model_len=96"),
+        ([5] * 10, {"min_tokens": 87}, "min_tokens: 87 and 10 prompt tokens are more than max_model_len=96"),
+        ([5], {"stop_token_ids": (259,)}, "stop_token_ids: 259 is not below the vocabulary's 259"),
+    ],
+)
+def test_refused_by_the_engine(engine, prompt, params, match):
+    start = time.monotonic()
+    with pytest.raises(RequestError, match=match):
+        engine.generate([prompt], SamplingParams(**params))
+    assert time.monotonic() - start < 5
+    assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize("logprobs", [21])
+def test_refused_by_the_scheduler(engine, logprobs):
+    with pytest.raises(RequestError, match="logprobs: 21 is more than max_logprobs=20"):
+        engine.generate([[5]], SamplingParams(logprobs=logprobs))
+    assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", float("nan")),
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("stop", ("",)),
+        ("stop_token_ids", (-1,)),
+        ("logprobs", -1),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(RequestError, match=f"^{field}: ") as error:
+        SamplingParams(**{field: value})
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize("field", NOT_IMPLEMENTED)
+def test_fields_not_implemented_are_refused_by_name(field):
+    other = {"n": 2, "logit_bias": {1: 2.0}, "allowed_token_ids": (1,), "bad_words": ("x",)}.get(field, 1.5)
+    with pytest.raises(RequestError, match=f"^{field}: .*not implemented"):
+        SamplingParams(**{field: other})
+    SamplingParams(**{field: NOT_IMPLEMENTED[field]})
+
+
+def test_min_tokens_stop_ids_and_eos(engine):
+    (free,) = engine.generate([PROMPT], GREEDY)
+    stop = free.token_ids[4]
+    first = free.token_ids.index(stop)
+    params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=(stop,), ignore_eos=True)
+    (stopped,) = engine.generate([PROMPT], params)
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    params = SamplingParams(temperature=0, max_tokens=12, min_tokens=8, stop_token_ids=(stop,), ignore_eos=True)
+    (later,) = engine.generate([PROMPT], params)
+    assert len(later.token_ids) >= 8 and stop not in later.token_ids[:8]
+
+
+def test_max_model_len_ends_a_generation(engine):
+    (completion,) = engine.generate([PROMPT], SamplingParams(temperature=0, ignore_eos=True))
+    assert len(completion.token_ids) == 96 - len(PROMPT)
+    assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings_across_tokens(engine, include):
+    params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "skip_special_tokens": False}
+    (free,) = engine.generate([PROMPT], SamplingParams(**params))
+    middle = len(free.text) // 2
+    stop = free.text[middle : middle + 3]  # the tiny tokenizer has one token a byte
+    at = free.text.index(stop)
+    (out,) = engine.generate(
+        [PROMPT], SamplingParams(**params, stop=(stop, "not there"), include_stop_str_in_output=include)
+    )
+    assert out.text == free.text[: at + len(stop) * include]
+    assert (out.finish_reason, out.stop_reason) == ("stop", stop)
+    assert len(out.token_ids) < len(free.token_ids)
+    assert engine.stats().num_pages_held == 0
+
+
+def test_a_seed_repeats_whatever_the_batch(engine):
+    params = [SamplingParams(seed=s, temperature=1.3, top_p=0.9, top_k=40, max_tokens=12) for s in range(6)]
+    alone = [engine.generate([PROMPT], p)[0].token_ids for p in params]
+    together = [c.token_ids for c in engine.generate([PROMPT] * 6, params)]
+    assert alone == together
+    assert len({tuple(t) for t in alone}) > 1
+
+
+def test_a_seed_repeats_on_a_mesh(engine):
+    params = SamplingParams(seed=5, temperature=1.1, top_p=0.95, max_tokens=16, ignore_eos=True)
+    with tiny.engine(mesh="stage=2,tensor=2") as sharded:
+        assert sharded.generate([PROMPT], params)[0].token_ids == engine.generate([PROMPT], params)[0].token_ids
+
+
+def test_abort_at_any_moment(engine):
+    expected = engine.generate([PROMPT], GREEDY)[0].token_ids
+    for steps in range(6):
+        ids = []
+        for i in range(5):
+            request = engine.make_request(PROMPT, GREEDY, request_id=f"{steps}-{i}")
+            engine.add_request(request)
+            ids.append(request.request_id)
+        events = [e for _ in range(steps) for e in engine.step()]
+        assert engine.abort(ids[1]) and engine.abort(ids[4])
+        assert not engine.abort(ids[1]) and not engine.abort("unknown")
+        events += drain(engine)
+        last = {e.request_id: e for e in events}
+        assert [last[i].finish_reason for i in ids] == ["length", "abort", "length", "length", "abort"]
+        for i in (0, 2, 3):
+            assert [e.token_id for e in events if e.request_id == ids[i]] == expected
+        assert engine.stats().num_pages_held == 0
+
+
+def test_deadline_and_duplicate_and_full_queue():
+    with tiny.engine(max_num_waiting=2, max_num_seqs=1) as engine:
+        engine.add_request(engine.make_request(PROMPT, GREEDY, request_id="a"))
+        with pytest.raises(RequestError, match="request_id: 'a' is already in use"):
+            engine.add_request(engine.make_request(PROMPT, GREEDY, request_id="a"))
+        engine.step()
+        late = engine.make_request(PROMPT, GREEDY, request_id="late", deadline=time.monotonic() + 0.01)
+        engine.add_request(late)
+        engine.add_request(engine.make_request(PROMPT, GREEDY, request_id="b"))
+        with pytest.raises(QueueFullError, match="2 requests are waiting, max_num_waiting=2"):
+            engine.add_request(engine.make_request(PROMPT, GREEDY))
+        time.sleep(0.02)
+        last = {e.request_id: e.finish_reason for e in drain(engine)}
+        assert last == {"a": "length", "b": "length", "late": "deadline"}
+        # generate() feeds a queue that is shorter than its list
+        assert len(engine.generate([PROMPT] * 9, GREEDY)) == 9
+
+
+def test_streams_interleave_and_a_closed_one_is_aborted(engine):
+    expected = engine.generate([PROMPT], GREEDY)[0].token_ids
+    one, two = engine.stream(PROMPT, GREEDY), engine.stream(PROMPT, GREEDY)
+    first = [next(one).token_id, next(two).token_id, next(one).token_id]
+    two.close()
+    rest = [e.token_id for e in one]
+    assert [first[0], first[2], *rest] == expected and first[1] == expected[0]
+    assert drain(engine) == [] and engine.stats().num_pages_held == 0
+
+
+def test_priority_is_served_first():
+    with tiny.engine(max_num_seqs=1, prefix_caching=False) as engine:
+        for name, priority in (("first", 0), ("low", 5), ("high", -1)):
+            engine.add_request(engine.make_request(PROMPT, GREEDY, request_id=name, priority=priority))
+            if name == "first":
+                engine.step()
+        ended = [e.request_id for e in drain(engine) if e.finish_reason]
+        assert ended == ["first", "high", "low"]
+
+
+def test_a_closed_engine_leaves_no_arrays():
+    tiny.params()
+    gc.collect()
+    before = len(jax.live_arrays())
+    engine = tiny.engine()
+    engine.generate([PROMPT], GREEDY)
+    engine.close()
+    engine.close()
+    del engine
+    gc.collect()
+    assert len(jax.live_arrays()) == before
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"mesh": "tensor=3"}, "num_kv_heads=4 is not divisible by tensor=3"),
+        ({"mesh": "stage=3"}, "num_layers=4 is not divisible by stage=3"),
+        ({"mesh": "tensor=4,stage=4"}, "needs 16 devices, there are 8"),
+        ({"mesh": "tensr=2"}, "mesh: 'tensr=2'"),
+        ({"mesh": "tensor=0"}, "'0' is not a positive integer"),
+        ({"dtype": "float16"}, "dtype='float16' is not one of auto, float32, bfloat16"),
+        ({"max_model_len": 257}, "max_model_len=257 is more than the model's max_position_embeddings=256"),
+        ({"num_pages": 23}, "num_pages=23 of 4 hold 92 tokens, fewer than max_model_len=96"),
+        ({"num_pages": None, "memory_fraction": 1e-9}, "memory_fraction=1e-09 leaves .* fewer than max_model_len=96"),
+        ({"memory_fraction": 0.5}, "num_pages=96 and memory_fraction=0.5: give one of them"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
+        ({"prefill_sizes": (8, 4)}, r"prefill_sizes=\(8, 4\) must be ascending"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        tiny.engine(**options)
+
+
+def test_parameters_that_do_not_fit_are_refused():
+    params = tiny.params()
+    with pytest.raises(ValueError, match=r"params.final_norm has shape \(16,\), expected \(32,\)"):
+        Engine.from_params(tiny.CONFIG, params.replace(final_norm=params.final_norm[:16]))
+    with pytest.raises(ValueError, match=r"params.head is missing, expected shape \(259, 32\)"):
+        Engine.from_params(tiny.CONFIG, params.replace(head=None))
+    with pytest.raises(ValueError, match=r"params.layers\[4\].attn_norm is not a parameter"):
+        Engine.from_params(tiny.CONFIG, params.replace(layers=params.layers + params.layers[:1]))

@@ -1,0 +1,126 @@
+"""Each sampling field changes the distribution exactly as a numpy reference says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.execution import sampling
+from jaxserve.step_io import Bucket, StepDims, StepInputs, new_inputs
+
+kept = jax.jit(sampling.kept)
+sample = jax.jit(sampling.sample)
+
+
+def rows(num: int, **fields) -> StepInputs:
+    """Inputs of ``num`` decode rows with the given fields set."""
+    dims = StepDims(num_slots=num, max_pages_per_seq=1, num_pages=1, page_size=1)
+    inputs = new_inputs(Bucket(num, 0, 0), dims)[1]
+    inputs.kv_lens[:] = 10
+    for name, value in fields.items():
+        getattr(inputs, name)[:] = value
+    return inputs
+
+
+def numpy_kept(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """The kept set of one row by sorting: top_k with ties, top_p over the renormalised rest with ties, min_p."""
+    order = np.sort(scaled)[::-1]
+    keep = scaled >= order[min(top_k, len(order)) - 1] if top_k > 0 else np.ones(len(scaled), bool)
+    weight = np.where(keep, np.exp(scaled - order[0]), 0)
+    if top_p < 1:
+        mass = np.cumsum(np.sort(weight)[::-1])
+        smallest = np.sort(weight)[::-1][np.argmax(mass >= top_p * weight.sum())]
+        keep &= weight >= smallest
+    return keep & (np.exp(scaled - order[0]) >= min_p)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1, 2, 5, 50, 1000])
+@pytest.mark.parametrize("top_p, min_p", [(1.0, 0.0), (0.9, 0.0), (0.3, 0.0), (1.0, 0.2), (0.8, 0.05), (1e-6, 0.0)])
+def test_kept_set(top_k, top_p, min_p):
+    r = np.random.default_rng(0)
+    scaled = r.standard_normal((16, 97)).astype(np.float32) * 3
+    scaled[4:8] = np.round(scaled[4:8])  # many ties
+    scaled[8] = 0.0  # all equal
+    scaled[9, ::2] = -0.0
+    scaled[10] *= 1e-6
+    scaled[11] -= 1e4
+    scaled[12, 5:] = -np.inf  # suppressed
+    got = kept(jnp.asarray(scaled), rows(16, top_k=max(top_k, 0), top_p=top_p, min_p=min_p))
+    for row, mask in zip(scaled.astype(np.float64) + 0.0, np.asarray(got), strict=True):
+        np.testing.assert_array_equal(mask & np.isfinite(row), numpy_kept(row, top_k, top_p, min_p) & np.isfinite(row))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.0, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.3},
+        {"temperature": 0.8, "top_k": 6, "top_p": 0.85, "min_p": 0.05},
+    ],
+)
+def test_frequencies(fields):
+    n, v = 20_000, 12
+    logits = np.random.default_rng(1).standard_normal(v).astype(np.float32) * 1.5
+    seeds = np.random.default_rng(2).integers(-(2**31), 2**31, (n, 2))
+    inputs = rows(n, seed=seeds, **fields)
+    tokens = np.asarray(sample(jnp.broadcast_to(logits, (n, v)), inputs))
+    scaled = logits.astype(np.float64) / fields["temperature"]
+    keep = numpy_kept(scaled, fields.get("top_k", 0), fields.get("top_p", 1.0), fields.get("min_p", 0.0))
+    want = np.where(keep, np.exp(scaled - scaled.max()), 0)
+    want /= want.sum()
+    got = np.bincount(tokens, minlength=v) / n
+    assert set(np.flatnonzero(got)) <= set(np.flatnonzero(keep))
+    assert np.all(np.abs(got - want) < 5 * np.sqrt(want * (1 - want) / n) + 1e-12)
+
+
+def test_token_depends_on_seed_and_position_alone():
+    r = np.random.default_rng(3)
+    logits = jnp.asarray(r.standard_normal((8, 500)), jnp.float32)
+    fields = {"temperature": np.linspace(0.5, 2, 8), "seed": r.integers(0, 99, (8, 2)), "kv_lens": np.arange(1, 9)}
+    together = np.asarray(sample(logits, rows(8, **fields)))
+    for i in range(8):
+        alone = sample(logits[i : i + 1], rows(1, **{k: v[i : i + 1] for k, v in fields.items()}))
+        assert alone[0] == together[i]
+    moved = np.asarray(sample(logits, rows(8, **(fields | {"kv_lens": np.arange(2, 10)}))))
+    reseeded = np.asarray(sample(logits, rows(8, **(fields | {"seed": fields["seed"] + 1}))))
+    assert (moved != together).any() and (reseeded != together).any()
+
+
+def test_greedy_rows_among_random_ones():
+    r = np.random.default_rng(4)
+    logits = r.standard_normal((6, 50)).astype(np.float32)
+    tokens = np.asarray(sample(jnp.asarray(logits), rows(6, temperature=[0, 1, 0, 1, 0, 1], seed=[[1, 2]] * 6)))
+    assert tokens[::2].tolist() == logits.argmax(1)[::2].tolist()
+
+
+def test_stop_ids_cannot_be_sampled_before_min_len():
+    logits = np.zeros((3, 10), np.float32)
+    logits[:, 7], logits[:, 3], logits[:, 5] = 9, 8, 7
+    stop_ids = np.full((3, 16), -1)
+    stop_ids[:, :2] = [7, 3]
+    inputs = rows(3, kv_lens=[10, 11, 12], min_len=[12, 12, 12], stop_ids=stop_ids)
+    assert np.asarray(sample(jnp.asarray(logits), inputs)).tolist() == [5, 5, 7]
+
+
+def test_top_logprobs():
+    logits = np.random.default_rng(5).standard_normal((4, 33)).astype(np.float32) * 4
+    tokens = np.array([0, 5, 9, 32], np.int32)
+    want = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    for asked, k in (([-1, 0, 3, 20], 20), ([1, 1, 1, 1], 40)):
+        chosen, ids, values = sampling.top_logprobs(jnp.asarray(logits), tokens, jnp.asarray(asked), k)
+        np.testing.assert_allclose(chosen, want[np.arange(4), tokens], atol=1e-5)
+        n = min(k, 33)
+        np.testing.assert_array_equal(ids[:, :n], np.argsort(-logits, axis=1)[:, :n])
+        np.testing.assert_allclose(values[:, :n], -np.sort(-want, axis=1)[:, :n], atol=1e-5)
+        assert np.all(np.isneginf(values[:, n:]))
+
+
+def test_no_sort_of_the_vocabulary():
+    v = 5000
+    inputs = rows(2, temperature=1.0, top_k=5, top_p=0.5)
+    text = sample.lower(jnp.zeros((2, v)), inputs).compile().as_text()
+    assert f"{v}" in text and " sort(" not in text
