@@ -19,6 +19,7 @@ clean_up() {
         kill -KILL "$server" 2>/dev/null || true
     fi
     if [ -n "$waiter" ]; then kill "$waiter" 2>/dev/null || true; fi
+    wait # for both to be gone
     rm -rf "$work"
 }
 trap clean_up EXIT
@@ -28,8 +29,9 @@ trap 'exit 143' TERM
 install_jaxserve
 
 say "starting a server on loopback with $DEFAULT_MODEL (Ctrl-C stops it)"
+# Short sequences and one prompt size: less to allocate and to compile than the defaults, and enough for a question.
 "$VENV/bin/jaxserve" serve "$DEFAULT_MODEL" --host 127.0.0.1 --grpc-port 0 --port-file "$work/port" \
-    --compilation-cache-dir "$compiled" </dev/null &
+    --max-model-len 2048 --prefill-sizes 64 --compilation-cache-dir "$compiled" </dev/null &
 server=$!
 until [ -s "$work/port" ]; do
     kill -0 "$server" 2>/dev/null || fail "the server stopped before it listened; its message is above"
