@@ -67,10 +67,11 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of one engine's scheduler. ``batching="static"`` admits only into an empty batch: the benchmark's comparison.
+    """Limits of one engine's scheduler.
 
     ``decode_sizes`` and ``prefill_sizes`` are the padded sizes a step may take (see ``step_io.Bucket``): ascending,
-    the last decode size equal to ``max_num_seqs``. ``max_prefill_rows`` sequences at most have a prompt chunk in one step.
+    the last decode size equal to ``max_num_seqs``. At most ``max_prefill_rows`` sequences have a prompt chunk in a
+    step. ``batching="static"`` admits only into an empty batch: the benchmark's comparison.
     """
 
     max_model_len: int  # tokens, prompt and output together

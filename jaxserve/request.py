@@ -70,7 +70,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
-    # Names the field knows that are not implemented yet: only the value that changes nothing is taken (NOT_IMPLEMENTED).
+    # Names the field knows that are not implemented yet: only the neutral value is taken (see NOT_IMPLEMENTED).
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -190,18 +190,20 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """One engine's figures at one moment. Counts from ``prefix_cache_queries`` on only ever grow."""
+    """Figures of an engine now; counts are since its start, prefix cache figures in tokens."""
 
     num_running: int
     num_waiting: int
+    num_active_rows: int  # of the last scheduled step
     num_pages: int
     num_pages_held: int
     num_tokens_held: int
-    num_pages_cached: int
+    num_tokens_reserved: int  # room in the held pages that holds no token yet and will, if all reach their longest
+    num_pages_cached: int  # unreferenced, kept for their prefix
     kv_cache_usage: float  # 0..1, pages held / pages
-    kv_fragmentation: float  # 0..1, 1 - tokens held / (pages held * page size)
-    prefix_cache_queries: int  # tokens
-    prefix_cache_hits: int  # tokens
+    kv_fragmentation: float  # 0..1, share of the held pages' room that holds no token
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     num_preemptions: int
     num_steps: int
     prompt_tokens: int
@@ -216,24 +218,3 @@ def sampling_params_from(values: dict[str, Any]) -> SamplingParams:
         if name not in known:
             raise RequestError(name, "unknown sampling field")
     return SamplingParams(**values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Figures of an engine now; counts are since its start, prefix cache figures in tokens."""
-
-    num_running: int
-    num_waiting: int
-    num_pages: int
-    num_pages_held: int
-    num_tokens_held: int
-    num_pages_cached: int  # unreferenced, kept for their prefix
-    kv_cache_usage: float  # 0..1, pages held / pages
-    kv_fragmentation: float  # 0..1, share of the held pages' room that holds no token
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    num_preemptions: int
-    num_steps: int
-    prompt_tokens: int
-    generation_tokens: int
-    recompilations_after_ready: int

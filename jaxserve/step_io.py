@@ -12,9 +12,11 @@ so that a step costs one host-to-device copy; ``StepInputs`` are numpy views int
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Array = Any  # numpy on the host, jax inside the step
 
 
 class Bucket(NamedTuple):
@@ -48,32 +50,32 @@ class StepDims:
 class StepInputs(NamedTuple):
     """Views into one step's buffer. Padding: see each field. Shapes by ``input_shapes``."""
 
-    token_ids: np.ndarray  # [T] i32; -1: the last token of the row's slot (decode region only); padding 0
-    positions: np.ndarray  # [T] i32, index of the token in its sequence; padding 0
-    kv_write_index: np.ndarray  # [T] i32, page * PS + offset in the page; padding NP * PS (dropped)
-    page_table: np.ndarray  # [B, MP] i32, page ids; unused entries 0
-    kv_lens: np.ndarray  # [B] i32, tokens of the row's sequence after this step; padding 0
-    prefill_cu_q_lens: np.ndarray  # [BP + 1] i32, chunk starts in the prefill region; padding rows repeat the last
-    slot_ids: np.ndarray  # [B] i32, engine slot; padding R
-    sample_index: np.ndarray  # [B] i32, flat token whose logits the row samples from; padding 0
-    does_sample: np.ndarray  # [B] i32, 1 where the row's chunk reaches the sequence's end
-    top_k: np.ndarray  # [B] i32, 0 = off
-    seed: np.ndarray  # [B, 2] i32 (bits of a u64: high, low)
-    min_len: np.ndarray  # [B] i32, while kv_len < min_len the row's stop_ids are suppressed; 0 = off
-    stop_ids: np.ndarray  # [B, NS] i32, padding -1
-    num_logprobs: np.ndarray  # [B] i32, -1 = none asked, 0 = the sampled token's only
-    temperature: np.ndarray  # [B] f32, 0 = greedy
-    top_p: np.ndarray  # [B] f32, 1 = off
-    min_p: np.ndarray  # [B] f32, 0 = off
+    token_ids: Array  # [T] i32; -1: the last token of the row's slot (decode region only); padding 0
+    positions: Array  # [T] i32, index of the token in its sequence; padding 0
+    kv_write_index: Array  # [T] i32, page * PS + offset in the page; padding NP * PS (dropped)
+    page_table: Array  # [B, MP] i32, page ids; unused entries 0
+    kv_lens: Array  # [B] i32, tokens of the row's sequence after this step; padding 0
+    prefill_cu_q_lens: Array  # [BP + 1] i32, chunk starts in the prefill region; padding rows repeat the last
+    slot_ids: Array  # [B] i32, engine slot; padding R
+    sample_index: Array  # [B] i32, flat token whose logits the row samples from; padding 0
+    does_sample: Array  # [B] i32, 1 where the row's chunk reaches the sequence's end
+    top_k: Array  # [B] i32, 0 = off
+    seed: Array  # [B, 2] i32 (bits of a u64: high, low)
+    min_len: Array  # [B] i32, while kv_len < min_len the row's stop_ids are suppressed; 0 = off
+    stop_ids: Array  # [B, NS] i32, padding -1
+    num_logprobs: Array  # [B] i32, -1 = none asked, 0 = the sampled token's only
+    temperature: Array  # [B] f32, 0 = greedy
+    top_p: Array  # [B] f32, 1 = off
+    min_p: Array  # [B] f32, 0 = off
 
 
 class StepOutputs(NamedTuple):
     """Read from the device one step late."""
 
-    tokens: np.ndarray  # [B] i32
-    logprobs: np.ndarray  # [B] f32, of the sampled token, raw distribution
-    top_ids: np.ndarray  # [B, KL] i32
-    top_logprobs: np.ndarray  # [B, KL] f32, raw distribution, descending
+    tokens: Array  # [B] i32
+    logprobs: Array  # [B] f32, of the sampled token, raw distribution
+    top_ids: Array  # [B, KL] i32
+    top_logprobs: Array  # [B, KL] f32, raw distribution, descending
 
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")

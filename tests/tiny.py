@@ -36,7 +36,9 @@ def params() -> Params:
 def tokenizer() -> Tokenizer:
     """Ids: 0 end of sequence, 1 a control token, 2 to 257 the bytes; the model's last id has no text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={"<eos>": 0, "<ctl>": 1} | {c: i + 2 for i, c in enumerate(alphabet)}, merges=[]))
+    backend = Backend(
+        models.BPE(vocab={"<eos>": 0, "<ctl>": 1} | {c: i + 2 for i, c in enumerate(alphabet)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>", "<ctl>"])

@@ -1,4 +1,9 @@
-"""The KV pages on the device: a tuple of per-layer arrays, donated every step. Only this file and the kernels know the layout."""
+"""The KV pages on the device: a tuple of per-layer arrays, donated every step.
+
+Only this file and the kernels know their layout.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +11,7 @@ import jax.numpy as jnp
 from jaxserve.config import CacheConfig, ModelConfig
 
 # One entry for each layer of a stage; global shape [ST, NP, K, 2, PS, H].
-KVPages = tuple[jax.Array, ...]
+KVPages = tuple[Any, ...]
 
 
 def kv_pages_shape(config: ModelConfig, cache: CacheConfig, num_stages: int) -> tuple[int, ...]:

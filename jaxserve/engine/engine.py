@@ -3,10 +3,10 @@
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import jax
 import numpy as np
@@ -221,13 +221,12 @@ class Engine:
         Raises:
             RequestError: a prompt or parameter that cannot be served; nothing was started.
         """
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
-            prompts = [prompts]  # pyright: ignore[reportAssignmentType]
+        listed = _listed(prompts)
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} SamplingParams")
-        requests = [self.make_request(p, s) for p, s in zip(prompts, params, strict=True)]
+            params = [params or SamplingParams()] * len(listed)
+        if len(params) != len(listed):
+            raise ValueError(f"{len(listed)} prompts but {len(params)} SamplingParams")
+        requests = [self.make_request(p, s) for p, s in zip(listed, params, strict=True)]
         completions: dict[str, Completion] = {}
         waiting = deque(requests)
         inboxes = {r.request_id: deque[TokenEvent]() for r in requests}
@@ -301,9 +300,7 @@ class Engine:
         ids = self._prompt_ids(prompt, limit)
         room = limit - len(ids)
         if room < 1:
-            raise RequestError(
-                "prompt", f"{len(ids)} tokens leave no room for output in max_model_len={limit}"
-            )
+            raise RequestError("prompt", f"{len(ids)} tokens leave no room for output in max_model_len={limit}")
         if params.max_tokens is not None and params.max_tokens > room:
             raise RequestError(
                 "max_tokens",
@@ -377,13 +374,17 @@ class Engine:
         """Whether ``step`` has anything to do: requests, steps in flight, or events to hand out."""
         return self._scheduler.has_unfinished() or bool(self._in_flight) or bool(self._events)
 
-    def step(self) -> list[TokenEvent]:
-        """Schedules and dispatches one step, and returns the events of the one before it (of itself at lookahead 0)."""
-        self._step()
+    def step(self, on_dispatch: Callable[[EngineStats], None] | None = None) -> list[TokenEvent]:
+        """Schedules and dispatches one step, and returns the events of the one before it (of itself at lookahead 0).
+
+        ``on_dispatch`` is called with the figures of the moment the device spends its time in: after a dispatch, before
+        what the step before ended is freed.
+        """
+        self._step(on_dispatch)
         events, self._events = self._events, []
         return events
 
-    def _step(self) -> None:
+    def _step(self, on_dispatch: Callable[[EngineStats], None] | None = None) -> None:
         for request_id in self._scheduler.expire(time.monotonic()):
             self._emit(self._outputs.pop(request_id).on_end("deadline"))
         batch = self._scheduler.schedule()
@@ -391,6 +392,8 @@ class Engine:
             buffer, _ = build_inputs(batch, self._scheduler.slots, self._dims)
             self._in_flight.append((batch, self._runner.dispatch(batch.bucket, buffer)))
             self._num_steps += 1
+            if on_dispatch is not None:
+                on_dispatch(self.stats())
         if len(self._in_flight) > (self.scheduler_config.lookahead if batch is not None else 0):
             self._commit(*self._in_flight.popleft())
 
@@ -428,6 +431,12 @@ class Engine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
+        return [cast(Prompt, prompts)]
+    return [cast(Prompt, p) for p in prompts]
 
 
 def _completion(request: Request, events: list[TokenEvent]) -> Completion:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 

@@ -18,7 +18,7 @@ class CompileCounter:
         self._watching: int | None = None
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **kwargs: str | int) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event in _EVENTS and threading.get_ident() == self._watching:
             self.count += 1
 

@@ -54,9 +54,7 @@ def place_params(params: Params, config: ModelConfig, mesh: Mesh, dtype: jnp.dty
     )
 
 
-def state_shape(
-    config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: Mesh, dtype: jnp.dtype
-) -> DeviceState:
+def state_shape(config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: Mesh, dtype: jnp.dtype) -> DeviceState:
     """``DeviceState`` of sharded ``ShapeDtypeStruct``s."""
     shape = kv_pages_shape(config, cache, mesh.shape["stage"])
     spec = state_specs(config, mesh.shape["stage"])

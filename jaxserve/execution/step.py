@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -42,7 +43,7 @@ class StageParams:
 def stage_param_specs(config: ModelConfig, num_stages: int) -> StageParams:
     """PartitionSpecs of a ``StageParams``."""
     tree: Params = param_specs(config)
-    outer = jax.tree.map(lambda s: specs.param_spec(s.axes), tree.replace(layers=()), is_leaf=is_spec)
+    outer = jax.tree.map(lambda s: specs.param_spec(s.axes), replace(tree, layers=()), is_leaf=is_spec)
     layer = jax.tree.map(lambda s: specs.layer_param_spec(s.axes), tree.layers[0], is_leaf=is_spec)
     return StageParams(
         embed=outer.embed,
@@ -54,9 +55,7 @@ def stage_param_specs(config: ModelConfig, num_stages: int) -> StageParams:
 
 def state_specs(config: ModelConfig, num_stages: int) -> DeviceState:
     """PartitionSpecs of a ``DeviceState``."""
-    return DeviceState(
-        kv_pages=(specs.KV_PAGES,) * (config.num_layers // num_stages), last_tokens=specs.REPLICATED
-    )
+    return DeviceState(kv_pages=(specs.KV_PAGES,) * (config.num_layers // num_stages), last_tokens=specs.REPLICATED)
 
 
 def unpack_inputs(buffer: jax.Array, bucket: Bucket, dims: StepDims) -> StepInputs:

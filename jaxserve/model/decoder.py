@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers over stages, head. One for all families; runs inside ``shard_map`` over (stage, tensor)."""
+"""The decoder: embedding, layers over stages, head. One for all families; runs inside ``shard_map``."""
 
 from functools import partial
 

@@ -80,7 +80,7 @@ def num_params(config: ModelConfig) -> int:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype | type = jnp.float32) -> Params:
-    """Random parameters: matrices normal with standard deviation fan_in ** -0.5, norms near 1. For tests and dummies."""
+    """Random parameters for tests: matrices normal with standard deviation fan_in ** -0.5, norms near 1."""
     specs = param_specs(config)
     leaves, tree = jax.tree.flatten(specs, is_leaf=is_spec)
 
@@ -94,7 +94,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype | type = j
 
 def check_params(params: Params, config: ModelConfig) -> None:
     """Raises ValueError naming the first tensor that is missing, extra or of the wrong shape, with both shapes."""
-    specs, tree = jax.tree_util.tree_flatten_with_path(param_specs(config), is_leaf=is_spec)
+    specs = jax.tree_util.tree_flatten_with_path(param_specs(config), is_leaf=is_spec)[0]
     arrays = jax.tree_util.tree_flatten_with_path(params)[0]
     want = {jax.tree_util.keystr(path): spec.shape for path, spec in specs}
     got = {jax.tree_util.keystr(path): tuple(x.shape) for path, x in arrays}

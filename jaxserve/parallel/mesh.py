@@ -1,5 +1,8 @@
 """The device mesh: two axes, ``("stage", "tensor")``, always both present."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -33,7 +36,7 @@ def check_mesh(config: ModelConfig, parallel: ParallelConfig) -> None:
             raise ValueError(f"{name}={size} is not divisible by {axis}={ways}")
 
 
-def make_mesh(parallel: ParallelConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first ``stage * tensor`` devices, tensor neighbours adjacent."""
     devices = jax.devices() if devices is None else devices
     need = parallel.stage * parallel.tensor

@@ -21,10 +21,10 @@ def paged_attention(
 ) -> jax.Array:
     """Causal grouped-query attention of a flat batch of tokens over the pages of their sequences.
 
-    The K and V of the step's own tokens are already in the pages. Rows ``0..BD-1`` (``BD = num_decode_rows``) have one
-    query each, token ``i`` that of row ``i``. The queries of the other ``BP`` rows lie one chunk after another in tokens
-    ``BD..T-1``; row ``BD + j`` has tokens ``BD + cu[j] .. BD + cu[j + 1] - 1``. A row's queries are the LAST tokens of
-    its sequence: query ``i`` of ``n`` sees keys ``0 .. kv_len - n + i``.
+    The K and V of the step's own tokens are already in the pages. Rows ``0..BD-1`` (``BD = num_decode_rows``) have
+    one query each, token ``i`` that of row ``i``. The queries of the other ``BP`` rows lie one chunk after another in
+    tokens ``BD..T-1``: row ``BD + j`` has tokens ``BD + cu[j] .. BD + cu[j + 1] - 1``. A row's queries are the LAST
+    tokens of its sequence: query ``i`` of ``n`` sees keys ``0 .. kv_len - n + i``.
 
     Args:
         q: ``[T, N, H]``.
@@ -44,7 +44,7 @@ def paged_attention(
         ValueError: shapes that do not fit each other, with both numbers.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_pages, num_kv_heads, two, page_size, kv_head_dim = kv_pages.shape
+    _, num_kv_heads, two, _, kv_head_dim = kv_pages.shape
     num_rows, num_prefill_rows = page_table.shape[0], prefill_cu_q_lens.shape[0] - 1
     if two != 2 or kv_head_dim != head_dim:
         raise ValueError(f"kv_pages {kv_pages.shape} must be [NP, K, 2, PS, H={head_dim}]")

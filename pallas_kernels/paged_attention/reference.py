@@ -90,7 +90,7 @@ def _attend(
     q_pos = jnp.repeat(position, group, axis=1)[:, None, :, None]  # [NB, 1, QB * G, 1]
 
     def body(i, carry):
-        acc, m, l = carry  # [NB, K, QB * G, H], [NB, K, QB * G, 1] twice
+        acc, m, total = carry  # [NB, K, QB * G, H], [NB, K, QB * G, 1] twice
         ids = lax.dynamic_slice_in_dim(page_table, i * pages, pages, axis=1)[:, None]  # [NB, 1, pages]
         k = kv_pages[ids, heads, 0].reshape(nb, k_heads, width, h).astype(jnp.float32)
         v = kv_pages[ids, heads, 1].reshape(nb, k_heads, width, h).astype(jnp.float32)
@@ -103,12 +103,12 @@ def _attend(
         m_safe = jnp.where(m_new == -jnp.inf, 0, m_new)
         p = jnp.exp(s - m_safe)
         scale = jnp.exp(m - m_safe)
-        return acc * scale + jnp.einsum("bkqw,bkwh->bkqh", p, v), m_new, l * scale + jnp.sum(p, -1, keepdims=True)
+        return acc * scale + jnp.einsum("bkqw,bkwh->bkqh", p, v), m_new, total * scale + jnp.sum(p, -1, keepdims=True)
 
     stats = jnp.zeros((nb, k_heads, qb * group, 1), jnp.float32)
     init = (jnp.zeros(q.shape, jnp.float32), stats - jnp.inf, stats)
     steps = -(-jnp.max(kv_lens) // width)
-    acc, _, l = lax.fori_loop(0, steps, body, init)
-    out = acc / jnp.where(l == 0, 1, l)
+    acc, _, total = lax.fori_loop(0, steps, body, init)
+    out = acc / jnp.where(total == 0, 1, total)
     out = out.reshape(nb, k_heads, qb, group, h).transpose(0, 2, 1, 3, 4)
     return out.reshape(nb, qb, n, h).astype(dtype)

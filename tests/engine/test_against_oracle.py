@@ -23,7 +23,9 @@ def tokens(completions) -> list[list[int]]:
     return [c.token_ids for c in completions]
 
 
-@pytest.mark.parametrize("mesh", ["stage=1,tensor=1", "tensor=2", "stage=2", "stage=2,tensor=2", "tensor=4", "stage=4,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", ["stage=1,tensor=1", "tensor=2", "stage=2", "stage=2,tensor=2", "tensor=4", "stage=4,tensor=2"]
+)
 def test_every_mesh(mesh):
     with tiny.engine(mesh=mesh) as engine:
         assert tokens(engine.generate(tiny.prompts(7), GREEDY)) == expected()
@@ -87,3 +89,17 @@ def test_logprobs_are_of_the_raw_distribution():
         best = np.argsort(-row)[:4]
         assert [i for i, _ in got.top] == best.tolist()
         assert [v for _, v in got.top] == pytest.approx(row[best], abs=1e-4)
+
+
+def test_bfloat16_is_near():
+    prompts = tiny.prompts(7)[:3]
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+    with tiny.engine(dtype="bfloat16") as engine:
+        completions = engine.generate(prompts, params)
+        assert engine.dtype == "bfloat16"
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = oracle_logits(tiny.CONFIG, tiny.params(), prompt)[-1]
+        want = logits - np.log(np.sum(np.exp(logits)))
+        assert completion.logprobs is not None
+        assert completion.logprobs[0].logprob == pytest.approx(want[completion.token_ids[0]], abs=0.1)
+        assert want[completion.token_ids[0]] > want.max() - 0.2

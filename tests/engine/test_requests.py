@@ -2,6 +2,8 @@
 
 import gc
 import time
+from dataclasses import replace
+from typing import Any
 
 import jax
 import pytest
@@ -89,10 +91,11 @@ def test_values_out_of_range_are_refused_by_name(field, value):
 
 @pytest.mark.parametrize("field", NOT_IMPLEMENTED)
 def test_fields_not_implemented_are_refused_by_name(field):
+    neutral: dict[str, Any] = {field: NOT_IMPLEMENTED[field]}
     other = {"n": 2, "logit_bias": {1: 2.0}, "allowed_token_ids": (1,), "bad_words": ("x",)}.get(field, 1.5)
     with pytest.raises(RequestError, match=f"^{field}: .*not implemented"):
         SamplingParams(**{field: other})
-    SamplingParams(**{field: NOT_IMPLEMENTED[field]})
+    SamplingParams(**neutral)
 
 
 def test_min_tokens_stop_ids_and_eos(engine):
@@ -239,8 +242,8 @@ def test_options_that_do_not_fit_are_refused(options, match):
 def test_parameters_that_do_not_fit_are_refused():
     params = tiny.params()
     with pytest.raises(ValueError, match=r"params.final_norm has shape \(16,\), expected \(32,\)"):
-        Engine.from_params(tiny.CONFIG, params.replace(final_norm=params.final_norm[:16]))
+        Engine.from_params(tiny.CONFIG, replace(params, final_norm=params.final_norm[:16]))
     with pytest.raises(ValueError, match=r"params.head is missing, expected shape \(259, 32\)"):
-        Engine.from_params(tiny.CONFIG, params.replace(head=None))
+        Engine.from_params(tiny.CONFIG, replace(params, head=None))
     with pytest.raises(ValueError, match=r"params.layers\[4\].attn_norm is not a parameter"):
-        Engine.from_params(tiny.CONFIG, params.replace(layers=params.layers + params.layers[:1]))
+        Engine.from_params(tiny.CONFIG, replace(params, layers=params.layers + params.layers[:1]))

@@ -1,5 +1,7 @@
 """The reference of paged attention against dense attention in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,10 @@ def dense(q, k, v, scale):
             p = np.exp(scores - scores.max())
             out[i, head] = p / p.sum() @ v[:last, head // group]
     return out
+
+
+def with_(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**inputs, **changes}
 
 
 def case(seed, decode_lens, chunks, *, page_size, num_heads=6, num_kv_heads=2, head_dim=8, pad_rows=1, pad_tokens=3):
@@ -56,7 +62,7 @@ def case(seed, decode_lens, chunks, *, page_size, num_heads=6, num_kv_heads=2, h
         q.append(r.standard_normal((pad_tokens, num_heads, head_dim)))
         want.append(np.zeros((pad_tokens, num_heads, head_dim)))
     cu = np.cumsum([0] + [new for new, _ in rows[num_decode:]])
-    inputs = {
+    inputs: dict[str, Any] = {
         "q": jnp.asarray(np.concatenate(q), jnp.float32),
         "kv_pages": jnp.asarray(kv, jnp.float32),
         "page_table": jnp.asarray(table, jnp.int32),
@@ -107,8 +113,8 @@ def test_bfloat16_accumulates_in_float32():
 def test_shapes_that_do_not_fit_are_refused_with_both_numbers():
     inputs, _ = case(0, [5], [(3, 9)], page_size=4)
     with pytest.raises(ValueError, match=r"query heads 6 are not divisible by kv heads 4"):
-        paged_attention(**(inputs | {"kv_pages": jnp.zeros((4, 4, 2, 4, 8))}))
+        paged_attention(**with_(inputs, kv_pages=jnp.zeros((4, 4, 2, 4, 8))))
     with pytest.raises(ValueError, match=r"num_decode_rows=1 and prefill rows 2"):
-        paged_attention(**(inputs | {"num_decode_rows": 1}))
+        paged_attention(**with_(inputs, num_decode_rows=1))
     with pytest.raises(ValueError, match="does not exist"):
         paged_attention(**inputs, implementation="fastest")  # pyright: ignore[reportArgumentType]

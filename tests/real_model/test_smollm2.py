@@ -1,7 +1,7 @@
 """The default model, in float32, against greedy tokens of an independent implementation.
 
-``tests/data/smollm2_greedy.json`` was made by ``scripts/make_reference_tokens.py`` with transformers on torch. It has the
-gap between the two best log-probabilities of every step; all are far above float32 noise, so every token must agree.
+``tests/data/smollm2_greedy.json`` was made by ``scripts/make_reference_tokens.py`` with transformers on torch. It has
+the gap between the two best log-probabilities of every step; all are above float32 noise, so every token must agree.
 """
 
 import json

@@ -1,0 +1,55 @@
+"""What the compiled step does with memory, and that compiling after ready would be seen."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.config import CacheConfig, ParallelConfig
+from jaxserve.execution.compile_counter import CompileCounter
+from jaxserve.execution.runner import lower_step, place_params, state_shape
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.step_io import Bucket, StepDims
+from tests import tiny
+
+
+@pytest.mark.parametrize("bucket", [Bucket(1, 0, 0), Bucket(4, 0, 0), Bucket(0, 16, 3), Bucket(4, 16, 3)])
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(stage=2, tensor=2)])
+def test_the_cache_is_updated_in_place(bucket, parallel):
+    mesh = make_mesh(parallel)
+    cache = CacheConfig(num_pages=4096, page_size=4)
+    dims = StepDims(num_slots=4, max_pages_per_seq=24, num_pages=4096, page_size=4)
+    params = place_params(tiny.params(), tiny.CONFIG, mesh, jnp.dtype("float32"))
+    state = state_shape(tiny.CONFIG, cache, dims, mesh, jnp.dtype("float32"))
+    compiled = lower_step(tiny.CONFIG, params, state, dims, bucket, mesh).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    devices = parallel.stage * parallel.tensor
+    layers = tiny.CONFIG.num_layers
+    cache_bytes = tiny.CONFIG.kv_bytes_per_token(4) * 4096 * 4 // devices  # on one device
+    one_layer = cache_bytes // (layers // parallel.stage)
+    assert analysis.alias_size_in_bytes >= cache_bytes
+    assert analysis.temp_size_in_bytes < one_layer
+
+
+def test_compile_counter_counts_its_own_thread_under_watch_only():
+    counter = CompileCounter()
+
+    def compile_something(n: int) -> None:
+        jax.jit(lambda x: x * n + 0.5)(jnp.zeros(n + 3))
+
+    compile_something(1)
+    assert counter.count == 0
+    with counter.watch():
+        thread = threading.Thread(target=compile_something, args=(2,))
+        thread.start()
+        thread.join()
+        assert counter.count == 0
+        compile_something(3)
+    assert counter.count >= 2  # traced and compiled
+    seen = counter.count
+    counter.close()
+    with counter.watch():
+        compile_something(4)
+    assert counter.count == seen
