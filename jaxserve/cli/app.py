@@ -1,6 +1,7 @@
 """The ``jaxserve`` command: its subcommands and the one place where errors become a line and an exit status."""
 
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 
 import jaxserve
-from jaxserve.cli import local, remote, serving
+from jaxserve.cli import local, measuring, remote, serving
 from jaxserve.cli.loading import INTERRUPTED
 
 BAD_INPUT, FAILURE = 2, 1
@@ -25,7 +26,7 @@ app.command()(local.chat)
 app.command()(serving.serve)
 app.add_typer(remote.app, name="client")
 app.command()(local.info)
-app.add_typer(local.bench, name="bench")
+app.add_typer(measuring.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
@@ -44,6 +45,7 @@ def main() -> None:
     """The console script. Ends the process without waiting for threads: one that is inside XLA's compiler, of a server
     that was told to stop while loading, cannot be interrupted, and the commands have closed what they opened."""
     status = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: a late Ctrl-C has nothing left to stop
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

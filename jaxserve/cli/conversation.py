@@ -2,21 +2,23 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
-from jaxserve.cli.terminal import note, write_answer
+from jaxserve.cli.terminal import StreamStats, note, write_answer
 
 Message = dict[str, str]
 HELP = "/reset starts over, /exit or Ctrl-D leaves; Ctrl-C stops an answer, and leaves where there is none"
 
 
-def converse(answer: Callable[[list[Message]], Iterator[str]], *, system: str | None) -> None:
+def converse(
+    answer: Callable[[list[Message], StreamStats], Generator[str]], *, system: str | None, stats: bool
+) -> None:
     """Reads lines and streams answers until /exit, end of input, or Ctrl-C at the prompt.
 
-    ``answer`` streams the reply to a conversation as pieces of text; closing its iterator stops it, and a ValueError
-    from it refuses the message, not the conversation. Each line is one message; the conversation so far goes with it.
-    An answer that was stopped stays in the conversation as far as it came.
+    ``answer`` streams the reply to a conversation as pieces of text and counts its tokens; closing it stops the reply,
+    and a ValueError from it refuses the message, not the conversation. Each line is one message; the conversation so
+    far goes with it. A reply that was stopped stays in the conversation as far as it came.
     """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -39,15 +41,18 @@ def converse(answer: Callable[[list[Message]], Iterator[str]], *, system: str | 
             note(HELP)
         elif line:
             question = {"role": "user", "content": line}
+            watch = StreamStats()
             try:
-                text = _write_stream(answer([*messages, question]))
+                text = _write_stream(answer([*messages, question], watch))
             except ValueError as error:
                 note(f"error: {error} (/reset forgets the conversation)")
             else:
                 messages += [question, {"role": "assistant", "content": text}]
+                if stats:
+                    note(watch.line())
 
 
-def _write_stream(pieces: Iterator[str]) -> str:
+def _write_stream(pieces: Generator[str]) -> str:
     """Writes the pieces as they come and returns them joined."""
     text = ""
     with _interrupts_counted() as interrupts:
@@ -57,9 +62,7 @@ def _write_stream(pieces: Iterator[str]) -> str:
             if interrupts:
                 note(" [stopped]")
                 break
-    close = getattr(pieces, "close", None)
-    if close is not None:
-        close()
+    pieces.close()
     write_answer("\n")
     return text
 

@@ -25,13 +25,18 @@ def open_engine(model: str, options: EngineOptions) -> "Engine":
     keywords = options.keywords()
     with ProgressDisplay() as progress, _leaving_at_interrupt(progress):
         progress("import jax", 0, None)
-        import jax
-
+        select_platform(options.platform)
         from jaxserve.engine.engine import Engine
 
-        if options.platform is not None:
-            jax.config.update("jax_platforms", options.platform)
         return Engine.from_pretrained(model, on_progress=progress, **keywords)
+
+
+def select_platform(platform: str | None) -> None:
+    """Imports jax and, with a ``platform``, has it use no other. Before jax has looked for devices."""
+    import jax
+
+    if platform is not None:
+        jax.config.update("jax_platforms", platform)
 
 
 @contextmanager

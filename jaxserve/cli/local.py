@@ -1,9 +1,10 @@
-"""Commands that run in this process: generate, chat, info, bench."""
+"""Commands that run in this process: generate, chat, info."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[list[str], typer.Option("--prompt", "-p", help="What to continue or answer; may be repeated.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Each prompt is a message: use the model's chat template.")]
-
-bench = typer.Typer(help="Measure, from one run, and print a table or JSON.")
 
 
 @flatten_options
@@ -38,13 +37,16 @@ def generate(
     with open_engine(model, engine) as e:
         inputs = [chat_prompt(e, [{"role": "user", "content": p}]) for p in prompt] if chat else prompt
         if len(inputs) == 1 and not as_json:
-            for text in stream_text(e, inputs[0], params, stats=stats):
+            watch = StreamStats()
+            for text in stream_text(e, inputs[0], params, watch):
                 write_answer(text)
             write_answer("\n")
+            if stats:
+                note(watch.line())
             return
-        watch = StreamStats()
+        start = time.perf_counter()
         completions = e.generate(inputs, params)
-        watch.add(sum(len(c.token_ids) for c in completions))
+        seconds = time.perf_counter() - start
         for number, (text, completion) in enumerate(zip(prompt, completions)):
             if as_json:
                 values = {"prompt": text} | dataclasses.asdict(completion)
@@ -52,7 +54,8 @@ def generate(
             else:
                 write_answer(("\n" if number else "") + completion.text + "\n")
         if stats:
-            note(f"{watch.num_tokens} tokens in {watch.ttft_s or 0:.3f} s")
+            num_tokens = sum(len(c.token_ids) for c in completions)
+            note(f"{num_tokens} tokens in {seconds:.3f} s, {num_tokens / seconds:.1f} tokens/s")
 
 
 @flatten_options
@@ -63,10 +66,10 @@ def chat(
     params = sampling.params()
     with open_engine(model, engine) as e:
 
-        def answer(messages: list[Message]) -> Iterator[str]:
-            return stream_text(e, chat_prompt(e, messages), params, stats=stats)
+        def answer(messages: list[Message], watch: StreamStats) -> Generator[str]:
+            return stream_text(e, chat_prompt(e, messages), params, watch)
 
-        converse(answer, system=system)
+        converse(answer, system=system, stats=stats)
 
 
 def info(model: Model, as_json: Json = False) -> None:
@@ -91,13 +94,6 @@ def info(model: Model, as_json: Json = False) -> None:
         print_table(values)
 
 
-@bench.command()
-@flatten_options
-def batching(model: Model, engine: EngineOptions, as_json: Json = False) -> None:
-    """Continuous against static batching, and a paged against a static cache."""
-    raise NotImplementedError
-
-
 def chat_prompt(engine: "Engine", messages: list[Message]) -> list[int]:
     """Token ids of a conversation, ready for its answer."""
     if engine.tokenizer is None:
@@ -105,15 +101,13 @@ def chat_prompt(engine: "Engine", messages: list[Message]) -> list[int]:
     return engine.tokenizer.encode_chat(messages)
 
 
-def stream_text(engine: "Engine", prompt: str | list[int], params: SamplingParams, *, stats: bool) -> Iterator[str]:
-    """The pieces of one answer as they come; with ``stats``, its figures on stderr at the end."""
-    watch = StreamStats()
-    prompt_tokens = None
+def stream_text(
+    engine: "Engine", prompt: str | list[int], params: SamplingParams, watch: StreamStats
+) -> Generator[str]:
+    """The pieces of one answer as they come, its tokens counted by ``watch``."""
     for event in engine.stream(prompt, params):
         watch.add(event.token_id is not None)
         if event.usage is not None:
-            prompt_tokens = event.usage.prompt_tokens
+            watch.prompt_tokens = event.usage.prompt_tokens
         if event.text:
             yield event.text
-    if stats:
-        note("\n" + watch.line(prompt_tokens))

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,7 +54,7 @@ def chat(
     with connect(address.server) as client:
         arguments = {"request_id": request_id, "timeout_s": address.timeout} | sampling.set_fields()
         if prompt is None:
-            converse(lambda messages: answer(client, messages, arguments, stats=stats), system=system)
+            converse(partial(answer, client, arguments), system=system, stats=stats)
             return
         opening = [{"role": "system", "content": system}] if system else []
         messages = [*opening, {"role": "user", "content": prompt}]
@@ -133,6 +134,7 @@ def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool) -> None:
     last = None
     for last in chunks:
         watch.add(len(last.token_ids))
+        watch.prompt_tokens = last.usage and last.usage.prompt_tokens
         if as_json:
             text.append(last.text)
             token_ids += last.token_ids
@@ -149,18 +151,18 @@ def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool) -> None:
         write_answer(json.dumps(values, ensure_ascii=False))
     write_answer("\n")
     if stats:
-        note(watch.line(last.usage.prompt_tokens if last is not None and last.usage is not None else None))
+        note(watch.line())
 
 
-def answer(client: "Client", messages: list[Message], arguments: dict[str, Any], *, stats: bool) -> Iterator[str]:
+def answer(client: "Client", arguments: dict[str, Any], messages: list[Message], watch: StreamStats) -> Generator[str]:
     """The pieces of the server's reply. A refusal of the message is a ValueError, as it is where no wire is between."""
     import grpc
 
-    watch = StreamStats()
     chunks = client.generate(messages=messages, **arguments)
     try:
         for chunk in chunks:
             watch.add(len(chunk.token_ids))
+            watch.prompt_tokens = chunk.usage and chunk.usage.prompt_tokens
             yield chunk.text
     except grpc.RpcError as error:
         if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
@@ -168,5 +170,3 @@ def answer(client: "Client", messages: list[Message], arguments: dict[str, Any],
         raise
     finally:
         chunks.close()
-    if stats:
-        note("\n" + watch.line())

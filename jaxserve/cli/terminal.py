@@ -7,8 +7,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -20,21 +18,20 @@ def write_answer(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr, in one piece: an engine that loads and a server that binds speak from two threads."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def print_table(rows: Mapping[str, Any]) -> None:
-    """Name and value in two columns, on stdout; lists and mappings on one line."""
-    table = Table.grid(padding=(0, 3))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    """A line on stdout for each name and its value; lists and mappings on one line."""
+    width = max(map(len, rows))
     for name, value in rows.items():
         if isinstance(value, Mapping):
             value = [f"{key} {entry}" for key, entry in value.items()]
-        table.add_row(name, Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)))
-    # Lines are folded for a terminal only: what reads a pipe wants a line for each name.
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+        if isinstance(value, (list, tuple)):
+            value = ", ".join(map(str, value))
+        write_answer(f"{name:<{width}}   {value}\n")
 
 
 class _CursorKept(Console):
@@ -82,9 +79,14 @@ class ProgressDisplay:
 
 
 class StreamStats:
-    """Time to first token, and the rate of the tokens after it, of one stream as its reader saw it."""
+    """Time to first token, and the rate of the tokens after it, of one stream as its reader saw it.
+
+    Attributes:
+        prompt_tokens: set by the reader when the stream tells.
+    """
 
     def __init__(self):
+        self.prompt_tokens: int | None = None
         self._start = time.perf_counter()
         self._first: float | None = None
         self._last = self._start
@@ -116,9 +118,9 @@ class StreamStats:
             return None
         return rest / (self._last - self._first)
 
-    def line(self, prompt_tokens: int | None = None) -> str:
+    def line(self) -> str:
         """For people: ``TTFT 0.123 s, 45.6 tokens/s, 80 tokens (prompt 20)``."""
         ttft = "no token" if self.ttft_s is None else f"TTFT {self.ttft_s:.3f} s"
         rate = "" if self.tokens_per_s is None else f", {self.tokens_per_s:.1f} tokens/s"
-        prompt = "" if prompt_tokens is None else f" (prompt {prompt_tokens})"
+        prompt = "" if self.prompt_tokens is None else f" (prompt {self.prompt_tokens})"
         return f"{ttft}{rate}, {self._tokens} tokens{prompt}"

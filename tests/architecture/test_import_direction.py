@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "runner": {"kernels", "configs", "device wing"},
     "checkpoint": {"configs", "host wing", "device wing"},
     "engine": {"kernels", "configs", "host wing", "device wing", "runner", "checkpoint"},
-    "bench": {"kernels", "configs", "host wing", "device wing", "runner", "checkpoint", "engine"},
+    "bench": {"names", "kernels", "configs", "host wing", "device wing", "runner", "checkpoint", "engine"},
     "server": {"names", "configs", "host wing", "engine"},
     "cli": {"names", "configs", "host wing", "device wing", "checkpoint", "engine", "bench", "server"},
 }  # besides itself

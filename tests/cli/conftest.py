@@ -8,13 +8,15 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.server.app import Server
 from jaxserve.server.options import ServerOptions
-from tests.cli.tiny_model import write_tiny_model
+from tests.checkpoint.tiny_gguf import write
 from tests.server.fake_engine import FakeEngine, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -22,7 +24,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that name a tiny model and keep its engine small; what one process compiled, the next one reads."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder / "tiny.gguf")
+    write(folder / "tiny.gguf", keys={"llama.context_length": 8192, "tokenizer.chat_template": CHAT_TEMPLATE})
     return [
         str(folder / "tiny.gguf"),
         "--max-num-seqs=1",
@@ -40,6 +42,7 @@ def restored_compilation_cache() -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # the setting alone does not close what it opened
 
 
 @pytest.fixture

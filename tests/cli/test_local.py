@@ -98,3 +98,17 @@ def test_reader_of_a_pipe_leaves(spawn, tiny: list[str]):
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert "Traceback" not in err and "rror" not in err
+
+
+@pytest.mark.slow
+def test_bench_batching(tiny: list[str], capsys: pytest.CaptureFixture[str]):
+    options = ["--num-requests=4", "--max-prompt=20", "--max-output=8", "--max-num-seqs=1", "--prefill-sizes=32"]
+    line = ["bench", "batching", tiny[0], *options, tiny[-1]]
+    assert run([*line, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["comparison"], row["mode"]) for row in rows] == [
+        ("batching", "continuous"), ("batching", "static"), ("allocation", "paged"), ("allocation", "static")
+    ]  # fmt: skip
+    assert all(row["num_requests"] == 4 and row["max_prompt"] == 20 for row in rows)
+    assert run(line) == 0
+    assert "requests/s" in capsys.readouterr().out
