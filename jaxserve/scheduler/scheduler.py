@@ -40,7 +40,9 @@ class SchedulerStats:
 
     ``num_tokens_held``: tokens with KV over the running sequences, a shared page's counted once; so
     ``kv_fragmentation = 1 - num_tokens_held / (num_pages_held * page_size)`` is the share of held memory that holds
-    nothing. Prefix lookups are counted when a sequence is admitted, also when it returns after a preemption.
+    nothing. ``num_tokens_reserved`` is the part of it that its sequences fill if they reach ``max_total_len`` (the last
+    token's KV is never computed). Prefix lookups are counted when a sequence is admitted, also when it returns after a
+    preemption.
     """
 
     num_running: int
@@ -50,6 +52,7 @@ class SchedulerStats:
     num_pages: int
     num_pages_held: int
     num_tokens_held: int
+    num_tokens_reserved: int
     num_pages_cached: int  # held by nobody, kept for their prefix
     kv_cache_usage: float  # 0..1, pages held / pages
     kv_fragmentation: float  # 0..1
@@ -228,9 +231,7 @@ class Scheduler:
 
         # After a preemption the pages are wanted by those who run, and the victim may have a token in flight.
         if self._num_preemptions == preemptions:
-            while forms_static_batch or (
-                not static and budget > 0 and len(prefill) < self.config.max_prefill_rows
-            ):
+            while forms_static_batch or (not static and budget > 0 and len(prefill) < self.config.max_prefill_rows):
                 sequence = self._admit_head()
                 if sequence is None:
                     break
@@ -384,6 +385,10 @@ class Scheduler:
         # Only full pages are shared, and each holder has counted them.
         counted_again = (pool.num_references - held) * page_size
         tokens_held = sum(sequence.num_computed for sequence in self._running) - counted_again
+        reserved = sum(
+            min(len(sequence.pages) * page_size, sequence.request.max_total_len - 1) - sequence.num_computed
+            for sequence in self._running
+        )
         is_static = self.config.batching == "static"
         return SchedulerStats(
             num_running=len(self._running),
@@ -393,6 +398,7 @@ class Scheduler:
             num_pages=pool.num_pages,
             num_pages_held=held,
             num_tokens_held=tokens_held,
+            num_tokens_reserved=reserved,
             num_pages_cached=pool.num_cached,
             kv_cache_usage=held / pool.num_pages,
             kv_fragmentation=1 - tokens_held / (held * page_size) if held else 0.0,

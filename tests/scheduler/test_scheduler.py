@@ -388,6 +388,7 @@ def test_static_allocation_reserves_max_model_len():
     next_batch(scheduler)
     stats = scheduler.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_pages_held, stats.num_tokens_held) == (2, 1, 6, 4)
+    assert stats.num_tokens_reserved == 2 * 2  # five tokens each, of which the last one's KV is never computed
     assert stats.kv_fragmentation == 1 - 4 / 24
 
 

@@ -169,9 +169,10 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         self._on_one_thread()
         return EngineStats(
-            num_running=len(self._live), num_waiting=0, num_pages=100, num_pages_held=len(self._live),
-            num_tokens_held=8 * len(self._live), num_pages_cached=3, kv_cache_usage=len(self._live) / 100,
-            kv_fragmentation=0.5, prefix_cache_queries=40, prefix_cache_hits=30, num_preemptions=2,
+            num_running=len(self._live), num_waiting=0, num_active_rows=len(self._live), num_pages=100,
+            num_pages_held=len(self._live), num_tokens_held=8 * len(self._live), num_tokens_reserved=0,
+            num_pages_cached=3, kv_cache_usage=len(self._live) / 100, kv_fragmentation=0.5,
+            prefix_cache_queries=40, prefix_cache_hits=30, num_preemptions=2,
             num_steps=self.num_steps, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.requests),
             generation_tokens=self._num_tokens, recompilations_after_ready=0,
         )  # fmt: skip
