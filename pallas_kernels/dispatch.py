@@ -1,15 +1,37 @@
-"""The one place where a kernel's implementation is chosen."""
+"""The one place where a kernel's implementation is chosen.
+
+The choice is an argument, made once for a device when the engine is built, and handed down: what a compiled step runs can
+be read from its inputs. Nothing is tried and caught, and no environment variable is read.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
-Implementation = Literal["reference"]
+import jax
+
+Implementation = Literal["reference", "mosaic_gpu"]
+
+
+def is_hopper(device: jax.Device) -> bool:
+    """Whether ``device`` is an NVIDIA GPU of compute capability 9: its matrix instructions exist on no other."""
+    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
+
+
+def best(device: jax.Device, *, hopper: bool) -> Implementation:
+    """The fastest implementation on ``device``; ``hopper`` says that the Hopper kernel takes the shapes in question."""
+    return "mosaic_gpu" if hopper and is_hopper(device) else "reference"
 
 
 def choose(implementations: dict[str, Callable[..., Any]], name: Implementation | None) -> Callable[..., Any]:
-    """The implementation called ``name``; None takes the best that exists: today the jnp reference everywhere."""
+    """The implementation called ``name``; None is the reference, which runs everywhere."""
     if name is None:
         return implementations["reference"]
     if name not in implementations:
         raise ValueError(f"implementation={name!r} does not exist; there is {', '.join(sorted(implementations))}")
     return implementations[name]
+
+
+def best(device: Any) -> Implementation:
+    """The implementation to run on ``device`` (a ``jax.Device``, or a description with its ``platform``)."""
+    del device  # one implementation exists
+    return "reference"

@@ -16,6 +16,7 @@ from jaxserve.execution.step import DeviceState, StageParams, make_step, stage_p
 from jaxserve.model.params import Params, check_params
 from jaxserve.parallel import specs
 from jaxserve.step_io import Bucket, StepDims, StepOutputs, buffer_size, new_inputs, unpack_outputs
+from pallas_kernels import dispatch
 
 Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 
@@ -70,7 +71,8 @@ def lower_step(
     """The step of one bucket, lowered for ``params`` and ``state`` (arrays or shapes), the state donated."""
     replicated = NamedSharding(mesh, specs.REPLICATED)
     buffer = jax.ShapeDtypeStruct((buffer_size(bucket, dims),), jnp.int32, sharding=replicated)
-    return jax.jit(make_step(config, mesh, bucket, dims), donate_argnums=(1,)).lower(params, state, buffer)
+    step = make_step(config, mesh, bucket, dims, dispatch.best(mesh.devices.flat[0]))
+    return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
 
 
 class Runner:

@@ -16,10 +16,11 @@ from jaxserve.cache.pages import KVPages
 from jaxserve.config import ModelConfig
 from jaxserve.execution import sampling
 from jaxserve.model import decoder, layers
-from jaxserve.model.layers import AttentionContext
+from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import LayerParams, Params, is_spec, param_specs
 from jaxserve.parallel import specs
 from jaxserve.step_io import FLOAT_FIELDS, Bucket, StepDims, StepInputs, input_shapes
+from pallas_kernels.dispatch import Implementation
 
 
 @flax.struct.dataclass
@@ -70,12 +71,14 @@ def unpack_inputs(buffer: jax.Array, bucket: Bucket, dims: StepDims) -> StepInpu
 
 
 def make_step(
-    config: ModelConfig, mesh: Mesh, bucket: Bucket, dims: StepDims
+    config: ModelConfig, mesh: Mesh, bucket: Bucket, dims: StepDims, attention: Implementation
 ) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array]]:
     """``step(params, state, buffer) -> (state, packed outputs [B, 2 + 2 * KL] i32)`` for one bucket.
 
     ``buffer`` is ``step_io.new_inputs``' int32 buffer, the outputs are for ``step_io.unpack_outputs``.
     """
+
+    static = StaticContext(config, bucket.decode_rows, attention)
 
     def step(params: StageParams, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
         inputs = unpack_inputs(buffer, bucket, dims)
@@ -92,7 +95,7 @@ def make_step(
             cos, sin, inputs.kv_write_index, inputs.page_table, inputs.kv_lens, inputs.prefill_cu_q_lens
         )
         x = decoder.embed(params.embed, token_ids)  # [T, D]
-        x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, config, bd)
+        x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, static)
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
         x = layers.rms_norm(x, params.final_norm, config.rms_norm_eps)
         head = params.embed if params.head is None else params.head

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.config import ModelConfig
 from jaxserve.model import layers
-from jaxserve.model.layers import AttentionContext
+from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import LayerParams
 
 
@@ -36,14 +35,13 @@ def stage_layers(
     kv_pages: tuple[jax.Array, ...],
     x: jax.Array,
     ctx: AttentionContext,
-    config: ModelConfig,
-    num_decode_rows: int,
+    static: StaticContext,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """This device's layers, unrolled: under ``scan`` XLA copies every layer's weights and pages.
 
     The layer has a jit of its own, so that it is traced and lowered once and not once a layer.
     """
-    layer = jax.jit(partial(layers.decoder_layer, config=config, num_decode_rows=num_decode_rows))
+    layer = jax.jit(partial(layers.decoder_layer, static=static))
     out = []
     for p, pages in zip(stage, kv_pages, strict=True):
         x, pages = layer(p, pages, x, ctx)
@@ -56,8 +54,7 @@ def run_stages(
     kv_pages: tuple[jax.Array, ...],
     x: jax.Array,
     ctx: AttentionContext,
-    config: ModelConfig,
-    num_decode_rows: int,
+    static: StaticContext,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """All layers of the model over ``x`` [T, D]: every stage's, in turn. The result is right on the last stage only.
 
@@ -66,14 +63,14 @@ def run_stages(
     """
     num_stages = lax.axis_size("stage")
     if num_stages == 1:
-        return stage_layers(stage, kv_pages, x, ctx, config, num_decode_rows)
+        return stage_layers(stage, kv_pages, x, ctx, static)
     num_slots = kv_pages[0].shape[0] * kv_pages[0].shape[3]  # NP * PS: writes nowhere
     for tick in range(num_stages):
         mine = lax.axis_index("stage") == tick
         tick_ctx = ctx._replace(
             kv_write_index=jnp.where(mine, ctx.kv_write_index, num_slots), kv_lens=jnp.where(mine, ctx.kv_lens, 0)
         )
-        x, kv_pages = stage_layers(stage, kv_pages, x, tick_ctx, config, num_decode_rows)
+        x, kv_pages = stage_layers(stage, kv_pages, x, tick_ctx, static)
         if tick + 1 < num_stages:
             x = lax.ppermute(x, "stage", [(s, s + 1) for s in range(num_stages - 1)])
     return x, kv_pages

@@ -12,7 +12,16 @@ from jax import lax
 from jaxserve.cache import pages
 from jaxserve.config import ModelConfig
 from jaxserve.model.params import LayerParams
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_attention import paged_attention
+
+
+class StaticContext(NamedTuple):
+    """What is fixed when a step is compiled."""
+
+    config: ModelConfig
+    num_decode_rows: int  # BD
+    attention: Implementation  # of the paged attention kernel
 
 
 class AttentionContext(NamedTuple):
@@ -62,7 +71,7 @@ def psum_tensor(x: jax.Array) -> jax.Array:
 
 
 def attention(
-    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, config: ModelConfig, num_decode_rows: int
+    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext
 ) -> tuple[jax.Array, jax.Array]:
     """Attention block of ``x`` [T, D]; returns (its residual update [T, D], the pages with this step's K and V)."""
     k, width, h, d = p.qkv.shape  # [K, G + 2, H, D]
@@ -78,8 +87,9 @@ def attention(
         ctx.page_table,
         ctx.kv_lens,
         ctx.prefill_cu_q_lens,
-        num_decode_rows=num_decode_rows,
+        num_decode_rows=static.num_decode_rows,
         sm_scale=h**-0.5,
+        implementation=static.attention,
     )
     return psum_tensor(linear(out.astype(x.dtype).reshape(t, k * group * h), p.attn_out)), kv_pages
 
@@ -92,11 +102,10 @@ def mlp(p: LayerParams, x: jax.Array) -> jax.Array:
 
 
 def decoder_layer(
-    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, config: ModelConfig, num_decode_rows: int
+    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext
 ) -> tuple[jax.Array, jax.Array]:
     """One pre-norm layer: ``x`` [T, D] and the layer's pages in, the same out."""
-    update, kv_pages = attention(
-        p, kv_pages, rms_norm(x, p.attn_norm, config.rms_norm_eps), ctx, config, num_decode_rows
-    )
+    eps = static.config.rms_norm_eps
+    update, kv_pages = attention(p, kv_pages, rms_norm(x, p.attn_norm, eps), ctx, static)
     x = x + update
-    return x + mlp(p, rms_norm(x, p.mlp_norm, config.rms_norm_eps)), kv_pages
+    return x + mlp(p, rms_norm(x, p.mlp_norm, eps)), kv_pages
