@@ -1,24 +1,25 @@
 """The one place where a kernel's implementation is chosen.
 
-The choice is an argument, made once for a device when the engine is built, and handed down: what a compiled step runs can
-be read from its inputs. Nothing is tried and caught, and no environment variable is read.
+The choice is an argument, made once for a device when the engine is built, and handed down: what a compiled step runs
+can be read from its inputs. Nothing is tried and caught, and no environment variable is read.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
-
 Implementation = Literal["reference", "mosaic_gpu"]
 
 
-def is_hopper(device: jax.Device) -> bool:
+def is_hopper(device: Any) -> bool:
     """Whether ``device`` is an NVIDIA GPU of compute capability 9: its matrix instructions exist on no other."""
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
 
 
-def best(device: jax.Device, *, hopper: bool) -> Implementation:
-    """The fastest implementation on ``device``; ``hopper`` says that the Hopper kernel takes the shapes in question."""
+def best(device: Any, *, hopper: bool = False) -> Implementation:
+    """The implementation to run on ``device`` (a ``jax.Device``, or a description with its ``platform``).
+
+    ``hopper`` says that the kernel for Hopper takes the shapes in question: its module's ``supports``.
+    """
     return "mosaic_gpu" if hopper and is_hopper(device) else "reference"
 
 
@@ -29,9 +30,3 @@ def choose(implementations: dict[str, Callable[..., Any]], name: Implementation 
     if name not in implementations:
         raise ValueError(f"implementation={name!r} does not exist; there is {', '.join(sorted(implementations))}")
     return implementations[name]
-
-
-def best(device: Any) -> Implementation:
-    """The implementation to run on ``device`` (a ``jax.Device``, or a description with its ``platform``)."""
-    del device  # one implementation exists
-    return "reference"

@@ -3,9 +3,9 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import gpu, reference
 
-_IMPLEMENTATIONS = {"reference": reference.paged_attention}
+_IMPLEMENTATIONS = {"reference": reference.paged_attention, "mosaic_gpu": gpu.paged_attention}
 
 
 def paged_attention(

@@ -1,0 +1,40 @@
+"""Paged attention on Mosaic GPU (Hopper): decode rows by their kernel, chunks (no kernel yet) by the reference."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention import gpu_decode, reference
+
+
+def supports(*, head_dim: int, page_size: int, group: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernel takes these shapes: ``group`` query heads a kv head, ``dtype`` of queries and cache."""
+    return gpu_decode.refusal(head_dim, page_size, group, dtype, dtype) is None
+
+
+def paged_attention(
+    q: jax.Array,  # [T, N, H]
+    kv_pages: jax.Array,  # [NP, K, 2, PS, H]
+    page_table: jax.Array,  # [B, MP]
+    kv_lens: jax.Array,  # [B]
+    prefill_cu_q_lens: jax.Array,  # [BP + 1]
+    *,
+    num_decode_rows: int,
+    sm_scale: float,
+) -> jax.Array:  # [T, N, H]
+    """See ``pallas_kernels.paged_attention.paged_attention``."""
+    bd, parts = num_decode_rows, []
+    if bd:
+        parts.append(gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], sm_scale=sm_scale))
+    if q.shape[0] > bd:
+        parts.append(
+            reference.paged_attention(
+                q[bd:],
+                kv_pages,
+                page_table[bd:],
+                kv_lens[bd:],
+                prefill_cu_q_lens,
+                num_decode_rows=0,
+                sm_scale=sm_scale,
+            )
+        )
+    return jnp.concatenate(parts)

@@ -1,0 +1,470 @@
+"""Paged decode attention on Mosaic GPU (Hopper): one query a row, keys and values read through the page table.
+
+Decode is a matter of moving bytes, so the kernel is built around them. The keys of a (row, kv head), cut into tiles of
+``block_kv`` tokens, are an item; all items lie one after another on one line of tiles, and each of a fixed number of
+streams (``streams_per_sm`` on every multiprocessor) takes an equal stretch of that line (the stream-K decomposition of
+Osama et al., 2023). So every stream moves the same number of bytes whatever the lengths are, and a long row is split
+where the stretches happen to end. A stream is a pair of warpgroups: one walks the page table and keeps a ring of shared
+memory filled by TMA, the other runs the online softmax on the tensor cores. The ring runs on across items.
+
+An item that lies in one stretch is written to the output at once. Of a split item, every stream writes what it has
+seen, normalised, with its log-sum-exp, and a second small kernel combines. There is at most one such item at each end
+of a stretch, so their buffer has a size that depends on nothing but the number of streams.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_LOG2E = math.log2(math.e)
+_ROWS = 64  # rows of a warpgroup's matrix instruction; the queries of one kv head fill the first G
+HEAD_DIMS = (64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What may differ without changing the result."""
+
+    num_sms: int = 132
+    streams_per_sm: int = 2
+    block_kv: int = 64  # tokens of a tile
+    ring: int = 4  # tiles of K or of V that a stream has in shared memory, for head_dim 128; twice that for 64
+    min_tiles: int = 2  # a stream is not started for less, where the batch is too small for all of them
+    launch_early: bool = False  # programmatic dependent launch
+
+    @property
+    def num_streams(self) -> int:
+        return self.num_sms * self.streams_per_sm
+
+
+# Fields of a stream's plan.
+_FIRST_ITEM, _FIRST_TILE, _NUM_TILES, _NUM_ITEMS, _FIRST_KEYS, _NUM_PARTS, _FIRST_PAGES = range(7)
+
+
+def make_plan(
+    kv_lens: jax.Array, page_table: jax.Array, page_size: int, num_kv_heads: int, tuning: Tuning
+) -> jax.Array:
+    """The stretch of each stream: ``[S, 6 + pages a tile]`` int32, fields as named above.
+
+    Item ``row * K + head`` has ``max(1, ceil(kv_len / block_kv))`` tiles. ``_FIRST_KEYS`` and ``_FIRST_PAGES`` repeat
+    the first item's length and the page ids of its first tile here, so that a stream can start after one read.
+    ``_NUM_PARTS`` is for the combining kernel: the parts of the first item, if this stream holds the second of them,
+    else 0.
+    """
+    streams = tuning.num_streams
+    tiles = jnp.maximum(-(-kv_lens // tuning.block_kv), 1)  # [B], of one head
+    start = num_kv_heads * (jnp.cumsum(tiles) - tiles)  # [B], first tile of the row
+    total = num_kv_heads * jnp.sum(tiles)
+    stretch = jnp.maximum(-(-total // streams), tuning.min_tiles)
+    first = jnp.arange(streams, dtype=jnp.int32) * stretch  # [S]
+    count = jnp.clip(total - first, 0, stretch)  # [S]
+
+    def locate(tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(row, head, tile within the item) at places of the line."""
+        row = jnp.sum(start[None, :] <= tile[:, None], axis=1) - 1  # by comparing: a search would be a loop
+        within = tile - start[row]
+        return row, within // tiles[row], within % tiles[row]
+
+    row, head, tile = locate(jnp.minimum(first, total - 1))
+    last_row, last_head, _ = locate(jnp.minimum(first + count, total) - 1)
+    item, item_tiles = row * num_kv_heads + head, tiles[row]
+    item_start = first - tile
+    is_second = (count > 0) & (tile > 0) & (item_start >= first - stretch)
+    last_stream = (item_start + item_tiles - 1) // stretch
+    parts = jnp.where(is_second, last_stream - jnp.arange(streams) + 2, 0)
+    items = jnp.where(count > 0, last_row * num_kv_heads + last_head - item + 1, 0)
+    pages_per_tile = tuning.block_kv // page_size
+    page = tile[:, None] * pages_per_tile + jnp.arange(pages_per_tile)
+    pages = page_table[row[:, None], jnp.minimum(page, page_table.shape[1] - 1)]  # [S, pages a tile]
+    fields = jnp.stack([item, tile, count, items, kv_lens[row], parts], axis=1)
+    return jnp.concatenate([fields, pages], axis=1).astype(jnp.int32)
+
+
+def refusal(
+    head_dim: int, page_size: int, group: int, q_dtype: Any, kv_dtype: Any, tuning: Tuning | None = None
+) -> str | None:
+    """Why ``decode_attention`` does not take these shapes; None if it does."""
+    block_kv = (tuning or Tuning()).block_kv
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim={head_dim} is not one of {HEAD_DIMS}"
+    if page_size % 8 or block_kv % page_size:
+        return f"page_size={page_size} must be a multiple of 8 that divides {block_kv}"
+    if group > _ROWS:
+        return f"{group} query heads a kv head are more than {_ROWS}"
+    if q_dtype != jnp.bfloat16 or kv_dtype != jnp.bfloat16:
+        return f"q is {q_dtype} and kv_pages {kv_dtype}; both must be bfloat16"
+    return None
+
+
+def _loop(upper: Any, body: Any, init: Any) -> Any:
+    return lax.fori_loop(jnp.int32(0), upper, body, init)
+
+
+@functools.partial(jax.jit, static_argnames=("sm_scale", "tuning", "interpret"))
+def decode_attention(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    *,
+    sm_scale: float,
+    tuning: Tuning | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Attention of one query a row; arguments as of ``paged_attention``, all rows being decode rows.
+
+    Args:
+        q: ``[B, N, H]`` bfloat16; H is 64 or 128, at most 64 query heads a kv head.
+        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16; PS is a multiple of 8 that divides the tile (64).
+        page_table: ``[B, MP]`` int32.
+        kv_lens: ``[B]`` int32; 0 gives zeros.
+        tuning: None takes the defaults.
+        interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
+
+    Returns:
+        ``[B, N, H]``.
+    """
+    t = tuning or Tuning()
+    b, n, h = q.shape
+    k_heads, page_size = kv_pages.shape[1], kv_pages.shape[3]
+    group = n // k_heads
+    if why := refusal(h, page_size, group, q.dtype, kv_pages.dtype, t):
+        raise ValueError(why)
+    plan = make_plan(kv_lens, page_table, page_size, k_heads, t)  # the same in every layer of a step: XLA keeps one
+    # The copy engine moves multiples of 8 rows of a swizzled tile. XLA writes the padding with what produces q.
+    q_rows = -(-group // 8) * 8
+    q = jnp.pad(q.reshape(b, k_heads, group, h), ((0, 0), (0, 0), (0, q_rows - group), (0, 0)))
+    out, parts, lse = _attend(q, kv_pages, page_table, kv_lens, plan, group, sm_scale, t, interpret)
+    return _combine(out, parts, lse, plan, t, interpret).reshape(b, n, h)
+
+
+def _attend(
+    q: jax.Array,  # [B, K, QR, H]
+    kv_pages: jax.Array,  # [NP, K, 2, PS, H]
+    page_table: jax.Array,  # [B, MP]
+    kv_lens: jax.Array,  # [B]
+    plan: jax.Array,  # [S, F]
+    group: int,
+    sm_scale: float,
+    t: Tuning,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One stream: its stretch of tiles. Returns out [B, K, G, H], parts [2 S, 2, GP, H], lse [2 S, QR].
+
+    A part is kept as two bfloat16 arrays, the value and what rounding it left over: 16 bits of mantissa in the same
+    bytes as float32, staged through the same shared memory as the output. Slot ``s`` of the parts holds the end of an
+    item that began before stream ``s``, slot ``S + s`` the beginning of one that goes on after it.
+    """
+    b, k_heads, q_rows, h = q.shape
+    page_size = kv_pages.shape[3]
+    max_pages = page_table.shape[1]
+    block_kv, streams, per_sm = t.block_kv, t.num_streams, t.streams_per_sm
+    ring = t.ring * 128 // h
+    pages_per_tile = block_kv // page_size
+    part_rows = -(-group // max(1, 128 // h)) * max(1, 128 // h)
+    scale = sm_scale * _LOG2E
+    wgmma_layout = plgpu.Layout.WGMMA
+    row_layout = wgmma_layout.reduce(1)
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def kernel(
+        q_ref,  # [B, K, QR, H]
+        kv_ref,  # [NP, K, 2, PS, H]
+        table_ref,  # [B, MP]
+        lens_ref,  # [B]
+        plan_ref,  # [S, F]
+        out_ref,  # [B, K, G, H]
+        parts_ref,  # [2 S, 2, GP, H]
+        lse_ref,  # [2 S, QR]
+        *,
+        q_smem,  # [P, 64, H], P streams a multiprocessor
+        kv_smem,  # [P, ring, block_kv, H]
+        o_smem,  # [P, 2, 64, H]
+        lse_smem,  # [P, 64]
+        q_full,  # [P]
+        kv_full,  # [P * ring]
+        kv_free,  # [P * ring]
+    ):
+        warpgroup = lax.axis_index("warpgroup")
+        place = lax.rem(warpgroup, jnp.int32(per_sm))
+        # Neighbours on the line lie on different multiprocessors: a small batch spreads over all of them.
+        stream = place * t.num_sms + lax.axis_index("sm")
+        if t.launch_early:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        first_item, first_tile = plan_ref[stream, _FIRST_ITEM], plan_ref[stream, _FIRST_TILE]
+        num_tiles, num_items = plan_ref[stream, _NUM_TILES], plan_ref[stream, _NUM_ITEMS]
+        first_keys = plan_ref[stream, _FIRST_KEYS]
+
+        def place_of(item):
+            """(row, head) of an item; the last row for the item behind the last."""
+            row = jnp.minimum(lax.div(item, jnp.int32(k_heads)), b - 1)
+            return row, lax.rem(item, jnp.int32(k_heads))
+
+        def num_tiles_of(keys):
+            return jnp.maximum(lax.div(keys + (block_kv - 1), jnp.int32(block_kv)), 1)
+
+        @pl.when(warpgroup >= per_sm)
+        def _load():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def page_ids(row, page):
+                # Entries behind a row's pages are in the table or not; none of them is used.
+                return [table_ref[row, jnp.minimum(page + p, max_pages - 1)] for p in range(pages_per_tile)]
+
+            def load_item(j, carry):
+                tile, left, entry, keys, ids = carry
+                row, head = place_of(first_item + j)
+                count = jnp.minimum(num_tiles_of(keys) - tile, left)
+                num_pages = lax.div(keys + (page_size - 1), jnp.int32(page_size))
+
+                def load_tile(i, carry):
+                    entry, ids = carry
+                    page = (tile + i) * pages_per_tile
+                    # Read ahead: a read of device memory takes as long as a whole tile may.
+                    next_ids = page_ids(row, page + pages_per_tile)
+                    for which in range(2):
+                        load_half(entry + which, which, head, ids, num_pages - page)
+                    return entry + 2, next_ids
+
+                next_row, _ = place_of(first_item + j + 1)
+                next_keys, next_ids = lens_ref[next_row], page_ids(next_row, 0)
+                entry, _ = _loop(jnp.where(keys == 0, 0, count), load_tile, (entry, ids))
+                return jnp.int32(0), left - count, entry, next_keys, next_ids
+
+            def load_half(entry, which, head, ids, num_pages):
+                slot = lax.rem(entry, jnp.int32(ring))
+                full = kv_full.at[place * ring + slot]
+
+                @pl.when(entry >= ring)
+                def _():
+                    plgpu.barrier_wait(kv_free.at[place * ring + slot])
+
+                for p in range(pages_per_tile):
+                    source = kv_ref.at[ids[p], head, which]
+                    target = kv_smem.at[place, slot, pl.ds(p * page_size, page_size)]
+                    copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, full)
+                    if p == 0:
+                        copy()
+                    else:  # pages behind the last key are not read
+                        pl.when(p < num_pages)(copy)
+                        pl.when(p >= num_pages)(lambda: plgpu.barrier_arrive(full))
+
+            first_ids = [plan_ref[stream, _FIRST_PAGES + p] for p in range(pages_per_tile)]
+            init = (first_tile, num_tiles, jnp.int32(0), first_keys, first_ids)
+            _, _, entries, _, _ = _loop(num_items, load_item, init)
+
+            @pl.loop(jnp.maximum(entries - ring, 0), entries)
+            def _(entry):  # who waits on a barrier at all must see each of its phases
+                plgpu.barrier_wait(kv_free.at[place * ring + lax.rem(entry, jnp.int32(ring))])
+
+        @pl.when(warpgroup < per_sm)
+        def _compute():
+            plgpu.set_max_registers(216, action="increase")
+
+            def load_q(item):
+                row, head = place_of(item)
+                plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[place, pl.ds(0, q_rows)], q_full.at[place])
+
+            # Rows without a query take part in every product: zeros keep them finite.
+            q_smem[place] = plgpu.layout_cast(jnp.zeros((_ROWS, h), q.dtype), wgmma_layout)
+            plgpu.commit_smem()
+            pl.when(num_items > 0)(lambda: load_q(first_item))
+
+            def attend_item(j, carry):
+                tile, left, entry, keys = carry
+                item = first_item + j
+                row, head = place_of(item)
+                next_keys = lens_ref[place_of(item + 1)[0]]
+                count = jnp.minimum(num_tiles_of(keys) - tile, left)
+                plgpu.barrier_wait(q_full.at[place])
+
+                def attend_tile(i, carry):
+                    acc, m, norm, entry = carry
+                    valid = keys - (tile + i) * block_kv  # keys of the tile, if less than all
+                    k_slot = lax.rem(entry, jnp.int32(ring))
+                    v_slot = lax.rem(entry + 1, jnp.int32(ring))
+                    plgpu.barrier_wait(kv_full.at[place * ring + k_slot])
+
+                    def scores(s_ref):
+                        plgpu.wgmma(s_ref, q_smem.at[place], kv_smem.at[place, k_slot].transpose((1, 0)))
+                        return s_ref[...]
+
+                    s = pl.run_scoped(scores, plgpu.ACC((_ROWS, block_kv), jnp.float32))
+                    plgpu.barrier_arrive(kv_free.at[place * ring + k_slot])
+                    key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, block_kv), 1, layout=wgmma_layout)
+                    s = jnp.where(key < valid, s * scale, -jnp.inf)
+                    m_new = jnp.maximum(m, s.max(axis=1))
+                    alpha = jnp.exp2(m - m_new)
+                    p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
+                    norm = norm * alpha + p.sum(axis=1)
+                    acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+                    p = p.astype(q.dtype)
+                    plgpu.barrier_wait(kv_full.at[place * ring + v_slot])
+
+                    @pl.when(valid < block_kv)
+                    def _():  # what lies behind the last key may be NaN, and 0 * NaN is NaN
+                        v = plgpu.load(kv_smem.at[place, v_slot], layout=wgmma_layout)
+                        key = plgpu.broadcasted_iota(jnp.int32, (block_kv, h), 0, layout=wgmma_layout)
+                        kv_smem[place, v_slot] = jnp.where(key < valid, v, jnp.zeros_like(v))
+                        plgpu.commit_smem()
+
+                    def values(o_ref):
+                        plgpu.wgmma(o_ref, p, kv_smem.at[place, v_slot])
+                        return o_ref[...]
+
+                    acc = acc + pl.run_scoped(values, plgpu.ACC((_ROWS, h), jnp.float32))
+                    plgpu.barrier_arrive(kv_free.at[place * ring + v_slot])
+                    return acc, m_new, norm, entry + 2
+
+                acc = plgpu.layout_cast(jnp.zeros((_ROWS, h), jnp.float32), wgmma_layout)
+                m = plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), row_layout)
+                norm = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
+                acc, m, norm, entry = _loop(jnp.where(keys == 0, 0, count), attend_tile, (acc, m, norm, entry))
+                pl.when(j + 1 < num_items)(lambda: load_q(item + 1))
+
+                norm_safe = jnp.maximum(norm, 1e-30)
+                o = acc * lax.broadcast_in_dim(1.0 / norm_safe, acc.shape, [0])
+                is_whole = count == num_tiles_of(keys)
+                slot = jnp.where(tile > 0, stream, streams + stream)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's output has left o_smem
+                high = o.astype(q.dtype)
+                o_smem[place, 0] = high
+
+                @pl.when(is_whole)
+                def _():
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(o_smem.at[place, 0, pl.ds(0, group)], out_ref.at[row, head])
+
+                @pl.when(jnp.logical_not(is_whole))
+                def _():
+                    o_smem[place, 1] = (o - high.astype(jnp.float32)).astype(q.dtype)
+                    lse_smem[place] = m + jnp.log2(norm_safe)
+                    plgpu.commit_smem()
+                    for x in range(2):
+                        plgpu.copy_smem_to_gmem(o_smem.at[place, x, pl.ds(0, part_rows)], parts_ref.at[slot, x])
+                    plgpu.copy_smem_to_gmem(lse_smem.at[place, pl.ds(0, q_rows)], lse_ref.at[slot])
+
+                return jnp.int32(0), left - count, entry, next_keys
+
+            _loop(num_items, attend_item, (first_tile, num_tiles, jnp.int32(0), first_keys))
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((b, k_heads, group, h), q.dtype),
+            jax.ShapeDtypeStruct((2 * streams, 2, part_rows, h), q.dtype),
+            jax.ShapeDtypeStruct((2 * streams, q_rows), jnp.float32),
+        ),
+        grid=(t.num_sms,),
+        grid_names=("sm",),
+        num_threads=2 * per_sm,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+        scratch_types=dict(
+            q_smem=plgpu.SMEM((per_sm, _ROWS, h), q.dtype, transforms=tiled),
+            kv_smem=plgpu.SMEM((per_sm, ring, block_kv, h), q.dtype, transforms=tiled),
+            o_smem=plgpu.SMEM((per_sm, 2, _ROWS, h), q.dtype),
+            lse_smem=plgpu.SMEM((per_sm, _ROWS), jnp.float32),
+            q_full=plgpu.Barrier(num_barriers=per_sm),
+            kv_full=plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=per_sm * ring),
+            kv_free=plgpu.Barrier(num_barriers=per_sm * ring),
+        ),
+        interpret=interpret,
+    )(q, kv_pages, page_table, kv_lens, plan)
+
+
+def _combine(
+    out: jax.Array,  # [B, K, G, H]
+    parts: jax.Array,  # [2 S, 2, GP, H]
+    lse: jax.Array,  # [2 S, QR]
+    plan: jax.Array,  # [S, F]
+    t: Tuning,
+    interpret: Any,
+) -> jax.Array:  # [B, K, G, H]
+    """Writes the split items into ``out``, in place.
+
+    One program: one query head (two of 64) of the item whose second part is the stream's.
+    """
+    group, h = out.shape[2:]
+    streams, k_heads, part_rows = t.num_streams, out.shape[1], parts.shape[2]
+    width = max(h, 128)  # what a warpgroup handles at once: one row, or two of 64
+    rows = width // h
+    unroll = 8  # parts whose loads are in flight together
+    parts = parts.reshape(2 * streams, 2, part_rows // rows, width)
+    layout = plgpu.Layout.WG_STRIDED((width,), 1)
+
+    def kernel(
+        parts_ref,  # [2 S, 2, GP / rows, width]
+        lse_ref,  # [2 S, QR]
+        plan_ref,  # [S, F]
+        out_ref,  # [B, K, G, H], written where split
+        o_smem,  # [width]
+    ):
+        stream, block = lax.axis_index("stream"), lax.axis_index("block")
+        if t.launch_early:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        item, count = plan_ref[stream, _FIRST_ITEM], plan_ref[stream, _NUM_PARTS]
+
+        @pl.when(count > 0)
+        def _():
+            lane = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=layout)
+
+            def by_row(values):  # one scalar a row, spread over the lanes of the row
+                spread = jnp.full((width,), values[0], jnp.float32)
+                for r in range(1, rows):
+                    spread = jnp.where(lane >= r * h, values[r], spread)
+                return plgpu.layout_cast(spread, layout)
+
+            def body(i, carry):
+                acc, m, norm = carry
+                loaded = []
+                for u in range(unroll):
+                    part = i * unroll + u
+                    slot = jnp.where(part == 0, streams - 1, jnp.minimum(part, count - 1) - 1) + stream
+                    value = [plgpu.load(parts_ref.at[slot, x, block], layout=layout) for x in range(2)]
+                    weight = [jnp.where(part < count, lse_ref[slot, block * rows + r], -jnp.inf) for r in range(rows)]
+                    loaded.append((value, by_row(weight)))
+                m_new = functools.reduce(jnp.maximum, [w for _, w in loaded], m)
+                alpha = jnp.exp2(m - m_new)
+                acc, norm = acc * alpha, norm * alpha
+                for (high, low), weight in loaded:
+                    p = jnp.exp2(weight - m_new)
+                    acc = acc + (high.astype(jnp.float32) + low.astype(jnp.float32)) * p
+                    norm = norm + p
+                return acc, m_new, norm
+
+            zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+            low = plgpu.layout_cast(jnp.full((width,), -jnp.inf, jnp.float32), layout)
+            acc, _, norm = _loop(lax.div(count + (unroll - 1), jnp.int32(unroll)), body, (zero, low, zero))
+            o_smem[...] = (acc / norm).astype(out.dtype)
+            plgpu.commit_smem()
+            row, head = lax.div(item, jnp.int32(k_heads)), lax.rem(item, jnp.int32(k_heads))
+            for r in range(rows):
+
+                @pl.when(block * rows + r < group)
+                def _(r=r):
+                    plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(r * h, h)], out_ref.at[row, head, block * rows + r])
+
+            plgpu.wait_smem_to_gmem(0)
+
+    out_ref = jax.new_ref(out)
+    plgpu.kernel(
+        kernel,
+        out_type=(),
+        grid=(streams, part_rows // rows),
+        grid_names=("stream", "block"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch_types=[plgpu.SMEM((width,), out.dtype)],
+        interpret=interpret,
+    )(parts, lse, plan, out_ref)
+    return jax.freeze(out_ref)

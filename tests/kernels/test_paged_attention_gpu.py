@@ -1,0 +1,126 @@
+"""The Mosaic GPU decode kernel in the interpreter: its numbers against dense attention, its races, and its plan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import gpu, paged_attention
+from pallas_kernels.paged_attention.gpu_decode import Tuning, decode_attention, make_plan
+from tests.kernels.gpu_interpreter import INTERPRET, races_found
+from tests.kernels.test_paged_attention import case
+
+
+def decode(lens, tuning, **shape):
+    """(the kernel's output, the dense one in float64) in float32; pages permuted, NaN in all that no row reaches."""
+    inputs, want = case(0, lens, [], pad_rows=0, **shape)
+    out = decode_attention(
+        inputs["q"].astype(jnp.bfloat16),
+        inputs["kv_pages"].astype(jnp.bfloat16),
+        inputs["page_table"],
+        inputs["kv_lens"],
+        sm_scale=inputs["sm_scale"],
+        tuning=tuning,
+        interpret=INTERPRET,
+    )
+    assert out.dtype == jnp.bfloat16
+    return np.asarray(out.astype(jnp.float32)), want
+
+
+@pytest.mark.parametrize(
+    ("lens", "tuning", "shape"),
+    [
+        # One stream has several items; page boundaries and a tile's boundary.
+        ([1, 15, 16, 17, 63, 64, 65], Tuning(num_sms=1, streams_per_sm=1, ring=1), (16, 2, 1, 64)),
+        # Split in the middle of items, two streams a multiprocessor, a ring that wraps, three heads in a group.
+        ([1, 300, 64, 65], Tuning(num_sms=3, streams_per_sm=2, ring=2, min_tiles=1), (16, 6, 2, 64)),
+        # So many parts that the combining loop turns twice; a page as large as a tile; more streams than work.
+        ([640], Tuning(num_sms=12, streams_per_sm=1, ring=1, min_tiles=1), (64, 2, 1, 64)),
+        # Head dimension 128, one query head a kv head.
+        ([70, 200], Tuning(num_sms=2, streams_per_sm=1, ring=3), (32, 1, 1, 128)),
+    ],
+    ids=["whole", "split", "many parts", "head_dim 128"],
+)
+def test_decode_kernel(lens, tuning, shape):
+    page_size, num_heads, num_kv_heads, head_dim = shape
+    out, want = decode(
+        lens, tuning, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
+    np.testing.assert_allclose(out, want, atol=0.02)
+    assert not races_found()
+
+
+def test_padding_rows_give_zeros():
+    inputs, want = case(1, [40], [], page_size=16, num_heads=2, num_kv_heads=1, head_dim=64, pad_rows=2)
+    out = decode_attention(
+        inputs["q"][:3].astype(jnp.bfloat16),
+        inputs["kv_pages"].astype(jnp.bfloat16),
+        inputs["page_table"][:3],
+        inputs["kv_lens"][:3],
+        sm_scale=inputs["sm_scale"],
+        tuning=Tuning(num_sms=1, ring=1),
+        interpret=INTERPRET,
+    )
+    assert not np.asarray(out[1:], np.float32).any()
+    np.testing.assert_allclose(np.asarray(out, np.float32), want[:3], atol=0.02)
+    assert not races_found()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_plan_gives_every_tile_to_one_stream_and_every_part_to_one_combination(seed):
+    r = np.random.default_rng(seed)
+    rows, heads = int(r.integers(1, 30)), int(r.integers(1, 9))
+    lens = r.integers(0, int(r.integers(1, 3000)), rows)
+    page_size = int(r.choice([16, 32, 64]))
+    table = r.integers(0, 1000, (rows, 50))
+    tuning = Tuning(
+        num_sms=int(r.integers(1, 140)), streams_per_sm=int(r.integers(1, 3)), min_tiles=int(r.integers(1, 5))
+    )
+    make = jax.jit(make_plan, static_argnums=(2, 3, 4))
+    plan = np.asarray(make(jnp.asarray(lens, jnp.int32), jnp.asarray(table, jnp.int32), page_size, heads, tuning))
+    tiles = np.repeat(np.maximum(-(-lens // 64), 1), heads)  # of each item
+    seen = [np.zeros(n, int) for n in tiles]
+    parts: dict[int, list[int]] = {}
+    stretch = max(-(-int(tiles.sum()) // tuning.num_streams), tuning.min_tiles)
+    for stream, (item, tile, left, items, keys, _, *pages) in enumerate(plan):
+        assert left <= stretch
+        if left:
+            assert keys == lens[item // heads]
+            per_tile = 64 // page_size
+            places = np.minimum(tile * per_tile + np.arange(per_tile), table.shape[1] - 1)
+            assert list(pages) == table[item // heads, places].tolist()
+        for j in range(items):
+            count = min(tiles[item + j] - tile, left)
+            seen[item + j][tile : tile + count] += 1
+            if count < tiles[item + j]:
+                parts.setdefault(item + j, []).append(stream if tile else tuning.num_streams + stream)
+            tile, left = 0, left - count
+        assert left == 0
+    assert all((n == 1).all() for n in seen)
+    # As the combining kernel finds them: the beginning, one stream back, and then the first parts of streams in a row.
+    combined = {
+        int(plan[s, 0]): [tuning.num_streams + s - 1, *range(s, s + plan[s, 5] - 1)]
+        for s in range(tuning.num_streams)
+        if plan[s, 5] > 0
+    }
+    assert combined == parts
+
+
+def test_shapes_without_a_kernel_are_refused_with_their_figures():
+    assert gpu.supports(head_dim=128, page_size=16, group=4, dtype=jnp.dtype(jnp.bfloat16))
+    assert not gpu.supports(head_dim=128, page_size=16, group=4, dtype=jnp.dtype(jnp.float32))
+    inputs, _ = case(0, [5], [], page_size=16, pad_rows=0)
+    with pytest.raises(ValueError, match="head_dim=8 is not one of"):
+        paged_attention(**inputs, implementation="mosaic_gpu")
+    assert dispatch.best(jax.devices("cpu")[0], hopper=True) == "reference"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_decode_kernel_on_the_device(page_size):
+    lens = [1, page_size, page_size + 1, 700, 63, 64, 65, 5000, 4096]
+    inputs, want = case(3, lens, [(20, 90)], page_size=page_size, num_heads=8, num_kv_heads=2, head_dim=128)
+    half = {k: inputs[k].astype(jnp.bfloat16) for k in ("q", "kv_pages")}
+    out = paged_attention(**(inputs | half), implementation="mosaic_gpu")
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=0.03)
