@@ -17,6 +17,7 @@ from jaxserve.model.params import Params, check_params
 from jaxserve.parallel import specs
 from jaxserve.step_io import Bucket, StepDims, StepOutputs, buffer_size, new_inputs, unpack_outputs
 from pallas_kernels import dispatch
+from pallas_kernels.paged_attention.gpu import supports as supports_hopper
 
 Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 
@@ -71,7 +72,13 @@ def lower_step(
     """The step of one bucket, lowered for ``params`` and ``state`` (arrays or shapes), the state donated."""
     replicated = NamedSharding(mesh, specs.REPLICATED)
     buffer = jax.ShapeDtypeStruct((buffer_size(bucket, dims),), jnp.int32, sharding=replicated)
-    step = make_step(config, mesh, bucket, dims, dispatch.best(mesh.devices.flat[0]))
+    hopper = supports_hopper(
+        head_dim=config.head_dim,
+        page_size=dims.page_size,
+        group=config.num_heads // config.num_kv_heads,
+        dtype=state.kv_pages[0].dtype,
+    )
+    step = make_step(config, mesh, bucket, dims, dispatch.best(mesh.devices.flat[0], hopper=hopper))
     return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
 
 
