@@ -34,7 +34,8 @@ def _group() -> None:
 @app.command()
 @flatten_options
 def batching(model: Model, workload: WorkloadOptions, engine: EngineOptions, as_json: Json = False) -> None:
-    """Continuous against static batching, and a paged against a static cache, on one workload."""
+    """Continuous against static batching, and a paged against a static cache, on one workload. --json prints a line for
+    each of the four runs."""
     keywords = workload.keywords() | engine.keywords()
     keywords.pop("prefix_caching", None)  # it is off in every mode
     with ProgressDisplay() as progress:
@@ -45,6 +46,7 @@ def batching(model: Model, workload: WorkloadOptions, engine: EngineOptions, as_
 
         rows = run(model, on_progress=progress, **keywords)
     if as_json:
-        write_answer(json.dumps(rows) + "\n")
+        for row in rows:
+            write_answer(json.dumps(row) + "\n")
     else:
         print_batching(rows)

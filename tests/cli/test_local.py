@@ -105,7 +105,7 @@ def test_bench_batching(tiny: list[str], capsys: pytest.CaptureFixture[str]):
     options = ["--num-requests=4", "--max-prompt=20", "--max-output=8", "--max-num-seqs=1", "--prefill-sizes=32"]
     line = ["bench", "batching", tiny[0], *options, tiny[-1]]
     assert run([*line, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["comparison"], row["mode"]) for row in rows] == [
         ("batching", "continuous"), ("batching", "static"), ("allocation", "paged"), ("allocation", "static")
     ]  # fmt: skip

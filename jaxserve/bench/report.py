@@ -1,0 +1,78 @@
+"""The tables that people read: a few of the rows' figures, each mode a column."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "batching": (
+        ("requests/s", "requests_per_s", ".2f"),
+        ("output tokens/s", "output_tokens_per_s", ".1f"),
+        ("latency p50, s", "latency_p50_s", ".2f"),
+        ("latency p99, s", "latency_p99_s", ".2f"),
+        ("steps", "num_steps", "d"),
+        ("step p50, s", "step_p50_s", ".3f"),
+        ("active rows a step, mean", "active_rows_mean", ".2f"),
+    ),
+    "allocation": (
+        ("KV utilisation, mean", "kv_utilisation_mean", ".1%"),
+        ("KV utilisation, peak", "kv_utilisation_peak", ".1%"),
+        ("reserved, mean", "kv_reserved_mean", ".1%"),
+        ("internal fragmentation, mean", "kv_internal_fragmentation_mean", ".1%"),
+        ("unallocated, mean", "kv_unallocated_mean", ".1%"),
+        ("sequences at once, mean", "running_mean", ".2f"),
+        ("sequences at once, peak", "running_peak", "d"),
+        ("preemptions", "num_preemptions", "d"),
+        ("requests/s", "requests_per_s", ".2f"),
+        ("output tokens/s", "output_tokens_per_s", ".1f"),
+    ),
+}  # comparison -> (label, key of the row, format)
+
+
+def print_batching(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """The rows of ``bench.batching.run`` as two tables and the lines that say what they were measured on and how."""
+    console = console or Console()
+    row = rows[0]
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    lines = (
+        f"{row['model']}, {row['dtype']}, {row['device']}",
+        f"{versions}, commit {row['commit'] or 'unknown'}",
+        f"{row['num_requests']} requests, all there at the start: {row['prompt_tokens']} prompt and "
+        f"{row['output_tokens']} output tokens, log-normal lengths up to {row['max_prompt']} and {row['max_output']}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    for comparison, figures in FIGURES.items():
+        first, second = (r for r in rows if r["comparison"] == comparison)
+        console.print(_table(first, second, figures))
+    for r in rows:
+        if r["comparison"] == "allocation" and r["running_peak"] == r["max_num_seqs"]:
+            console.print(f"{r['mode']} allocation used all its slots: memory was not its only limit", highlight=False)
+    loads = ", ".join(f"{r['load_average']:.1f}" for r in rows)
+    console.print(f"load average of the machine after each run: {loads}", highlight=False)
+    same = all(r["identical_tokens"] for r in rows)
+    console.print(
+        "all four runs returned identical greedy tokens"
+        if same
+        else "the runs' greedy tokens differ in places: arithmetic below float32 rounds by shape"
+    )
+    console.print(f"$ {row['command']}", highlight=False, soft_wrap=True)
+
+
+def _table(first: Mapping[str, Any], second: Mapping[str, Any], figures: Sequence[tuple[str, str, str]]) -> Table:
+    memory = (
+        f"{first['num_pages']} pages of {first['page_size']} tokens, {first['kv_bytes'] / 2**20:.0f} MiB; "
+        f"{first['max_num_seqs']} slots; max_model_len {first['max_model_len']}"
+    )
+    table = Table(title=f"{first['mode']} against {second['mode']} {first['comparison']}", title_justify="left")
+    table.caption, table.caption_justify = memory, "left"
+    table.add_column("")
+    for name in (first["mode"], second["mode"], f"{first['mode']} / {second['mode']}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, key, form in figures:
+        a, b = first[key], second[key]
+        values = ["none waited" if x is None else format(x, form) for x in (a, b)]
+        table.add_row(label, *values, f"{a / b:.2f}" if a is not None and b else "-")
+    return table
