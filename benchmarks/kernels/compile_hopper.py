@@ -1,0 +1,87 @@
+"""Compiles the decode kernel for Hopper without a GPU, and reports what the assembler says of each variant.
+
+Needs the CUDA wheels and no driver (1.4 GB; a virtual environment of its own):
+
+    pip install jax==0.11.2 absl-py flatbuffers
+    pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc nvidia-nvvm \\
+        nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvjitlink
+    JAX_PLATFORMS=cpu MOSAIC_GPU_DUMP_PTXAS=1 XLA_FLAGS=--xla_gpu_autotune_level=0 \\
+        python -m benchmarks.kernels.compile_hopper
+
+Exits with 1 if registers are spilled; too much shared memory is an error of the compiler.
+"""
+
+import functools
+import os
+import re
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from pallas_kernels.paged_attention.gpu_decode import Tuning, decode_attention
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024 thread_dim_limit_z: 64 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability 9.0a" device_address_bits: 64 name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+# rows, query heads, kv heads, head_dim, page size, tuning
+VARIANTS = (
+    (32, 32, 8, 128, 16, Tuning()),
+    (32, 32, 8, 128, 32, Tuning()),
+    (32, 32, 8, 128, 64, Tuning()),
+    (1, 20, 1, 128, 16, Tuning()),
+    (32, 9, 3, 64, 16, Tuning()),
+    (32, 64, 8, 64, 16, Tuning()),
+    (32, 32, 8, 128, 16, Tuning(launch_early=True)),
+    (32, 32, 8, 128, 16, Tuning(streams_per_sm=1, ring=10)),
+)
+
+
+def main() -> None:
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    failed = False
+    for b, n, k, h, page_size, tuning in VARIANTS:
+        lowered = jax.jit(functools.partial(decode_attention, sm_scale=h**-0.5, tuning=tuning)).lower(
+            shape((b, n, h), jnp.bfloat16),
+            shape((4096, k, 2, page_size, h), jnp.bfloat16),
+            shape((b, 4096 // page_size), jnp.int32),
+            shape((b,), jnp.int32),
+        )
+        with tempfile.TemporaryFile() as log:  # the assembler writes to the process's own output
+            sys.stdout.flush()
+            kept = os.dup(1), os.dup(2)
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            try:
+                lowered.compile()
+            finally:
+                os.dup2(kept[0], 1)
+                os.dup2(kept[1], 2)
+            log.seek(0)
+            text = log.read().decode()
+        spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", text)]
+        registers = [int(x) for x in re.findall(r"Used (\d+) registers", text)]
+        failed |= not spilled or any(spilled)
+        print(f"{n}/{k}x{h} page {page_size} {tuning}: registers {registers}, spilled bytes {spilled}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
