@@ -12,7 +12,7 @@ from jaxserve.checkpoint.resolve import DEFAULT_MODEL
 from jaxserve.cli.app import run
 from jaxserve.server.client import Client
 
-START_S = 300.0  # a busy machine compiles slowly
+START_S = 150.0  # a busy machine compiles slowly
 
 
 def started(process: subprocess.Popen[str], port_file: Path) -> str:
