@@ -97,7 +97,7 @@ class BatchingRow:
 def run(
     model: str,
     *,
-    num_requests: int = 48,
+    num_requests: int = 40,
     seed: int = 0,
     max_prompt: int = 256,
     max_output: int = 128,
