@@ -1,4 +1,4 @@
-"""Compiles the decode kernel for Hopper without a GPU, and reports what the assembler says of each variant.
+"""Compiles the attention kernels for Hopper without a GPU, and reports what the assembler says of each variant.
 
 Needs the CUDA wheels and no driver (1.4 GB; a virtual environment of its own):
 
@@ -21,7 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels.paged_attention.gpu_decode import Tuning, decode_attention
+from pallas_kernels.paged_attention.gpu_decode import decode_attention
+from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
+from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
+from pallas_kernels.paged_attention.gpu_split import Tuning
 
 H100 = """
 gpu_device_info {
@@ -40,7 +43,7 @@ dnn_version_info { major: 9 minor: 12 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 # rows, query heads, kv heads, head_dim, page size, tuning
-VARIANTS = (
+DECODE = (
     (32, 32, 8, 128, 16, Tuning()),
     (32, 32, 8, 128, 32, Tuning()),
     (32, 32, 8, 128, 64, Tuning()),
@@ -50,6 +53,28 @@ VARIANTS = (
     (32, 32, 8, 128, 16, Tuning(launch_early=True)),
     (32, 32, 8, 128, 16, Tuning(streams_per_sm=1, ring=10)),
 )
+PREFILL = (
+    (4, 32, 8, 128, 16, PrefillTuning()),
+    (4, 32, 8, 128, 16, PrefillTuning(block_kv=128, ring=5)),
+    (4, 9, 3, 64, 16, PrefillTuning()),
+)
+CHUNK_TOKENS = 512
+
+
+def assembler_report(lowered: jax.stages.Lowered) -> str:
+    """What compiling writes to the process's own output: the assembler is not in Python."""
+    with tempfile.TemporaryFile() as log:
+        sys.stdout.flush()
+        kept = os.dup(1), os.dup(2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            lowered.compile()
+        finally:
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
+        log.seek(0)
+        return log.read().decode()
 
 
 def main() -> None:
@@ -57,29 +82,24 @@ def main() -> None:
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     failed = False
-    for b, n, k, h, page_size, tuning in VARIANTS:
-        lowered = jax.jit(functools.partial(decode_attention, sm_scale=h**-0.5, tuning=tuning)).lower(
-            shape((b, n, h), jnp.bfloat16),
-            shape((4096, k, 2, page_size, h), jnp.bfloat16),
-            shape((b, 4096 // page_size), jnp.int32),
-            shape((b,), jnp.int32),
-        )
-        with tempfile.TemporaryFile() as log:  # the assembler writes to the process's own output
-            sys.stdout.flush()
-            kept = os.dup(1), os.dup(2)
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            try:
-                lowered.compile()
-            finally:
-                os.dup2(kept[0], 1)
-                os.dup2(kept[1], 2)
-            log.seek(0)
-            text = log.read().decode()
-        spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", text)]
-        registers = [int(x) for x in re.findall(r"Used (\d+) registers", text)]
-        failed |= not spilled or any(spilled)
-        print(f"{n}/{k}x{h} page {page_size} {tuning}: registers {registers}, spilled bytes {spilled}")
+    for kernel, variants in ((decode_attention, DECODE), (prefill_attention, PREFILL)):
+        for b, n, k, h, page_size, tuning in variants:
+            tokens = b if kernel is decode_attention else CHUNK_TOKENS
+            arguments = [
+                shape((tokens, n, h), jnp.bfloat16),
+                shape((4096, k, 2, page_size, h), jnp.bfloat16),
+                shape((b, 4096 // page_size), jnp.int32),
+                shape((b,), jnp.int32),
+            ]
+            if kernel is prefill_attention:
+                arguments.append(shape((b + 1,), jnp.int32))
+            report = assembler_report(
+                jax.jit(functools.partial(kernel, sm_scale=h**-0.5, tuning=tuning)).lower(*arguments)
+            )
+            spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", report)]
+            registers = [int(x) for x in re.findall(r"Used (\d+) registers", report)]
+            failed |= not spilled or any(spilled)
+            print(f"{n}/{k}x{h} page {page_size} {tuning}: registers {registers}, spilled bytes {spilled}")
     sys.exit(failed)
 
 

@@ -17,7 +17,8 @@ from jax import lax
 
 from benchmarks.kernels import measure
 from pallas_kernels.paged_attention import reference
-from pallas_kernels.paged_attention.gpu_decode import Tuning, decode_attention
+from pallas_kernels.paged_attention.gpu_decode import decode_attention
+from pallas_kernels.paged_attention.gpu_split import Tuning
 
 LAYERS, D, N, K, H, F, V, PS = 32, 4096, 32, 8, 128, 14336, 128256, 16
 START, STEPS = 896, 32

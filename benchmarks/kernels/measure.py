@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ def ceilings() -> dict[str, float]:
 
 def provenance() -> dict[str, Any]:
     """Device, driver, versions, commit and command."""
-    import jaxlib
 
     def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -61,7 +61,7 @@ def provenance() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
         "python": sys.version.split()[0],
         "date": time.strftime("%Y-%m-%d"),
         "commit": output("git", "rev-parse", "HEAD") or "unknown",

@@ -18,7 +18,8 @@ from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.kernels import measure
 from pallas_kernels.paged_attention import reference
-from pallas_kernels.paged_attention.gpu_decode import Tuning, decode_attention
+from pallas_kernels.paged_attention.gpu_decode import decode_attention
+from pallas_kernels.paged_attention.gpu_split import Tuning
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ python -m benchmarks.kernels.prefill_attention --json FILE
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,36 @@ import numpy as np
 
 from benchmarks.kernels import measure
 from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.gpu_prefill import Tuning, prefill_attention
 
 N, K, H, PS = 32, 8, 128, 16
+
+
+def inputs(rows: list[tuple[int, int]]) -> dict[str, jax.Array]:
+    """Chunks of ``rows`` (queries, keys) with permuted pages and NaN behind each row's last key."""
+    pages = [-(-keys // PS) for _, keys in rows]
+    ids = np.random.default_rng(0).permutation(sum(pages) + 1)
+    table = np.zeros((len(rows), max(pages) + 1), np.int32)
+    reached = np.zeros((len(ids), PS), bool)
+    for row, ((_, keys), count) in enumerate(zip(rows, pages, strict=True)):
+        table[row, :count], ids = ids[:count], ids[count:]
+        tokens = np.arange(keys)
+        reached[table[row, tokens // PS], tokens % PS] = True
+    kv = measure.random_normal(3, (len(reached), K, 2, PS, H))
+    return {
+        "q": measure.random_normal(4, (sum(new for new, _ in rows), N, H)),
+        "kv_pages": jnp.where(jnp.asarray(reached)[:, None, None, :, None], kv, jnp.nan),
+        "page_table": jnp.asarray(table),
+        "kv_lens": jnp.asarray([keys for _, keys in rows], jnp.int32),
+        "cu_q_lens": jnp.asarray(np.cumsum([0] + [new for new, _ in rows]), jnp.int32),
+    }
+
+
+@jax.jit
+def reference_chunks(
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array
+) -> jax.Array:
+    return reference.paged_attention(q, kv_pages, page_table, kv_lens, cu_q_lens, num_decode_rows=0, sm_scale=H**-0.5)
 
 
 def main() -> None:
@@ -38,23 +67,33 @@ def main() -> None:
         n = jnp.full((b,), t, jnp.int32)
         record(f"cudnn {b} x {t} with lengths", measure.seconds(lambda: dense(q, k, v, n)), flops)  # noqa: B023
 
-    chunks = jax.jit(
-        lambda q, kv, table, lens, cu: reference.paged_attention(
-            q, kv, table, lens, cu, num_decode_rows=0, sm_scale=H**-0.5
-        )
-    )
-    for rows, new, keys in ((1, 512, 512), (1, 2048, 2048), (4, 512, 512), (1, 512, 4096)):
-        pages = keys // PS
-        kv = measure.random_normal(3, (rows * pages, K, 2, PS, H))
-        table = jnp.asarray(np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages), jnp.int32)
-        q = measure.random_normal(4, (rows * new, N, H))
-        lens, cu = jnp.full((rows,), keys, jnp.int32), jnp.arange(rows + 1, dtype=jnp.int32) * new
-        flops = 4 * rows * N * H * new * (keys - new / 2)
-        record(
-            f"reference {rows} x {new} of {keys} keys",
-            measure.seconds(lambda: chunks(q, kv, table, lens, cu), calls=3, rounds=3),  # noqa: B023
-            flops,
-        )
+    peak = measure.ceilings()["bf16_tflop_per_s"]
+    print(f"bf16 product: {peak:.0f} TFLOP/s")
+    # (queries, keys) of each row; the reference is slow, so only where it is the check.
+    for rows, with_reference in (
+        ([(512, 512)], True),
+        ([(100, 130), (1, 700), (411, 1411), (0, 0)], True),
+        ([(512, 4096)], True),
+        ([(2048, 2048)], False),
+        ([(2048, 2048)] * 4, False),
+        ([(8192, 8192)], False),
+        ([(2048, 16384)], False),
+    ):
+        args_ = inputs(rows)
+        flops = sum(4 * N * H * new * (keys - new / 2) for new, keys in rows)
+        name = " + ".join(f"{new} of {keys}" for new, keys in rows)[:40]
+        for tuning in (Tuning(), Tuning(block_kv=128, ring=5)):
+            f = functools.partial(prefill_attention, **args_, sm_scale=H**-0.5, tuning=tuning)
+            record(f"ours, tiles of {tuning.block_kv}: {name}", measure.seconds(f), flops)
+            if with_reference:
+                with jax.default_matmul_precision("highest"):
+                    want = reference_chunks(**(args_ | {"q": args_["q"].astype(jnp.float32)}))
+                error = float(jnp.linalg.norm(f().astype(jnp.float32) - want) / jnp.linalg.norm(want))
+                results.append({"name": f"relative error, tiles of {tuning.block_kv}: {name}", "error": error})
+                print(f"{'ok  ' if error < 5e-3 else 'FAIL'} {name}: {error:.1e} relative", flush=True)
+        if with_reference:
+            t = measure.seconds(functools.partial(reference_chunks, **args_), calls=2, rounds=3)
+            record(f"reference: {name}", t, flops)
     measure.write(args.json, {"prefill_attention": results})
 
 

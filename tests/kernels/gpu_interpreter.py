@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import callback, state  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as _gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, jaxpr_interpret
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+gpu_callbacks: Any = _gpu_callbacks
 _interpreter: Any = next(
     c for c in vars(jaxpr_interpret).values() if isinstance(c, type) and hasattr(c, "_interpret_wgmma_ref_p")
 )

@@ -1,4 +1,4 @@
-"""The Mosaic GPU decode kernel in the interpreter: its numbers against dense attention, its races, and its plan."""
+"""The Mosaic GPU kernels in the interpreter: their numbers against dense attention, their races, the decode plan."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,10 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import gpu, paged_attention
-from pallas_kernels.paged_attention.gpu_decode import Tuning, decode_attention, make_plan
+from pallas_kernels.paged_attention.gpu_decode import decode_attention
+from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
+from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
+from pallas_kernels.paged_attention.gpu_split import Tuning, make_plan
 from tests.kernels.gpu_interpreter import INTERPRET, races_found
 from tests.kernels.test_paged_attention import case
 
@@ -64,6 +67,36 @@ def test_padding_rows_give_zeros():
     )
     assert not np.asarray(out[1:], np.float32).any()
     np.testing.assert_allclose(np.asarray(out, np.float32), want[:3], atol=0.02)
+    assert not races_found()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "tuning", "shape"),
+    [
+        # Ragged blocks, a prefix, a ring that wraps, rows of padding between and behind.
+        ([(5, 9), (40, 40), (33, 150)], PrefillTuning(block_kv=128, ring=1), (16, 2, 1, 64)),
+        # Three heads in a group: 63 rows of 64; one token; a page as large as a tile.
+        ([(1, 1), (70, 200)], PrefillTuning(block_kv=64, ring=1), (64, 6, 2, 64)),
+    ],
+    ids=["prefixes", "group of 3"],
+)
+def test_prefill_kernel(chunks, tuning, shape):
+    page_size, num_heads, num_kv_heads, head_dim = shape
+    inputs, want = case(
+        0, [], chunks, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
+    skipped = inputs["num_decode_rows"]
+    out = prefill_attention(
+        inputs["q"][skipped:].astype(jnp.bfloat16),
+        inputs["kv_pages"].astype(jnp.bfloat16),
+        inputs["page_table"][skipped:],
+        inputs["kv_lens"][skipped:],
+        inputs["prefill_cu_q_lens"],
+        sm_scale=inputs["sm_scale"],
+        tuning=tuning,
+        interpret=INTERPRET,
+    )
+    np.testing.assert_allclose(np.asarray(out, np.float32), want[skipped:], atol=0.025)
     assert not races_found()
 
 

@@ -1,0 +1,277 @@
+"""Paged attention of prompt chunks on Mosaic GPU (Hopper): many queries a row, keys and values through the page table.
+
+XLA lays the queries out in blocks that belong to one row each: the ``G`` query heads of a kv head, of as many tokens as
+fit, are the 64 rows of a warpgroup's matrix product. One program has one block of one kv head: a warpgroup that walks
+the page table and keeps a ring of shared memory filled by TMA, and two that share what is in it, each with its own 64
+rows and its own online softmax (the shape of FlashAttention-3, Shah et al., 2024). While one is in its softmax the
+other has the tensor cores. Blocks with the most keys start first, so that the short ones fill the end.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.paged_attention.gpu_decode import refusal
+
+plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
+
+_LOG2E = math.log2(math.e)
+_ROWS = 64  # of one warpgroup's matrix product
+_CONSUMERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What may differ without changing the result. Not yet timed on a device."""
+
+    block_kv: int = 64  # keys of a tile; with 128 a few registers spill
+    ring: int = 10  # tiles of K or of V in shared memory, for head_dim 128; twice that for 64
+
+
+@functools.partial(jax.jit, static_argnames=("sm_scale", "tuning", "interpret"))
+def prefill_attention(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    *,
+    sm_scale: float,
+    tuning: Tuning | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Attention of the chunks alone; arguments as of ``paged_attention`` without decode rows.
+
+    Args:
+        q: ``[TP, N, H]`` bfloat16; H is 64 or 128, at most 64 query heads a kv head.
+        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16; PS is a multiple of 8 that divides 64.
+        page_table: ``[BP, MP]`` int32.
+        kv_lens: ``[BP]`` int32.
+        cu_q_lens: ``[BP + 1]`` int32.
+        sm_scale: factor on the scores before the softmax.
+        tuning: None takes the defaults.
+        interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
+
+    Returns:
+        ``[TP, N, H]``.
+    """
+    num_tokens, n, h = q.shape
+    k_heads, num_rows = kv_pages.shape[1], page_table.shape[0]
+    group = n // k_heads
+    if why := refusal(h, kv_pages.shape[3], group, q.dtype, kv_pages.dtype):
+        raise ValueError(why)
+    tokens = _ROWS // group  # of one warpgroup's rows
+    qb = _CONSUMERS * tokens  # of a block
+    num_blocks = num_tokens // qb + num_rows  # NB: at most one ragged block a row
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]  # [BP]
+    blocks = -(-q_lens // qb)  # [BP], blocks of each row
+    last_block = jnp.cumsum(blocks)  # [BP], one behind it
+    block = jnp.arange(num_blocks)  # [NB]
+    # By comparing: a search would be a loop on the device.
+    row = jnp.minimum(jnp.sum(last_block[None, :] <= block[:, None], axis=1), num_rows - 1)  # [NB]
+    offset = (block - (last_block - blocks)[row])[:, None] * qb + jnp.arange(qb)  # [NB, QB], in the row's chunk
+    valid = (offset < q_lens[row][:, None]) & (block < last_block[-1])[:, None]  # [NB, QB]
+    token = jnp.where(valid, cu_q_lens[row][:, None] + offset, num_tokens)  # [NB, QB]
+    position = jnp.where(valid, (kv_lens - q_lens)[row][:, None] + offset, -1)  # [NB, QB]
+    meta = jnp.stack([row, jnp.max(position, axis=1) + 1, position[:, 0], kv_lens[row]], axis=1)  # [NB, 4]
+    pad = _ROWS - tokens * group
+
+    q_blocks = q.at[token].get(mode="fill", fill_value=0)  # [NB, QB, N, H]
+    q_blocks = q_blocks.reshape(num_blocks, _CONSUMERS, tokens, k_heads, group, h).transpose(0, 3, 1, 2, 4, 5)
+    q_blocks = q_blocks.reshape(num_blocks, k_heads, _CONSUMERS, tokens * group, h)
+    q_blocks = jnp.pad(q_blocks, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))  # [NB, K, 2, 64, H]
+    limit = jnp.repeat(position.reshape(num_blocks, _CONSUMERS, tokens), group, axis=2)
+    limit = jnp.pad(limit, ((0, 0), (0, 0), (0, pad)), constant_values=-1)  # [NB, 2, 64], last key each row sees
+
+    out = _attend(
+        q_blocks, kv_pages, page_table, meta.astype(jnp.int32), limit.astype(jnp.int32), sm_scale, tuning or Tuning(),
+        interpret,
+    )  # [NB, K, 2, 64, H]  # fmt: skip
+    out = out[:, :, :, : tokens * group].reshape(num_blocks, k_heads, _CONSUMERS, tokens, group, h)
+    out = out.transpose(0, 2, 3, 1, 4, 5).reshape(num_blocks * qb, n, h)
+    # Where each token's block is.
+    t = jnp.arange(num_tokens)  # [TP]
+    t_row = jnp.minimum(jnp.sum(cu_q_lens[None, 1:] <= t[:, None], axis=1), num_rows - 1)  # [TP]
+    flat = (last_block - blocks)[t_row] * qb + t - cu_q_lens[t_row]  # [TP]
+    flat = jnp.where(t < cu_q_lens[-1], flat, num_blocks * qb)
+    return out.at[flat].get(mode="fill", fill_value=0)
+
+
+def _attend(
+    q: jax.Array,  # [NB, K, 2, 64, H]
+    kv_pages: jax.Array,  # [NP, K, 2, PS, H]
+    page_table: jax.Array,  # [BP, MP]
+    meta: jax.Array,  # [NB, 4]: row, keys the block needs (0: padding), its first query's position, keys of the row
+    limit: jax.Array,  # [NB, 2, 64]
+    sm_scale: float,
+    t: Tuning,
+    interpret: Any,
+) -> jax.Array:  # [NB, K, 2, 64, H]; padding blocks are not written
+    num_blocks, k_heads, _, _, h = q.shape
+    page_size, max_pages = kv_pages.shape[3], page_table.shape[1]
+    block_kv, ring = t.block_kv, t.ring * 128 // h
+    pages_per_tile = block_kv // page_size
+    scale = sm_scale * _LOG2E
+    wgmma_layout = plgpu.Layout.WGMMA
+    row_layout = wgmma_layout.reduce(1)
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def kernel(
+        q_ref,  # [NB, K, 2, 64, H]
+        kv_ref,  # [NP, K, 2, PS, H]
+        table_ref,  # [BP, MP]
+        meta_ref,  # [NB, 4]
+        limit_ref,  # [NB, 2, 64]
+        out_ref,  # [NB, K, 2, 64, H]
+        *,
+        q_smem,  # [2, 64, H], the output's place at the end
+        kv_smem,  # [ring, block_kv, H]
+        q_full,  # [2]
+        kv_full,  # [ring]
+        kv_free,  # [ring]
+        v_clean,
+    ):
+        warpgroup = lax.axis_index("warpgroup")
+        head = lax.axis_index("head")
+        block = num_blocks - 1 - lax.axis_index("block")
+        row, keys = meta_ref[block, 0], meta_ref[block, 1]
+        first_position, row_keys = meta_ref[block, 2], meta_ref[block, 3]
+        num_tiles = lax.div(keys + (block_kv - 1), jnp.int32(block_kv))
+
+        @pl.when(warpgroup == _CONSUMERS)
+        def _load():
+            plgpu.set_max_registers(24, action="decrease")
+            num_pages = lax.div(keys + (page_size - 1), jnp.int32(page_size))
+
+            def page_ids(page):
+                return [table_ref[row, jnp.minimum(page + p, max_pages - 1)] for p in range(pages_per_tile)]
+
+            def load_half(entry, which, ids, left):
+                slot = lax.rem(entry, jnp.int32(ring))
+                full = kv_full.at[slot]
+
+                @pl.when(entry >= ring)
+                def _():
+                    plgpu.barrier_wait(kv_free.at[slot])
+
+                for p in range(pages_per_tile):
+                    source = kv_ref.at[ids[p], head, which]
+                    target = kv_smem.at[slot, pl.ds(p * page_size, page_size)]
+                    copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, full)
+                    if p == 0:
+                        copy()
+                    else:  # pages behind the last key are not read
+                        pl.when(p < left)(copy)
+                        pl.when(p >= left)(lambda: plgpu.barrier_arrive(full))
+
+            def load_tile(i, ids):
+                next_ids = page_ids((i + 1) * pages_per_tile)
+                for which in range(2):
+                    load_half(2 * i + which, which, ids, num_pages - i * pages_per_tile)
+                return next_ids
+
+            lax.fori_loop(jnp.int32(0), num_tiles, load_tile, page_ids(0))
+
+            @pl.loop(jnp.maximum(2 * num_tiles - ring, 0), 2 * num_tiles)
+            def _(entry):  # who waits on a barrier at all must see each of its phases
+                plgpu.barrier_wait(kv_free.at[lax.rem(entry, jnp.int32(ring))])
+
+        @pl.when((warpgroup < _CONSUMERS) & (num_tiles > 0))
+        def _compute():
+            plgpu.set_max_registers(240, action="increase")
+            plgpu.copy_gmem_to_smem(q_ref.at[block, head, warpgroup], q_smem.at[warpgroup], q_full.at[warpgroup])
+            last_key = plgpu.load(limit_ref.at[block, warpgroup], layout=row_layout, optimized=False)
+            plgpu.barrier_wait(q_full.at[warpgroup])
+
+            def attend_tile(i, carry, *, masked):
+                acc, m, norm = carry
+                first_key = i * block_kv
+                k_slot = lax.rem(2 * i, jnp.int32(ring))
+                v_slot = lax.rem(2 * i + 1, jnp.int32(ring))
+                plgpu.barrier_wait(kv_full.at[k_slot])
+
+                def scores(s_ref):
+                    plgpu.wgmma(s_ref, q_smem.at[warpgroup], kv_smem.at[k_slot].transpose((1, 0)))
+                    return s_ref[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((_ROWS, block_kv), jnp.float32))
+                plgpu.barrier_arrive(kv_free.at[k_slot])
+                if masked:
+                    key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, block_kv), 1, layout=wgmma_layout)
+                    seen = key <= lax.broadcast_in_dim(last_key - first_key, (_ROWS, block_kv), [0])
+                    s = jnp.where(seen, s, -jnp.inf)
+                # A padding row sees nothing: -1e30 in place of -inf as its maximum keeps it from NaN.
+                m_new = jnp.maximum(m, s.max(axis=1))
+                alpha = jnp.exp2((m - m_new) * scale)
+                p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_new * scale, s.shape, [0]))
+                norm = norm * alpha + p.sum(axis=1)
+                acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+                p = p.astype(q.dtype)
+                plgpu.barrier_wait(kv_full.at[v_slot])
+                if masked:
+                    clean(row_keys - first_key, v_slot)
+
+                def values(o_ref):
+                    plgpu.wgmma(o_ref, p, kv_smem.at[v_slot])
+                    return o_ref[...]
+
+                acc = acc + pl.run_scoped(values, plgpu.ACC((_ROWS, h), jnp.float32))
+                plgpu.barrier_arrive(kv_free.at[v_slot])
+                return acc, m_new, norm
+
+            def clean(valid, v_slot):
+                """Zeros in place of values behind the row's last key, which may be NaN: 0 * NaN is NaN."""
+
+                @pl.when((valid < block_kv) & (warpgroup == 0))
+                def _():
+                    for start in range(0, block_kv, _ROWS):  # in pieces, to need few registers
+                        piece = kv_smem.at[v_slot, pl.ds(start, _ROWS)]
+                        v = plgpu.load(piece, layout=wgmma_layout)
+                        key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, h), 0, layout=wgmma_layout)
+                        piece[...] = jnp.where(key < valid - start, v, jnp.zeros_like(v))
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(v_clean)
+
+                @pl.when((valid < block_kv) & (warpgroup == 1))
+                def _():
+                    plgpu.barrier_wait(v_clean)
+
+            acc = plgpu.layout_cast(jnp.zeros((_ROWS, h), jnp.float32), wgmma_layout)
+            m = plgpu.layout_cast(jnp.full((_ROWS,), -1e30, jnp.float32), row_layout)
+            norm = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
+            # Tiles that all queries of the block see in full need no mask.
+            whole = lax.div(first_position + 1, jnp.int32(block_kv))
+            carry = lax.fori_loop(jnp.int32(0), whole, functools.partial(attend_tile, masked=False), (acc, m, norm))
+            acc, m, norm = lax.fori_loop(whole, num_tiles, functools.partial(attend_tile, masked=True), carry)
+
+            o = acc * lax.broadcast_in_dim(1.0 / jnp.maximum(norm, 1e-30), acc.shape, [0])
+            q_smem[warpgroup] = o.astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_ref.at[block, head, warpgroup])
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(num_blocks, k_heads),
+        grid_names=("block", "head"),
+        num_threads=_CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+        scratch_types=dict(
+            q_smem=plgpu.SMEM((_CONSUMERS, _ROWS, h), q.dtype, transforms=tiled),
+            kv_smem=plgpu.SMEM((ring, block_kv, h), q.dtype, transforms=tiled),
+            q_full=plgpu.Barrier(num_barriers=_CONSUMERS),
+            kv_full=plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=ring),
+            kv_free=plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=ring),
+            v_clean=plgpu.Barrier(),
+        ),
+        interpret=interpret,
+    )(q, kv_pages, page_table, meta, limit)
