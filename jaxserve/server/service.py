@@ -26,6 +26,7 @@ from jaxserve.text.chat_template import ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer
 
 FIELD_KEY = "jaxserve-field"  # trailing metadata: the request field at fault
+ABORT_TIMEOUT_S = 0.2  # a reader that takes nothing may not take its status either
 
 
 class UnsupportedByModelError(RequestError):
@@ -45,7 +46,7 @@ ANSWERED = tuple(kind for kind, _ in STATUS)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """``idle`` is set while no Generate call is open, its last bytes handed to the transport."""
+    """``idle`` is set while no Generate call is open, its last bytes handed to the transport or its reader too slow."""
 
     def __init__(self, engine: AsyncEngine, options: ServerOptions):
         self._engine = engine
@@ -65,8 +66,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             engine_request = await asyncio.to_thread(self._read_request, request, deadline)
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
                 async for events in batches:
-                    await context.write(codec.generate_chunk(events))
+                    if events[0].index == 0:  # by themselves: grpc would send them again after a first write given up
+                        await context.send_initial_metadata(())
+                    await self._write(context, codec.generate_chunk(events))
                     finish_reason = events[-1].finish_reason
+        except SlowReaderError as error:
+            await _abort_unread(context, error)
         except ANSWERED as error:
             await _abort(context, error)
         if finish_reason == "deadline":
@@ -113,6 +118,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if stats is not None:
             codec.add_engine_info(info, self._engine.engine, stats)
         return info
+
+    async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk) -> None:
+        """Raises SlowReaderError: by itself a write waits for as long as the client does not read."""
+        timeout_s = self._options.slow_reader_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await context.write(chunk)
+        except TimeoutError:
+            raise SlowReaderError(f"a chunk was not taken for {timeout_s:g} s: the request was aborted") from None
 
     def _count_open(self, context: grpc.aio.ServicerContext) -> None:
         self._num_open += 1
@@ -198,3 +212,15 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
     code = next(code for kind, code in STATUS if isinstance(error, kind))
     metadata = ((FIELD_KEY, error.field),) if isinstance(error, RequestError) else ()
     await context.abort(code, str(error), metadata)
+
+
+async def _abort_unread(context: grpc.aio.ServicerContext, error: SlowReaderError) -> NoReturn:
+    """As ``_abort``, without waiting for the client to read up to the status, which may be never.
+
+    The status is with the transport by then, behind what was written: whoever reads on later gets all of it.
+    """
+    try:
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            await _abort(context, error)
+    except TimeoutError:
+        raise asyncio.CancelledError from None  # the one end of a handler after which grpc sends nothing more

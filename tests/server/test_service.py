@@ -157,6 +157,21 @@ async def test_a_slow_reader_is_aborted():
         assert letters == expected_text("a", len(letters)), "what was sent before is whole"
 
 
+@pytest.mark.parametrize("text_scale", [65536, 10_000_000], ids=["a-later-write-blocks", "the-first-write-blocks"])
+async def test_a_client_that_never_reads_holds_no_handler_and_no_drain(text_scale):
+    engine = endless_engine(text_scale=text_scale, step_delay_s=0.005)
+    async with serving(engine, slow_reader_timeout_s=0.2, drain_timeout_s=TIMEOUT_S) as s:
+        calls = [s.client._stub.Generate(pb.GenerateRequest(text="a")) for _ in range(3)]
+        while len(engine.requests) < 3:
+            await asyncio.sleep(0.01)
+        assert await s.is_idle()
+        start = time.monotonic()
+        assert await s.server.drain() is True
+        assert time.monotonic() - start < TIMEOUT_S / 2
+        for call in calls:  # who reads in the end learns what happened
+            assert (await refused(call)).code() == Code.ABORTED
+
+
 async def test_a_failing_engine_fails_the_streams():
     async with serving(endless_engine()) as s:
         stream = s.client.generate("a")
