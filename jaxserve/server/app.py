@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 import grpc.aio
@@ -52,6 +53,13 @@ class Server:
         self.port = options.port
         self.metrics_port = options.metrics_port
         self._factory = engine_factory
+        self._engine: AsyncEngine | None = None
+        self._metrics_server: WSGIServer | None = None
+
+    @property
+    def engine(self) -> AsyncEngine:
+        assert self._engine is not None, "the server was not started"
+        return self._engine
 
     async def start(self) -> None:
         """Binds, serves health (NOT_SERVING), and starts the engine. Raises ServeError when a port cannot be bound."""
@@ -73,16 +81,17 @@ class Server:
         except RuntimeError as error:
             raise ServeError(f"cannot bind {_address(options.host, options.port)}: {error}") from error
 
-        metrics = ServerMetrics(lambda: self.engine.stats())
-        self.engine = AsyncEngine(
+        metrics = ServerMetrics(lambda: None if self._engine is None else self._engine.stats())
+        if options.metrics_port is not None:
+            try:
+                self._metrics_server, _ = start_http_server(options.metrics_port, options.host, metrics.registry)
+            except OSError as error:
+                raise ServeError(f"cannot bind {_address(options.host, options.metrics_port)}: {error}") from error
+            self.metrics_port = self._metrics_server.server_port
+        # Last of what can fail: its thread cannot be interrupted while it loads.
+        self._engine = AsyncEngine(
             self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=metrics.observe
         )
-        self._metrics_server = None
-        if options.metrics_port is not None:
-            self._metrics_server, self._metrics_thread = start_http_server(
-                options.metrics_port, options.host, metrics.registry
-            )
-            self.metrics_port = self._metrics_server.server_port
         self._service = InferenceService(self.engine, options)
         self._health = health_aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -1,0 +1,50 @@
+"""What ``ServerOptions`` refuses, and that a refused server loads nothing."""
+
+import math
+
+import pytest
+
+from jaxserve.server import app
+from jaxserve.server.app import ServeError, Server
+from jaxserve.server.options import DEFAULT_TARGET, ServerOptions
+from tests.server.fake_engine import FakeEngine
+
+REFUSED = [
+    ("host", ""),
+    ("port", -1),
+    ("port", 70000),
+    ("metrics_port", -1),
+    ("metrics_port", 99999),
+    ("metrics_port", 50051),
+    ("drain_timeout_s", -1.0),
+    ("drain_timeout_s", math.inf),
+    ("drain_timeout_s", math.nan),
+    ("slow_reader_timeout_s", 0.0),
+    ("slow_reader_timeout_s", -1.0),
+    ("slow_reader_timeout_s", math.inf),
+    ("slow_reader_timeout_s", math.nan),
+    ("max_prompt_bytes", 0),
+    ("max_message_bytes", 0),
+    ("max_message_bytes", 2**31),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSED)
+def test_out_of_range_names_the_field_and_the_value(field, value):
+    shown = repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else value
+    with pytest.raises(ValueError, match=f"^{field}={shown} "):
+        ServerOptions(**{field: value})
+
+
+def test_the_ends_of_the_ranges_are_taken():
+    ServerOptions(port=0, metrics_port=0, drain_timeout_s=0, max_prompt_bytes=1, max_message_bytes=1)
+    ServerOptions(port=65535, metrics_port=None, slow_reader_timeout_s=1e-3, max_message_bytes=2**31 - 1)
+    assert f"{ServerOptions().host}:{ServerOptions().port}" == DEFAULT_TARGET
+
+
+async def test_a_metrics_port_lost_at_the_last_moment_is_one_error_before_anything_is_loaded(taken_port, monkeypatch):
+    monkeypatch.setattr(app, "_check_can_bind", lambda host, port: None)  # as if it was taken after the check
+    built = []
+    with pytest.raises(ServeError, match=f"^cannot bind 127.0.0.1:{taken_port}: "):
+        await Server(lambda: built.append(1) or FakeEngine(), ServerOptions(port=0, metrics_port=taken_port)).start()
+    assert built == []
