@@ -1,7 +1,9 @@
 """What a user asks for and what comes back, as frozen values. Imports nothing of jax."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
@@ -43,7 +45,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: output tokens at most; None means up to the engine's ``max_model_len``.
-        min_tokens: end-of-sequence and ``stop_token_ids`` cannot be sampled before this many output tokens.
+        min_tokens: before this many output tokens, end-of-sequence and ``stop_token_ids`` cannot be sampled and
+            ``stop`` is not looked for.
         temperature: 0 is greedy.
         top_p: nucleus mass in (0, 1].
         top_k: tokens kept; 0 or -1 is off. Ties with the k-th are kept.
@@ -83,21 +86,32 @@ class SamplingParams:
 
     def __post_init__(self):
         for name, neutral in NOT_IMPLEMENTED.items():
-            if (value := getattr(self, name)) != neutral:
+            value = getattr(self, name)
+            same = value is None if neutral is None else isinstance(value, Real) and value == neutral
+            if not same:
                 raise RequestError(name, f"{value!r}: not implemented yet, leave it unset")
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                value = (value,)
+            if value is None or isinstance(value, str):
+                value = (value,) if value is not None else ()
+            if not isinstance(value, Iterable):
+                raise RequestError(name, f"{value!r} is not a sequence")
             object.__setattr__(self, name, tuple(value))
         for name in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if value is None and name in ("max_tokens", "seed", "logprobs"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise RequestError(name, f"{value!r} is not an integer")
+            object.__setattr__(self, name, int(value))
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise RequestError(name, f"{value!r} is not a finite number")
+            object.__setattr__(self, name, float(value))
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RequestError(name, f"{value!r} is not true or false")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise RequestError("max_tokens", f"{self.max_tokens} must be at least 1")
         if self.min_tokens < 0:
@@ -119,8 +133,9 @@ class SamplingParams:
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise RequestError("stop", "every stop must be a non-empty string")
         for i in self.stop_token_ids:
-            if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            if isinstance(i, bool) or not isinstance(i, Integral) or i < 0:
                 raise RequestError("stop_token_ids", f"{i!r} is not a token id")
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
 
 
 @dataclass(frozen=True, kw_only=True)

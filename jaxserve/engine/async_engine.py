@@ -248,7 +248,8 @@ class AsyncEngine:
                     future.set_exception(error)
             # A command may have left only a last event to give: has_unfinished() need not count that as work.
             events = engine.step() if commands or engine.has_unfinished() else []
-            if (now := time.monotonic()) >= next_stats or not engine.has_unfinished():
+            ended = any(event.finish_reason is not None for event in events)
+            if (now := time.monotonic()) >= next_stats or ended or not engine.has_unfinished():
                 self._stats = engine.stats()  # before the events: who has seen the last one finds exact figures
                 next_stats = now + STATS_INTERVAL_S
             self._publish(engine, events)

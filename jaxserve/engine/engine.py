@@ -1,6 +1,5 @@
 """The synchronous core: requests in, token events out, one step at a time."""
 
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,8 @@ from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
 from jaxserve.engine import plan
+from jaxserve.engine.door import Door, Prompt
+from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.output import RequestOutput
 from jaxserve.execution.runner import Progress, Runner, place_params
 from jaxserve.model.params import Params
@@ -23,23 +24,21 @@ from jaxserve.request import (
     EngineStats,
     QueueFullError,
     Request,
-    RequestError,
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
 )
 from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.text.tokenizer import Tokenizer, TokenizerError
-
-Prompt = str | Sequence[int]
+from jaxserve.text.tokenizer import Tokenizer
 
 
 class Engine:
     """A model, its paged KV cache and its scheduler. A constructed engine is ready: every step shape is compiled.
 
     Make one with ``from_pretrained`` or ``from_params``. One thread at a time may use it (``make_request`` and
-    ``stats`` excepted); servers put an ``AsyncEngine`` around it.
+    ``stats`` excepted); servers put an ``AsyncEngine`` around it. Ctrl-C is held back until a step has ended, so that
+    an interrupted engine goes on; after an error in a step every call says so, and a new engine is needed.
 
     Attributes:
         model_name, model_config, cache_config, scheduler_config, parallel_config, dtype: what was resolved.
@@ -187,15 +186,14 @@ class Engine:
             )
         self._dims = plan.step_dims(self.scheduler_config, self.cache_config)
         self._scheduler = Scheduler(self.cache_config, self.scheduler_config, self._dims)
-        self._eos_token_ids = tuple(
-            dict.fromkeys((*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())))
-        )
+        self._door = Door(model_config, self.scheduler_config.max_model_len, tokenizer, self._scheduler.check)
         self._outputs: dict[str, RequestOutput] = {}  # unfinished requests
         self._in_flight: deque[tuple[ScheduledBatch, jax.Array]] = deque()  # dispatched steps, oldest first
         self._events: list[TokenEvent] = []  # for the next ``step``
         self._inboxes: dict[str, deque[TokenEvent]] = {}  # requests of ``generate`` and ``stream``
         self._num_steps = 0
         self._closed = False
+        self._failure: BaseException | None = None
         self._runner = Runner(
             model_config,
             placed,
@@ -296,62 +294,7 @@ class Engine:
         Raises:
             RequestError: names the field, with both numbers.
         """
-        limit = self.scheduler_config.max_model_len
-        ids = self._prompt_ids(prompt, limit)
-        room = limit - len(ids)
-        if room < 1:
-            raise RequestError("prompt", f"{len(ids)} tokens leave no room for output in max_model_len={limit}")
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise RequestError(
-                "max_tokens",
-                f"{params.max_tokens} and {len(ids)} prompt tokens are more than max_model_len={limit}",
-            )
-        if params.min_tokens > room:
-            raise RequestError(
-                "min_tokens",
-                f"{params.min_tokens} and {len(ids)} prompt tokens are more than max_model_len={limit}",
-            )
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop", "this engine has no tokenizer; use stop_token_ids")
-        vocab_size = self.model_config.vocab_size
-        for i in params.stop_token_ids:
-            if i >= vocab_size:
-                raise RequestError("stop_token_ids", f"{i} is not below the vocabulary's {vocab_size}")
-        stop_ids = (*(() if params.ignore_eos else self._eos_token_ids), *params.stop_token_ids)
-        return Request(
-            request_id=secrets.token_hex(8) if request_id is None else request_id,
-            prompt_token_ids=ids,
-            params=params,
-            max_total_len=len(ids) + (room if params.max_tokens is None else params.max_tokens),
-            stop_token_ids=tuple(dict.fromkeys(stop_ids)),
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            priority=priority,
-            deadline=deadline,
-            arrival=time.monotonic(),
-        )
-
-    def _prompt_ids(self, prompt: Prompt, limit: int) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("prompt", "this engine has no tokenizer; give token ids")
-            try:
-                # Refused before it is tokenized: 10 MB of text take seconds, their least number of tokens does not.
-                if (least := self.tokenizer.min_num_tokens(prompt)) > limit:
-                    raise RequestError("prompt", f"at least {least} tokens do not fit in max_model_len={limit}")
-                ids = tuple(self.tokenizer.encode(prompt))
-            except UnicodeEncodeError as error:
-                raise RequestError("prompt", f"not valid Unicode at character {error.start}") from None
-            except TokenizerError as error:
-                raise RequestError("prompt", str(error)) from None
-        else:
-            vocab_size = self.model_config.vocab_size
-            for i, token in enumerate(prompt):
-                if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
-                    raise RequestError("prompt", f"token {i} is {token!r}, not an id below {vocab_size}")
-            ids = tuple(int(token) for token in prompt)
-        if not ids:
-            raise RequestError("prompt", "is empty")
-        return ids
+        return self._door.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
 
     def add_request(self, request: Request) -> None:
         """Queues a request of ``make_request``.
@@ -360,15 +303,18 @@ class Engine:
             QueueFullError: ``max_num_waiting`` requests wait already.
             RequestError: its id is in use, or it cannot be served by this engine's cache.
         """
-        sequence = self._scheduler.add(request)
-        self._outputs[request.request_id] = RequestOutput(sequence, self.tokenizer)
+        self._check_usable()
+        with interrupts_held():
+            sequence = self._scheduler.add(request)
+            self._outputs[request.request_id] = RequestOutput(sequence, self.tokenizer)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and frees its pages; its last event comes with the next ``step``. False if unknown."""
-        if not self._scheduler.abort(request_id):
-            return False
-        self._emit(self._outputs.pop(request_id).on_end("abort"))
-        return True
+        with interrupts_held():
+            if not self._scheduler.abort(request_id):
+                return False
+            self._emit(self._outputs.pop(request_id).on_end("abort"))
+            return True
 
     def has_unfinished(self) -> bool:
         """Whether ``step`` has anything to do: requests, steps in flight, or events to hand out."""
@@ -385,6 +331,23 @@ class Engine:
         return events
 
     def _step(self, on_dispatch: Callable[[EngineStats], None] | None = None) -> None:
+        self._check_usable()
+        # A step cut short would leave the scheduler and the device with different ideas of what is in the pages.
+        with interrupts_held():
+            try:
+                with self._runner.compile_counter.watch():
+                    self._advance(on_dispatch)
+            except BaseException as error:
+                self._failure = error
+                raise
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        if self._failure is not None:
+            raise RuntimeError(f"the engine failed in an earlier step, make a new one: {self._failure!r}")
+
+    def _advance(self, on_dispatch: Callable[[EngineStats], None] | None) -> None:
         for request_id in self._scheduler.expire(time.monotonic()):
             self._emit(self._outputs.pop(request_id).on_end("deadline"))
         batch = self._scheduler.schedule()
@@ -416,7 +379,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Figures of now. Read from another thread they may be of neighbouring steps."""
         stats = asdict(self._scheduler.stats())
-        own = {"num_steps": self._num_steps, "recompilations_after_ready": self._runner.recompilations}
+        own = {"num_steps": self._num_steps, "recompilations_after_ready": self._runner.compile_counter.count}
         return EngineStats(**{name: (stats | own)[name] for name in EngineStats.__dataclass_fields__})
 
     def close(self) -> None:

@@ -86,6 +86,9 @@ class Runner:
     """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns.
 
     One thread at a time may use it. ``dispatch`` returns before the device is done; ``read`` waits.
+
+    Attributes:
+        compile_counter: at zero when the constructor returns; its owner watches the steps with it.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Runner:
         dtype: jnp.dtype,
         on_progress: Progress | None = None,
     ):
-        self._compile_counter = CompileCounter()
+        self.compile_counter = CompileCounter()
         self.config, self.dims, self.mesh = config, dims, mesh
         self._replicated = NamedSharding(mesh, specs.REPLICATED)
         self._params = params
@@ -110,7 +113,7 @@ class Runner:
             out_shardings=jax.tree.map(lambda s: s.sharding, self._state_shape),
         )()
         self._warm_up(buckets, on_progress)
-        self._compile_counter.count = 0
+        self.compile_counter.count = 0
 
     def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> dict[Bucket, jax.stages.Compiled]:
         compiled, done, lock = {}, 0, threading.Lock()
@@ -140,24 +143,17 @@ class Runner:
 
     def dispatch(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
         """Starts a step on ``buffer`` (``step_io.new_inputs``); a handle for ``read``."""
-        with self._compile_counter.watch():
-            inputs = jax.device_put(buffer, self._replicated)
-            self._state, packed = self._compiled[bucket](self._params, self._state, inputs)
+        inputs = jax.device_put(buffer, self._replicated)
+        self._state, packed = self._compiled[bucket](self._params, self._state, inputs)
         return packed
 
     def read(self, handle: jax.Array) -> StepOutputs:
         """Waits for a dispatched step and copies its outputs to the host."""
-        with self._compile_counter.watch():
-            return unpack_outputs(np.asarray(handle), self.dims.max_logprobs)
-
-    @property
-    def recompilations(self) -> int:
-        """Traces and compilations by ``dispatch`` and ``read`` since the constructor returned: zero, or a bug."""
-        return self._compile_counter.count
+        return unpack_outputs(np.asarray(handle), self.dims.max_logprobs)
 
     def close(self) -> None:
         """Frees the device's memory; the runner cannot be used afterwards."""
-        self._compile_counter.close()
+        self.compile_counter.close()
         for x in jax.tree.leaves(self._state):
             x.delete()
         del self._params, self._state, self._compiled

@@ -92,7 +92,9 @@ def sample(logits: jax.Array, inputs: StepInputs) -> jax.Array:
 
     def draw() -> jax.Array:
         random = inputs.temperature > 0
-        scaled = logits / jnp.where(random, inputs.temperature, 1)[:, None]
+        # From the best logit down, so that a tiny temperature cannot overflow to inf - inf.
+        below = logits - jnp.max(logits, axis=1, keepdims=True)
+        scaled = below / jnp.where(random, inputs.temperature, 1)[:, None]
         noisy = scaled + gumbel(inputs.seed, inputs.kv_lens, logits.shape[1])
         drawn = jnp.argmax(jnp.where(kept(scaled, inputs), noisy, -jnp.inf), axis=1).astype(jnp.int32)
         return jnp.where(random, drawn, greedy)

@@ -129,7 +129,9 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue ``request``. RequestError if it can never be served, QueueFullError if too many wait."""
-        self._check(request)
+        self.check(request)
+        if request.request_id in self._sequences:
+            raise RequestError("request_id", f"{request.request_id!r} is already in use")
         if len(self._waiting) >= self.config.max_num_waiting:
             raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
@@ -171,11 +173,10 @@ class Scheduler:
         self._end(sequence, reason)
         return True
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """RequestError, with both numbers, if ``request`` could never be served. Reads configs only: any thread."""
         prompt_len, total_len = len(request.prompt_token_ids), request.max_total_len
         capacity = self.cache.num_pages * self.cache.page_size
-        if request.request_id in self._sequences:
-            raise RequestError("request_id", f"{request.request_id!r} is already in use")
         if prompt_len < 1:
             raise RequestError("prompt_token_ids", "the prompt is empty")
         if total_len > self.config.max_model_len:

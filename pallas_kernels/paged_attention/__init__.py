@@ -35,7 +35,7 @@ def paged_attention(
         prefill_cu_q_lens: ``[BP + 1]`` int32, ascending from 0.
         num_decode_rows: BD.
         sm_scale: factor on the scores before the softmax.
-        implementation: None chooses (``pallas_kernels.dispatch``).
+        implementation: of ``pallas_kernels.dispatch``; None is the reference, which runs everywhere.
 
     Returns:
         ``[T, N, H]`` in q's dtype; zero for tokens of padding rows and tokens after the last chunk. Accumulated in f32.

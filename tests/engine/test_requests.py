@@ -1,11 +1,14 @@
 """What requests may ask, what is refused, and how they end."""
 
 import gc
+import signal
 import time
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxserve import Engine, RequestError, SamplingParams
@@ -47,18 +50,22 @@ def drain(engine: Engine) -> list:
     ],
 )
 def test_refused_by_the_engine(engine, prompt, params, match):
-    start = time.monotonic()
     with pytest.raises(RequestError, match=match):
         engine.generate([prompt], SamplingParams(**params))
-    assert time.monotonic() - start < 5
     assert not engine.has_unfinished()
 
 
-@pytest.mark.parametrize("logprobs", [21])
-def test_refused_by_the_scheduler(engine, logprobs):
-    with pytest.raises(RequestError, match="logprobs: 21 is more than max_logprobs=20"):
-        engine.generate([[5]], SamplingParams(logprobs=logprobs))
-    assert not engine.has_unfinished()
+def test_a_huge_prompt_is_refused_before_it_is_tokenized(engine, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text: pytest.fail("tokenized"))
+    with pytest.raises(RequestError, match="do not fit in max_model_len=96"):
+        engine.make_request("x" * 10_000_000, GREEDY)
+
+
+def test_refused_before_anything_is_started():
+    with tiny.engine(max_num_waiting=1) as engine:
+        with pytest.raises(RequestError, match="logprobs: 21 is more than max_logprobs=20"):
+            engine.generate([[5]] * 9, [SamplingParams(max_tokens=2)] * 8 + [SamplingParams(logprobs=21)])
+        assert engine.stats().num_steps == 0 and not engine.has_unfinished()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,13 @@ def test_refused_by_the_scheduler(engine, logprobs):
         ("min_tokens", -1),
         ("seed", -1),
         ("seed", 2**64),
+        ("top_k", None),
+        ("temperature", None),
+        ("ignore_eos", "no"),
         ("stop", ("",)),
+        ("stop", 5),
+        ("stop_token_ids", 5),
+        ("logit_bias", np.zeros(2)),
         ("stop_token_ids", (-1,)),
         ("logprobs", -1),
     ],
@@ -87,6 +100,12 @@ def test_values_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(RequestError, match=f"^{field}: ") as error:
         SamplingParams(**{field: value})
     assert error.value.field == field
+
+
+def test_numpy_numbers_and_no_stops_are_taken():
+    given: dict[str, Any] = {"temperature": np.float32(0.5), "max_tokens": np.int64(3), "stop": None}
+    params = SamplingParams(**given, stop_token_ids=tuple(np.array([4])))
+    assert params == SamplingParams(temperature=0.5, max_tokens=3, stop_token_ids=(4,))
 
 
 @pytest.mark.parametrize("field", NOT_IMPLEMENTED)
@@ -192,6 +211,56 @@ def test_streams_interleave_and_a_closed_one_is_aborted(engine):
     rest = [e.token_id for e in one]
     assert [first[0], first[2], *rest] == expected and first[1] == expected[0]
     assert drain(engine) == [] and engine.stats().num_pages_held == 0
+
+
+@pytest.mark.parametrize("where", ["dispatch", "read"])
+def test_ctrl_c_in_a_step_ends_generate_and_leaves_the_engine_whole(engine, monkeypatch, where):
+    expected = [c.token_ids for c in engine.generate(tiny.prompts(7), GREEDY)]
+    original = getattr(engine._runner, where)
+    calls = 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(engine._runner, where, interrupted)
+    other = engine.stream(PROMPT, GREEDY)
+    first = next(other).token_id
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(tiny.prompts(7), GREEDY)
+    assert calls == 5 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [first, *(e.token_id for e in other)] == expected[2]
+    assert [c.token_ids for c in engine.generate(tiny.prompts(7), GREEDY)] == expected
+    assert engine.stats().num_pages_held == 0
+
+
+def test_after_an_error_in_a_step_every_call_says_so(monkeypatch):
+    with tiny.engine() as engine:
+        stream = engine.stream(PROMPT, GREEDY)
+        next(stream)
+        monkeypatch.setattr(engine._runner, "read", lambda handle: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.generate([PROMPT], GREEDY)
+        for call in (lambda: next(stream), lambda: engine.generate([PROMPT], GREEDY), engine.step):
+            with pytest.raises(RuntimeError, match=r"the engine failed in an earlier step.*ZeroDivisionError"):
+                call()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.generate([PROMPT], GREEDY)
+
+
+def test_whatever_a_step_compiles_is_counted(monkeypatch):
+    with tiny.engine() as engine:
+        engine.generate([PROMPT], GREEDY)
+        assert engine.stats().recompilations_after_ready == 0
+        commit = engine._scheduler.commit
+        monkeypatch.setattr(
+            engine._scheduler, "commit", lambda batch, tokens: commit(batch, np.asarray(jnp.sort(tokens)))
+        )
+        engine.generate([PROMPT], GREEDY)
+        assert engine.stats().recompilations_after_ready > 0
 
 
 def test_priority_is_served_first():

@@ -97,6 +97,13 @@ def test_greedy_rows_among_random_ones():
     assert tokens[::2].tolist() == logits.argmax(1)[::2].tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 3e-38, 1e-40])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = np.random.default_rng(6).standard_normal((3, 300)).astype(np.float32) * 5
+    tokens = np.asarray(sample(jnp.asarray(logits), rows(3, temperature=temperature, top_p=0.9)))
+    assert tokens.tolist() == logits.argmax(1).tolist()
+
+
 def test_stop_ids_cannot_be_sampled_before_min_len():
     logits = np.zeros((3, 10), np.float32)
     logits[:, 7], logits[:, 3], logits[:, 5] = 9, 8, 7

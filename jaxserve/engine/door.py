@@ -1,0 +1,102 @@
+"""The engine's door: a prompt and its parameters become a ``Request``, or a ``RequestError`` that names the field."""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxserve.config import ModelConfig
+from jaxserve.request import Request, RequestError, SamplingParams
+from jaxserve.text.tokenizer import Tokenizer, TokenizerError
+
+Prompt = str | Sequence[int]
+
+
+class Door:
+    """What one engine takes. Immutable: any thread may use it.
+
+    Args:
+        max_model_len: tokens of prompt and output together.
+        tokenizer: None where prompts are token ids only.
+        check: the scheduler's limits on a whole request; raises RequestError.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        max_model_len: int,
+        tokenizer: Tokenizer | None,
+        check: Callable[[Request], None],
+    ):
+        self._vocab_size = model_config.vocab_size
+        self._max_model_len = max_model_len
+        self._tokenizer = tokenizer
+        self._check = check
+        ends = (*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))
+        self._eos_token_ids = tuple(dict.fromkeys(ends))
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        priority: int,
+        deadline: float | None,
+    ) -> Request:
+        """See ``Engine.make_request``."""
+        limit = self._max_model_len
+        ids = self._prompt_ids(prompt)
+        room = limit - len(ids)
+        if room < 1:
+            raise RequestError("prompt", f"{len(ids)} tokens leave no room for output in max_model_len={limit}")
+        for name in ("max_tokens", "min_tokens"):
+            if (asked := getattr(params, name)) is not None and asked > room:
+                raise RequestError(name, f"{asked} and {len(ids)} prompt tokens are more than max_model_len={limit}")
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop", "this engine has no tokenizer; use stop_token_ids")
+        for i in params.stop_token_ids:
+            if i >= self._vocab_size:
+                raise RequestError("stop_token_ids", f"{i} is not below the vocabulary's {self._vocab_size}")
+        stop_ids = (*(() if params.ignore_eos else self._eos_token_ids), *params.stop_token_ids)
+        request = Request(
+            request_id=secrets.token_hex(8) if request_id is None else request_id,
+            prompt_token_ids=ids,
+            params=params,
+            max_total_len=len(ids) + (room if params.max_tokens is None else params.max_tokens),
+            stop_token_ids=tuple(dict.fromkeys(stop_ids)),
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            priority=priority,
+            deadline=deadline,
+            arrival=time.monotonic(),
+        )
+        self._check(request)
+        return request
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            ids = self._encode(prompt)
+        else:
+            for i, token in enumerate(prompt):
+                integer = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+                if not integer or not 0 <= token < self._vocab_size:
+                    raise RequestError("prompt", f"token {i} is {token!r}, not an id below {self._vocab_size}")
+            ids = tuple(int(token) for token in prompt)
+        if not ids:
+            raise RequestError("prompt", "is empty")
+        return ids
+
+    def _encode(self, prompt: str) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise RequestError("prompt", "this engine has no tokenizer; give token ids")
+        limit = self._max_model_len
+        try:
+            # Refused before it is tokenized: 10 MB of text take seconds, their least number of tokens does not.
+            if (least := self._tokenizer.min_num_tokens(prompt)) > limit:
+                raise RequestError("prompt", f"at least {least} tokens do not fit in max_model_len={limit}")
+            return tuple(self._tokenizer.encode(prompt))
+        except UnicodeEncodeError as error:
+            raise RequestError("prompt", f"not valid Unicode at character {error.start}") from None
+        except TokenizerError as error:
+            raise RequestError("prompt", str(error)) from None
