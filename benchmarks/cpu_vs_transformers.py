@@ -102,7 +102,6 @@ def main() -> None:
     if not args.peer_python:
         parser.error("--peer-python is needed")
 
-    import jax
     import rich.console
 
     from jaxserve.bench.environment import environment
@@ -138,7 +137,8 @@ def main() -> None:
         process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
         process.wait()
     if args.out:
-        record = {"benchmark": "cpu_vs_transformers", "threads": args.threads, **environment(jax.devices()[:1])}
+        command = "python benchmarks/cpu_vs_transformers.py --peer-python PATH"
+        record = {"benchmark": "cpu_vs_transformers", "command": command, "threads": args.threads, **environment()}
         args.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
 
 
