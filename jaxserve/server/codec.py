@@ -1,4 +1,7 @@
-"""Between the wire and the engine's types, in both directions: the only place that builds or reads proto messages.
+"""Between the wire and the engine's types, in both directions: every conversion and every check of a message.
+
+Messages that need neither (an abort, token ids, a text) are built and read where they are used, and a client passes the
+answers about the model and the server on as they came.
 
 Sampling fields have the same names on both sides, so they are carried by name: a field added to the .proto and to
 ``SamplingParams`` needs no line here unless its type needs one.
