@@ -12,6 +12,8 @@ import pytest
 from jaxserve import Engine, SamplingParams
 from jaxserve.checkpoint.resolve import DEFAULT_MODEL
 
+pytestmark = pytest.mark.timeout(600)  # a busy machine compiles and runs slowly
+
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())
 
 
