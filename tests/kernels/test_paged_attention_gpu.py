@@ -1,5 +1,7 @@
 """The Mosaic GPU kernels in the interpreter: their numbers against dense attention, their races, the decode plan."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,7 +148,18 @@ def test_shapes_without_a_kernel_are_refused_with_their_figures():
     inputs, _ = case(0, [5], [], page_size=16, pad_rows=0)
     with pytest.raises(ValueError, match="head_dim=8 is not one of"):
         paged_attention(**inputs, implementation="mosaic_gpu")
+
+
+def test_hopper_gets_the_kernel_once_it_has_been_checked_there(monkeypatch):
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    ampere = SimpleNamespace(platform="gpu", compute_capability="8.0")
+    monkeypatch.setattr(dispatch, "MOSAIC_GPU_CHECKED", True)
+    assert dispatch.best(hopper, hopper=True) == "mosaic_gpu"
+    assert dispatch.best(hopper, hopper=False) == "reference"
+    assert dispatch.best(ampere, hopper=True) == "reference"
     assert dispatch.best(jax.devices("cpu")[0], hopper=True) == "reference"
+    monkeypatch.setattr(dispatch, "MOSAIC_GPU_CHECKED", False)
+    assert dispatch.best(hopper, hopper=True) == "reference"
 
 
 @pytest.mark.gpu
