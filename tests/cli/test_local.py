@@ -1,13 +1,16 @@
 """generate and chat on this machine, with a tiny model's real engine."""
 
+import dataclasses
 import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from jaxserve.checkpoint import GGUFCheckpoint, checkpoint_info
 from jaxserve.checkpoint.resolve import DEFAULT_MODEL
 from jaxserve.cli.app import run
 from jaxserve.engine.engine import Engine
@@ -79,15 +82,17 @@ def test_interrupt_while_streaming(spawn, tiny: list[str]):
     assert "Traceback" not in err and "rror" not in err
 
 
-def test_interrupt_while_compiling(spawn):
-    """At once, though the default model still has many seconds to compile."""
-    process = spawn("generate", DEFAULT_MODEL, "-p", "hello")
-    while "load 272/272" not in (line := process.stderr.readline()):
+@pytest.mark.parametrize("command", [["generate", "-p", "hello"], ["bench", "batching"]], ids=["generate", "bench"])
+def test_interrupt_while_compiling(spawn, command: list[str]):
+    """At once: the default model still has many seconds to compile, and they are not waited for."""
+    process = spawn(*command, DEFAULT_MODEL)
+    while "compile " not in (line := process.stderr.readline()):
         assert line, "the command ended"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert not re.search(r"compile (\d+)/\1$", err, re.MULTILINE), "it was compiled to the end"
 
 
 def test_reader_of_a_pipe_leaves(spawn, tiny: list[str]):
@@ -98,6 +103,18 @@ def test_reader_of_a_pipe_leaves(spawn, tiny: list[str]):
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert "Traceback" not in err and "rror" not in err
+
+
+def test_info(tiny: list[str], capsys: pytest.CaptureFixture[str]):
+    assert run(["info", tiny[0], "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    with GGUFCheckpoint(tiny[0]) as checkpoint:
+        expected = dataclasses.asdict(checkpoint_info(checkpoint)) | dataclasses.asdict(checkpoint.config)
+    assert values == json.loads(json.dumps(expected))
+    assert values["has_chat_template"] and values["context_len"] == 8192
+    assert run(["info", tiny[0]]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == list(values)
 
 
 @pytest.mark.slow
