@@ -23,7 +23,7 @@ def open_engine(model: str, options: EngineOptions) -> "Engine":
         ValueError: an option or the checkpoint is wrong (``CheckpointError``).
     """
     keywords = options.keywords()
-    with ProgressDisplay() as progress, _leaving_at_interrupt(progress):
+    with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         select_platform(options.platform)
         from jaxserve.engine.engine import Engine
@@ -40,7 +40,7 @@ def select_platform(platform: str | None) -> None:
 
 
 @contextmanager
-def _leaving_at_interrupt(progress: ProgressDisplay) -> Iterator[None]:
+def leaving_at_interrupt(progress: ProgressDisplay) -> Iterator[None]:
     """Ctrl-C in the block ends the process at once: threads inside XLA's compiler cannot be interrupted, an exception
     would wait for them, and there is nothing yet to clean up. In the main thread only, where signals go."""
     if threading.current_thread() is not threading.main_thread():

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jaxserve.cli.loading import select_platform
+from jaxserve.cli.loading import leaving_at_interrupt, select_platform
 from jaxserve.cli.options import EngineOptions, Json, Model, flatten_options
 from jaxserve.cli.terminal import ProgressDisplay, write_answer
 
@@ -38,7 +38,7 @@ def batching(model: Model, workload: WorkloadOptions, engine: EngineOptions, as_
     each of the four runs."""
     keywords = workload.keywords() | engine.keywords()
     keywords.pop("prefix_caching", None)  # it is off in every mode
-    with ProgressDisplay() as progress:
+    with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         select_platform(engine.platform)
         from jaxserve.bench.batching import run
