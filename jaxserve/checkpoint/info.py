@@ -26,7 +26,7 @@ class CheckpointInfo:
 
 
 def checkpoint_info(checkpoint: GGUFCheckpoint) -> CheckpointInfo:
-    """The facts about an open checkpoint that ``jaxserve info`` prints."""
+    """The facts about an open checkpoint; ``jaxserve info`` prints them before the fields of its config."""
     config = checkpoint.config
     return CheckpointInfo(
         model_name=checkpoint.model_name,

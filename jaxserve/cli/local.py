@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated
@@ -75,19 +74,11 @@ def chat(
 def info(model: Model, as_json: Json = False) -> None:
     """What a checkpoint holds. Reads its metadata only."""
     from jaxserve.checkpoint.gguf import GGUFCheckpoint
+    from jaxserve.checkpoint.info import checkpoint_info
     from jaxserve.checkpoint.resolve import resolve_model
 
     with GGUFCheckpoint(resolve_model(model)) as checkpoint:
-        values = {
-            "name": checkpoint.model_name,
-            "path": str(checkpoint.path),
-            "license": checkpoint.license,
-            "num_bytes": checkpoint.num_bytes,
-            "num_parameters": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
-            "bytes_by_type": checkpoint.tensor_types(),
-            "has_chat_template": checkpoint.tokenizer().chat_template is not None,
-            "kv_bytes_per_token_float32": checkpoint.config.kv_bytes_per_token(4),
-        } | dataclasses.asdict(checkpoint.config)
+        values = dataclasses.asdict(checkpoint_info(checkpoint)) | dataclasses.asdict(checkpoint.config)
     if as_json:
         write_answer(json.dumps(values) + "\n")
     else:

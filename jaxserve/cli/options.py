@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from jaxserve.request import SamplingParams, sampling_params_from
+from jaxserve.server.options import DEFAULT_TARGET
 
 Model = Annotated[
     str,
@@ -57,7 +58,13 @@ class EngineOptions:
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together, at most.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at once, at most.")] = None
     num_pages: Annotated[int | None, typer.Option(help="Pages of the KV cache (or give --memory-fraction).")] = None
-    memory_fraction: Annotated[float | None, typer.Option(help="Of the device's memory, for weights and cache.")] = None
+    memory_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="CPU: share of the machine's memory for the KV cache alone. "
+            "Accelerators: of each device's memory, for weights and cache together."
+        ),
+    ] = None
     page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None
     prefill_sizes: Annotated[str | None, typer.Option(help='Prompt tokens in a step, as "64,256".')] = None
     max_num_waiting: Annotated[int | None, typer.Option(help="Requests queued, at most.")] = None
@@ -83,7 +90,7 @@ class EngineOptions:
 class ServerAddress:
     """Which server a client command talks to."""
 
-    server: Annotated[str, typer.Option(help="HOST:PORT of a running server.")] = "127.0.0.1:50051"
+    server: Annotated[str, typer.Option(help="HOST:PORT of a running server.")] = DEFAULT_TARGET
     timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call. (default: none)")] = None
 
 

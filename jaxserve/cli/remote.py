@@ -11,6 +11,7 @@ import typer
 from jaxserve.cli.conversation import Message, converse
 from jaxserve.cli.options import Json, SamplingOptions, ServerAddress, Stats, System, flatten_options
 from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
+from jaxserve.server.options import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from jaxserve.server.client import Client
@@ -20,7 +21,6 @@ app = typer.Typer(help="Talk to a running server.")
 
 Server = Annotated[str, typer.Option(help="HOST:PORT of a running server.")]
 RequestId = Annotated[str | None, typer.Option(help="The name that abort takes. (default: drawn by the server)")]
-LOCAL = "127.0.0.1:50051"
 
 
 @app.command()
@@ -63,7 +63,7 @@ def chat(
 
 @app.command()
 def abort(
-    request_id: Annotated[str, typer.Argument(help="Of a queued or running request.")], server: Server = LOCAL
+    request_id: Annotated[str, typer.Argument(help="Of a queued or running request.")], server: Server = DEFAULT_TARGET
 ) -> None:
     """End a request; its stream ends with finish reason abort."""
     with connect(server) as client:
@@ -72,7 +72,7 @@ def abort(
 
 @app.command()
 def health(
-    server: Server = LOCAL,
+    server: Server = DEFAULT_TARGET,
     wait: Annotated[float | None, typer.Option(help="Seconds to wait until it serves. (default: do not)")] = None,
 ) -> None:
     """Print the server's state; exit status 0 where it is READY."""
@@ -88,7 +88,7 @@ def health(
 
 
 @app.command()
-def info(server: Server = LOCAL, as_json: Json = False) -> None:
+def info(server: Server = DEFAULT_TARGET, as_json: Json = False) -> None:
     """The model that is served, and the server's limits and load."""
     from google.protobuf.json_format import MessageToDict
 
@@ -107,7 +107,7 @@ def info(server: Server = LOCAL, as_json: Json = False) -> None:
 @app.command()
 def tokenize(
     text: Annotated[str, typer.Argument(help="What to encode.")],
-    server: Server = LOCAL,
+    server: Server = DEFAULT_TARGET,
     chat: Annotated[bool, typer.Option("--chat", help="The text is a message: use the chat template.")] = False,
     as_json: Json = False,
 ) -> None:

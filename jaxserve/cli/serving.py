@@ -10,6 +10,7 @@ import typer
 from jaxserve.cli.loading import open_engine
 from jaxserve.cli.options import EngineOptions, Model, flatten_options
 from jaxserve.cli.terminal import note
+from jaxserve.server.options import DEFAULT_HOST, DEFAULT_PORT, ServerOptions
 
 if TYPE_CHECKING:
     from jaxserve.server.app import Server
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 def serve(
     model: Model,
     engine: EngineOptions,
-    host: Annotated[str, typer.Option(help="Address to bind; there is no TLS here.")] = "127.0.0.1",
-    grpc_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 50051,
+    host: Annotated[str, typer.Option(help="Address to bind; there is no TLS here.")] = DEFAULT_HOST,
+    grpc_port: Annotated[int, typer.Option(help="0 picks a free one.")] = DEFAULT_PORT,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus; 0 picks a free one. (default: none)")] = None,
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to running requests.")] = 30.0,
@@ -29,7 +30,6 @@ def serve(
     """Serve a model over gRPC. SIGTERM or Ctrl-C lets running requests finish, a second one does not."""
     from jaxserve.checkpoint.resolve import resolve_model
     from jaxserve.server.app import serve as serve_grpc
-    from jaxserve.server.options import ServerOptions
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("jaxserve").setLevel(logging.INFO)

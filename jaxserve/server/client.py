@@ -21,10 +21,10 @@ from grpc_health.v1 import health_pb2
 
 from jaxserve.server import codec
 from jaxserve.server.codec import Chunk
+from jaxserve.server.options import DEFAULT_TARGET
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 
-DEFAULT_TARGET = "127.0.0.1:50051"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
