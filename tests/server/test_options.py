@@ -1,6 +1,7 @@
 """What ``ServerOptions`` refuses, and that a refused server loads nothing."""
 
 import math
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from jaxserve.server.app import ServeError, Server
 from jaxserve.server.options import DEFAULT_TARGET, ServerOptions
 from tests.server.fake_engine import FakeEngine
 
-REFUSED = [
+REFUSED: list[tuple[str, Any]] = [
     ("host", ""),
     ("port", -1),
     ("port", 70000),
@@ -33,7 +34,7 @@ REFUSED = [
 def test_out_of_range_names_the_field_and_the_value(field, value):
     shown = repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else value
     with pytest.raises(ValueError, match=f"^{field}={shown} "):
-        ServerOptions(**{field: value})
+        ServerOptions(**dict[str, Any]({field: value}))
 
 
 def test_the_ends_of_the_ranges_are_taken():
