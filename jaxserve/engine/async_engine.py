@@ -216,11 +216,11 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             engine = self._factory()
+            self._stats = engine.stats()
         except BaseException as error:  # whatever it is, it belongs to the caller of ready()
             self._end(error)
             self._ready.set_exception(error)
             return
-        self._stats = engine.stats()
         self._engine = engine
         with self._wake:
             if self._state == "loading":

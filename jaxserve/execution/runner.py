@@ -129,9 +129,12 @@ class Runner:
                     on_progress("compile", done, len(buckets))
 
         # XLA compiles without the interpreter's lock: threads overlap one bucket's compile with the next one's tracing.
-        with ThreadPoolExecutor(max_workers=4) as pool:
+        pool = ThreadPoolExecutor(max_workers=4)
+        try:
             for future in [pool.submit(compile_one, b) for b in buckets]:
                 future.result()
+        finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
+            pool.shutdown(wait=False, cancel_futures=True)
         return compiled
 
     def _warm_up(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
