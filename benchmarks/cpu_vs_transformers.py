@@ -52,6 +52,8 @@ def work_transformers(path: str, threads: int) -> None:
     torch.set_num_threads(threads)
     folder, name = os.path.split(path)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # Ignores end of sequence, as ours does; min_new_tokens would suppress it, which gives other tokens.
+    model.generation_config.eos_token_id = None
 
     def run(batch):
         ids = torch.tensor(batch)
@@ -61,7 +63,6 @@ def work_transformers(path: str, threads: int) -> None:
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
                 pad_token_id=2,
             )
         return out[:, PROMPT_LEN:].tolist()
