@@ -148,7 +148,7 @@ def _attend(
         @pl.when(warpgroup == _CONSUMERS)
         def _load():
             plgpu.set_max_registers(24, action="decrease")
-            num_pages = lax.div(keys + (page_size - 1), jnp.int32(page_size))
+            num_pages = lax.div(row_keys + (page_size - 1), jnp.int32(page_size))
 
             def page_ids(page):
                 return [table_ref[row, jnp.minimum(page + p, max_pages - 1)] for p in range(pages_per_tile)]
@@ -167,7 +167,8 @@ def _attend(
                     copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, full)
                     if p == 0:
                         copy()
-                    else:  # pages behind the last key are not read
+                    else:  # pages behind the row's last key are not read; the others are, so that a tile has no place
+                        # that nothing was ever written to: what lies there by chance may be NaN, and 0 * NaN is NaN
                         pl.when(p < left)(copy)
                         pl.when(p >= left)(lambda: plgpu.barrier_arrive(full))
 
