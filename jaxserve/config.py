@@ -5,14 +5,82 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """One rotary embedding (Su et al., 2021) and the stretching of its frequencies.
+
+    ``scaling`` and the fields that go with it, named as in Hugging Face configs:
+        none: nothing.
+        linear: positions divided by ``factor`` (Chen et al., 2023).
+        llama3: low frequencies divided by ``factor``, high ones kept, between ``low_freq_factor`` and
+            ``high_freq_factor`` wavelengths of ``original_max_position_embeddings`` interpolated.
+        yarn: YaRN (Peng et al., 2023) with ``beta_fast``, ``beta_slow`` and ``truncate``.
+        longrope: LongRoPE (Ding et al., 2024): each frequency divided by its entry of ``long_factor`` where the engine
+            serves more than ``original_max_position_embeddings`` tokens, else of ``short_factor``.
+    """
+
+    theta: float = 10_000.0
+    rotary_dim: int | None = None  # leading dimensions of a head that turn; None: all
+    interleaved: bool = False  # pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2)
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # yarn: the correction range is rounded outwards to whole dimensions
+    attention_factor: float = 1.0  # on cos and sin; resolved by the reader of a checkpoint (yarn, longrope)
+    short_factor: tuple[float, ...] = ()  # [rotary_dim / 2]
+    long_factor: tuple[float, ...] = ()  # [rotary_dim / 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts in place of the MLP, in the layers that ``ModelConfig.moe_layers`` marks.
+
+    The router's scores are ``scoring`` over all experts; of them ``num_experts_per_tok`` are chosen, by the highest
+    score plus ``correction_bias`` if there is one, within the ``topk_group`` best of ``num_groups`` groups. A group's
+    score is the ``group_score`` of its experts: "max", or the sum of the two best ("top2", DeepSeek-V3).
+    "softmax_topk" scores by softmax over the chosen logits alone (GPT-OSS).
+    """
+
+    num_experts: int  # E
+    num_experts_per_tok: int
+    intermediate_size: int  # F of one expert
+    shared_intermediate_size: int = 0  # F of the shared expert; 0: there is none
+    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid gate (Qwen2-MoE)
+    scoring: Literal["softmax", "sigmoid", "softmax_topk"] = "softmax"
+    norm_topk_prob: bool = False  # chosen scores are divided by their sum
+    routed_scaling_factor: float = 1.0
+    num_groups: int = 1
+    topk_group: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    correction_bias: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, 2024): pages hold one latent of ``kv_lora_rank +
+    qk_rope_head_dim`` a token, shared by all heads."""
+
+    q_lora_rank: int | None  # None: queries are projected directly
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a decoder is: families are flags of this one dataclass, never subclasses.
 
     Sizes are those of the checkpoint, before any padding for a mesh. ``eos_token_ids`` are the ids that end a
-    generation unless the request says ``ignore_eos``.
+    generation unless the request says ``ignore_eos``. Per-layer tuples are empty or have ``num_layers`` entries.
     """
 
-    family: Literal["llama"] = "llama"
+    family: str = "llama"  # a key of the checkpoint tables; nothing in the decoder depends on it
     vocab_size: int  # V
     hidden_size: int  # D
     intermediate_size: int  # F
@@ -20,11 +88,38 @@ class ModelConfig:
     num_heads: int  # N
     num_kv_heads: int  # K
     head_dim: int  # H
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    # Norms.
+    norm: Literal["rms", "layer"] = "rms"  # "layer": mean subtracted, with a bias
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # added to the stored weight: 1 for Gemma
+    pre_norm: bool = True  # before attention and MLP; False for OLMo-2
+    post_norm: bool = False  # on their outputs, before the residual addition (Gemma 2 and 3, OLMo-2)
+    # Attention.
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"  # over each head (Qwen3, Gemma 3), or all heads at once (OLMo-2)
+    attn_scale: float | None = None  # on the scores; None: head_dim ** -0.5
+    attn_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    attn_sinks: bool = False  # a learned logit a head that takes part in the softmax and has no value (GPT-OSS)
+    layer_windows: tuple[int | None, ...] = ()  # keys a query sees, its own included; None: all. Empty: all layers all
+    ropes: tuple[RopeConfig, ...] = (RopeConfig(),)
+    layer_ropes: tuple[int | None, ...] = ()  # index into ropes; None: no rotary embedding. Empty: all layers 0
+    learned_positions: bool = False  # an embedding of positions is added (GPT-2)
+    mla: MLAConfig | None = None
+    # MLP.
+    mlp: Literal["gated", "plain"] = "gated"
+    activation: Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"] = "silu"  # swiglu_oai: GPT-OSS's clamped one
+    mlp_bias: bool = False
+    moe: MoEConfig | None = None
+    moe_layers: tuple[bool, ...] = ()  # empty: all layers, if there is a moe
+    # Scales.
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0  # on the outputs of attention and MLP (Granite)
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
@@ -35,9 +130,33 @@ class ModelConfig:
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs")
+        for name in ("layer_windows", "layer_ropes", "moe_layers"):
+            if len(getattr(self, name)) not in (0, self.num_layers):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, num_layers={self.num_layers}")
+        for rope in self.layer_ropes:
+            if rope is not None and not 0 <= rope < len(self.ropes):
+                raise ValueError(f"layer_ropes has {rope}, there are {len(self.ropes)} ropes")
+        for window in self.layer_windows:
+            if window is not None and window < 1:
+                raise ValueError(f"layer_windows has {window}: a query sees at least itself")
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of ``layer`` sees, its own included; None: all."""
+        return self.layer_windows[layer] if self.layer_windows else None
+
+    def rope(self, layer: int) -> int | None:
+        """Index into ``ropes`` of ``layer``; None where positions do not turn its heads."""
+        return self.layer_ropes[layer] if self.layer_ropes else (0 if self.ropes else None)
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether ``layer`` has experts instead of an MLP."""
+        return self.moe is not None and (self.moe_layers[layer] if self.moe_layers else True)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of K and V that one token of context holds over all layers, ``itemsize`` bytes an element."""
+        """Bytes of K and V (or of the latent) that one token of context holds over all layers, ``itemsize`` bytes an
+        element."""
+        if self.mla is not None:
+            return self.num_layers * (self.mla.kv_lora_rank + self.mla.qk_rope_head_dim) * itemsize
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
 

@@ -36,18 +36,18 @@ def oracle_logits(config: ModelConfig, params: Params, tokens: list[int]) -> np.
     t = len(tokens)
     causal = np.where(np.tri(t, dtype=bool), 0, -np.inf)
     for layer in params.layers:
-        y = _rms_norm(x, p(layer.attn_norm), config.rms_norm_eps)
+        y = _rms_norm(x, p(layer.attn_norm), config.norm_eps)
         update = []
         for kv_head in p(layer.qkv):  # [G + 2, H, D]
             heads = np.einsum("td,ghd->tgh", y, kv_head)
-            q, k = _rope(heads[:, :group], config.rope_theta), _rope(heads[:, [group]], config.rope_theta)[:, 0]
+            q, k = _rope(heads[:, :group], config.ropes[0].theta), _rope(heads[:, [group]], config.ropes[0].theta)[:, 0]
             scores = np.einsum("tgh,sh->gts", q, k) / np.sqrt(h) + causal
             update.append(np.einsum("gts,sh->tgh", _softmax(scores), heads[:, group + 1]).reshape(t, group * h))
         x = x + np.concatenate(update, axis=1) @ p(layer.attn_out).T
-        y = _rms_norm(x, p(layer.mlp_norm), config.rms_norm_eps)
+        y = _rms_norm(x, p(layer.mlp_norm), config.norm_eps)
         gate, up = (y @ w.T for w in p(layer.gate_up))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ p(layer.down).T
-    x = _rms_norm(x, p(params.final_norm), config.rms_norm_eps)
+    x = _rms_norm(x, p(params.final_norm), config.norm_eps)
     return x @ p(params.embed if params.head is None else params.head).T
 
 

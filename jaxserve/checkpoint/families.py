@@ -49,7 +49,7 @@ LLAMA = GGUFFamily(
         "attention.head_count_kv": "num_kv_heads",
         "vocab_size": "vocab_size",
     },
-    numbers={"rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "rms_norm_eps"},
+    numbers={"rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "norm_eps"},
     default_numbers={"rope.freq_base": 10_000.0},
     head_dim_keys=("attention.key_length", "attention.value_length", "rope.dimension_count"),
     neutral={

@@ -6,7 +6,7 @@ from typing import Any
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.families import FAMILIES, OUTPUT, GGUFFamily, expected_shapes
 from jaxserve.checkpoint.gguf_header import GGUFHeader
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, RopeConfig
 
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -62,6 +62,7 @@ def read_config(family: GGUFFamily, header: GGUFHeader) -> ModelConfig:
         if size(key, head_dim) != head_dim:
             raise CheckpointError(f"metadata {prefix}{key}={keys[key]} differs from the head dimension {head_dim}")
     values: dict[str, Any] = {**sizes, **numbers}
+    values["ropes"] = (RopeConfig(theta=values.pop("rope_theta")),)
     try:
         return ModelConfig(
             family=family.family,

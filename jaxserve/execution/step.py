@@ -97,7 +97,7 @@ def make_step(
         x = decoder.embed(params.embed, token_ids)  # [T, D]
         x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, static)
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
-        x = layers.rms_norm(x, params.final_norm, config.rms_norm_eps)
+        x = layers.rms_norm(x, params.final_norm, config.norm_eps)
         head = params.embed if params.head is None else params.head
         logits = decoder.logits(head, x, config.vocab_size)  # [B, V] f32
 

@@ -54,7 +54,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """cos and sin ``[T, 1, H / 2]`` of rotary embedding (Su et al., 2021) at ``positions`` [T]."""
     half = config.head_dim // 2
-    inv_freq = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [H / 2]
+    inv_freq = config.ropes[0].theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [H / 2]
     angle = positions.astype(jnp.float32)[:, None, None] * inv_freq
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -105,7 +105,7 @@ def decoder_layer(
     p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext
 ) -> tuple[jax.Array, jax.Array]:
     """One pre-norm layer: ``x`` [T, D] and the layer's pages in, the same out."""
-    eps = static.config.rms_norm_eps
+    eps = static.config.norm_eps
     update, kv_pages = attention(p, kv_pages, rms_norm(x, p.attn_norm, eps), ctx, static)
     x = x + update
     return x + mlp(p, rms_norm(x, p.mlp_norm, eps)), kv_pages

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxserve.checkpoint import DEFAULT_MODEL, CheckpointInfo, GGUFCheckpoint, checkpoint_info, resolve_model
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, RopeConfig
 from jaxserve.model.params import Params, check_params
 from jaxserve.text.detokenizer import IncrementalDetokenizer
 
@@ -47,8 +47,8 @@ def test_config():
         num_heads=9,
         num_kv_heads=3,
         head_dim=64,
-        rope_theta=100_000.0,
-        rms_norm_eps=float(np.float32(1e-5)),
+        ropes=(RopeConfig(theta=100_000.0),),
+        norm_eps=float(np.float32(1e-5)),
         tie_word_embeddings=True,
         max_position_embeddings=8192,
         eos_token_ids=(2,),

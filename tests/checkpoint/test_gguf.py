@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve.checkpoint import CheckpointError, GGUFCheckpoint, checkpoint_info
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, RopeConfig
 from jaxserve.model.params import check_params
 from tests.checkpoint.tiny_gguf import LAYERS, D, F, H, K, N, V, weights, write
 
@@ -28,8 +28,8 @@ def test_config_is_read_from_the_metadata(tiny_file):
         num_heads=N,
         num_kv_heads=K,
         head_dim=H,
-        rope_theta=5000.0,
-        rms_norm_eps=float(np.float32(1e-5)),
+        ropes=(RopeConfig(theta=5000.0),),
+        norm_eps=float(np.float32(1e-5)),
         tie_word_embeddings=True,
         max_position_embeddings=64,
         eos_token_ids=checkpoint.tokenizer().eos_token_ids,
@@ -46,7 +46,7 @@ def test_absent_keys_have_the_format_s_defaults(tmp_path):
             tensors[name] = np.zeros((N * H, D), np.float32)
     checkpoint = GGUFCheckpoint(write(tmp_path / "some-name.gguf", keys=keys, tensors=tensors))
     config = checkpoint.config
-    assert (config.num_kv_heads, config.rope_theta, config.head_dim, config.vocab_size) == (N, 10_000.0, D // N, V)
+    assert (config.num_kv_heads, config.ropes[0].theta, config.head_dim, config.vocab_size) == (N, 10_000.0, D // N, V)
     assert (checkpoint.model_name, checkpoint.license) == ("some-name", None)
 
 
