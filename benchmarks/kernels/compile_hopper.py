@@ -55,7 +55,7 @@ DECODE = (
 )
 PREFILL = (
     (4, 32, 8, 128, 16, PrefillTuning()),
-    (4, 32, 8, 128, 16, PrefillTuning(block_kv=128, ring=5)),
+    (4, 32, 8, 128, 16, PrefillTuning(block_kv=64, ring=10)),
     (4, 9, 3, 64, 16, PrefillTuning()),
 )
 CHUNK_TOKENS = 512

@@ -1,9 +1,9 @@
-"""Paged attention on Mosaic GPU (Hopper): decode rows by their kernel, chunks (no kernel yet) by the reference."""
+"""Paged attention on Mosaic GPU (Hopper): decode rows by one kernel, prompt chunks by another."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import gpu_decode, reference
+from pallas_kernels.paged_attention import gpu_decode, gpu_prefill
 
 
 def supports(*, head_dim: int, page_size: int, group: int, dtype: jnp.dtype) -> bool:
@@ -27,14 +27,8 @@ def paged_attention(
         parts.append(gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], sm_scale=sm_scale))
     if q.shape[0] > bd:
         parts.append(
-            reference.paged_attention(
-                q[bd:],
-                kv_pages,
-                page_table[bd:],
-                kv_lens[bd:],
-                prefill_cu_q_lens,
-                num_decode_rows=0,
-                sm_scale=sm_scale,
+            gpu_prefill.prefill_attention(
+                q[bd:], kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, sm_scale=sm_scale
             )
         )
     return jnp.concatenate(parts)

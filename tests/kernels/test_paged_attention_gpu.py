@@ -79,8 +79,10 @@ def test_padding_rows_give_zeros():
         ([(5, 9), (40, 40), (33, 150)], PrefillTuning(block_kv=128, ring=1), (16, 2, 1, 64)),
         # Three heads in a group: 63 rows of 64; one token; a page as large as a tile.
         ([(1, 1), (70, 200)], PrefillTuning(block_kv=64, ring=1), (64, 6, 2, 64)),
+        # Blocks that end inside a tile of their row, before anything else was loaded into its place.
+        ([(75, 75)], PrefillTuning(block_kv=64, ring=4), (16, 4, 1, 64)),
     ],
-    ids=["prefixes", "group of 3"],
+    ids=["prefixes", "group of 3", "several blocks"],
 )
 def test_prefill_kernel(chunks, tuning, shape):
     page_size, num_heads, num_kv_heads, head_dim = shape
