@@ -3,7 +3,7 @@
 Random weights, 32 unrolled layers, donated KV, greedy; every row is at 896 tokens and 32 further steps are timed.
 
     python -m benchmarks.kernels.decode_step --json FILE [--attention mosaic_gpu reference none]
-        [--linear xla mosaic_gpu] [--batches 1 8 32]
+        [--weights out_in in_out] [--batches 1 8 32]
 """
 
 import argparse
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Format, Layout
 
 from benchmarks.kernels import measure
-from pallas_kernels.linear.gpu import linear
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
 from pallas_kernels.paged_attention.gpu_split import Tuning
@@ -54,18 +54,14 @@ def attend(name: str, q: jax.Array, kv: jax.Array, table: jax.Array, lens: jax.A
             raise ValueError(f"no attention is called {name}")
 
 
-def product(name: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [B, in], w [out, in] -> [B, out]."""
-    if name == "mosaic_gpu":
-        return linear(x, w).astype(x.dtype)
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
-def step(
-    linear_name: str, name: str, weights: Any, kvs: list[jax.Array], tokens: jax.Array, table: jax.Array, pos: jax.Array
-) -> Any:
+def step(name: str, weights: Any, kvs: list[jax.Array], tokens: jax.Array, table: jax.Array, pos: jax.Array) -> Any:
     """tokens [B], pos [B] -> (next tokens [B], kvs)."""
-    b, mul = tokens.shape[0], functools.partial(product, linear_name)
+    b = tokens.shape[0]
     x = weights["embed"][tokens]
     angle = pos[:, None, None] / (5e5 ** (jnp.arange(0, H, 2) / H))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -75,41 +71,50 @@ def step(
         page, offset = jnp.concatenate([page, page + (1 << 30)]), jnp.concatenate([offset, offset])
     out = []
     for w, kv in zip(weights["layers"], kvs, strict=True):
-        q, k, v = jnp.split(mul(rms(x), w["qkv"]), [N * H, (N + K) * H], -1)
+        q, k, v = jnp.split(product(rms(x), w["qkv"]), [N * H, (N + K) * H], -1)
         q, k = rope(q.reshape(b, N, H), cos, sin), rope(k.reshape(b, K, H), cos, sin)
         new = jnp.stack([k, v.reshape(b, K, H)], 2)
         kv = kv.at[page, :, :, offset].set(jnp.concatenate([new, new]) if b == 1 else new, mode="drop")
         out.append(kv)
-        x = x + mul(attend(name, q, kv, table, pos + 1).reshape(b, N * H), w["o"])
-        gate, up = jnp.split(mul(rms(x), w["gate_up"]), 2, -1)
-        x = x + mul(jax.nn.silu(gate) * up, w["down"])
+        x = x + product(attend(name, q, kv, table, pos + 1).reshape(b, N * H), w["o"])
+        gate, up = jnp.split(product(rms(x), w["gate_up"]), 2, -1)
+        x = x + product(jax.nn.silu(gate) * up, w["down"])
     return jnp.argmax(
         lax.dot_general(rms(x), weights["head"], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32), -1
     ).astype(jnp.int32), out
+
+
+def stored(layout: str, w: jax.Array) -> jax.Array:
+    """``w`` [out, in] with its last (out_in) or its first axis (in_out) contiguous in memory. Takes ``w``'s place."""
+    order = (0, 1) if layout == "out_in" else (1, 0)
+    if w.format.layout.major_to_minor == order:
+        return w
+    return jax.device_put(w, Format(Layout(order), w.sharding), donate=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json")
     parser.add_argument("--attention", nargs="*", default=["mosaic_gpu", "none"])
-    parser.add_argument("--linear", nargs="*", default=["xla"], help="xla, mosaic_gpu")
+    parser.add_argument("--weights", nargs="*", default=["out_in"], help="out_in, in_out: what is contiguous")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32, 64, 128, 256])
     args = parser.parse_args()
     r = functools.partial(measure.random_normal, scale=0.02)
     shapes = {"qkv": ((N + 2 * K) * H, D), "o": (D, N * H), "gate_up": (2 * F, D), "down": (D, F)}  # [out, in]
-    layers = [{name: r(i, shape) for i, (name, shape) in enumerate(shapes.items())} for _ in range(LAYERS)]
+    layers: Any = [{name: r(i, shape) for i, (name, shape) in enumerate(shapes.items())} for _ in range(LAYERS)]
     weights = {"layers": layers, "embed": r(5, (V, D)), "head": r(6, (V, D))}
     weight_bytes = sum(x.nbytes for x in jax.tree.leaves(weights)) - weights["embed"].nbytes
     results = []
-    for b in args.batches:
+    for layout, b in itertools.product(args.weights, args.batches):
+        weights = jax.tree.map(functools.partial(stored, layout), weights)
         pages_per_row = 64
         table = jnp.asarray(
             np.random.default_rng(0).permutation(b * pages_per_row).reshape(b, pages_per_row), jnp.int32
         )
-        for name, linear_name in itertools.product(args.attention, args.linear):
+        for name in args.attention:
             kvs = [measure.random_normal(7, (b * pages_per_row, K, 2, PS, H)) for _ in range(LAYERS)]
             pos, tokens = jnp.full((b,), START, jnp.int32), jnp.arange(b, dtype=jnp.int32)
-            f = jax.jit(functools.partial(step, linear_name, name), donate_argnums=(1,))
+            f = jax.jit(functools.partial(step, name), donate_argnums=(1,))
             start = time.perf_counter()
             tokens, kvs = f(weights, kvs, tokens, table, pos)
             tokens.block_until_ready()
@@ -123,9 +128,9 @@ def main() -> None:
                 times.append((time.perf_counter() - start) / STEPS)
             t = min(times)
             moved = weight_bytes + (0 if name == "none" else b * (START + STEPS // 2) * K * H * 4 * LAYERS)
-            results.append({"batch": b, "attention": name, "linear": linear_name, "ms": t * 1e3,
+            results.append({"batch": b, "attention": name, "weights": layout, "ms": t * 1e3,
                             "gb_per_s": moved / t / 1e9, "compile_s": compile_s})  # fmt: skip
-            print(f"batch {b:4} {name:12} {linear_name:12} {t * 1e3:7.2f} ms {moved / t / 1e9:6.0f} GB/s, "
+            print(f"batch {b:4} {name:12} {layout:12} {t * 1e3:7.2f} ms {moved / t / 1e9:6.0f} GB/s, "
                   f"compiled in {compile_s:.1f} s", flush=True)  # fmt: skip
             del kvs
     measure.write(args.json, {"decode_step": results})
