@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxserve.cache.pages import page_bytes
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from jaxserve.execution.runner import lower_step, state_shape
+from jaxserve.execution.runner import compile_step, lower_step, state_shape
 from jaxserve.execution.step import StageParams
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
@@ -141,7 +141,8 @@ def _workspace_bytes(
     dims = step_dims(scheduler, few)
     largest = max(all_buckets(scheduler), key=lambda b: (b.num_tokens, b.num_rows))
     state = state_shape(config, few, dims, mesh, dtype)
-    analysis = lower_step(config, params, state, dims, largest, mesh).compile().memory_analysis()
+    lowered = lower_step(config, params, state, dims, largest, mesh)
+    analysis = compile_step(lowered, mesh).memory_analysis()
     return 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 
