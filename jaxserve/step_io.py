@@ -12,7 +12,7 @@ so that a step costs one host-to-device copy; ``StepInputs`` are numpy views int
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -67,6 +67,11 @@ class StepInputs(NamedTuple):
     temperature: Array  # [B] f32, 0 = greedy
     top_p: Array  # [B] f32, 1 = off
     min_p: Array  # [B] f32, 0 = off
+
+
+# What a step's rows ask of sampling, each more than the one before: the best token; temperature and min_p; anything.
+Sampling = Literal["greedy", "random", "any"]
+SAMPLINGS: tuple[Sampling, ...] = ("greedy", "random", "any")
 
 
 class StepOutputs(NamedTuple):

@@ -28,7 +28,7 @@ from jaxserve.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs
+from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs, choose_sampling
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -202,6 +202,7 @@ class Engine:
             all_buckets(self.scheduler_config),
             resolved,
             jnp_dtype,
+            plan.defaults(resolved)["samplings"],
             on_progress,
         )
 
@@ -352,8 +353,9 @@ class Engine:
             self._emit(self._outputs.pop(request_id).on_end("deadline"))
         batch = self._scheduler.schedule()
         if batch is not None:
-            buffer, _ = build_inputs(batch, self._scheduler.slots, self._dims)
-            self._in_flight.append((batch, self._runner.dispatch(batch.bucket, buffer)))
+            buffer, inputs = build_inputs(batch, self._scheduler.slots, self._dims)
+            handle = self._runner.dispatch(batch.bucket, buffer, choose_sampling(inputs))
+            self._in_flight.append((batch, handle))
             self._num_steps += 1
             if on_dispatch is not None:
                 on_dispatch(self.stats())

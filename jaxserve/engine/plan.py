@@ -8,21 +8,29 @@ from jax.sharding import Mesh
 
 from jaxserve.cache.pages import page_bytes
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from jaxserve.execution.runner import compile_step, lower_step, state_shape
+from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, state_shape
 from jaxserve.execution.step import StageParams
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
-from jaxserve.step_io import StepDims
+from jaxserve.step_io import SAMPLINGS, StepDims
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # A compiled step costs seconds on a CPU, and padding costs little there beside reading the weights.
-CPU = {"max_num_seqs": 8, "growth": 8, "prefill_sizes": (64, 256), "max_prefill_rows": 4, "memory_fraction": 0.1}
+CPU = {
+    "max_num_seqs": 8,
+    "growth": 8,
+    "prefill_sizes": (64, 256),
+    "max_prefill_rows": 4,
+    "memory_fraction": 0.1,
+    "samplings": ("any",),
+}
 ACCELERATOR = {
     "max_num_seqs": 256,
     "growth": 2,
     "prefill_sizes": (128, 512, 2048),
     "max_prefill_rows": 16,
     "memory_fraction": 0.88,
+    "samplings": SAMPLINGS,
 }
 DEFAULT_MAX_MODEL_LEN = 8192  # or the model's own limit, where that is less
 
@@ -136,14 +144,16 @@ def _workspace_bytes(
     dtype: jnp.dtype,
     page_size: int,
 ) -> int:
-    """Temporary memory of the largest step on one device, from the compiler."""
+    """Temporary memory of the largest step and of its sampler on one device, from the compiler."""
     few = CacheConfig(num_pages=16, page_size=page_size)
     dims = step_dims(scheduler, few)
     largest = max(all_buckets(scheduler), key=lambda b: (b.num_tokens, b.num_rows))
     state = state_shape(config, few, dims, mesh, dtype)
     lowered = lower_step(config, params, state, dims, largest, mesh)
-    analysis = compile_step(lowered, mesh).memory_analysis()
-    return 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    analyses = [
+        compile_step(x, mesh).memory_analysis() for x in (lowered, lower_sampler(config, dims, largest, mesh, "any"))
+    ]
+    return sum(a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses if a is not None)
 
 
 def step_dims(scheduler: SchedulerConfig, cache: CacheConfig) -> StepDims:

@@ -1,5 +1,6 @@
 """The device's owner: parameters, state, and one compiled step for each bucket."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,26 @@ from jax.sharding import Mesh, NamedSharding
 from jaxserve.cache.pages import kv_pages_shape
 from jaxserve.config import CacheConfig, ModelConfig
 from jaxserve.execution.compile_counter import CompileCounter
-from jaxserve.execution.step import DeviceState, StageParams, make_step, stage_param_specs, state_specs
+from jaxserve.execution.step import (
+    DeviceState,
+    StageParams,
+    make_sampler,
+    make_step,
+    stage_param_specs,
+    state_specs,
+)
 from jaxserve.model.params import Params, check_params
 from jaxserve.parallel import specs
-from jaxserve.step_io import Bucket, StepDims, StepOutputs, buffer_size, new_inputs, unpack_outputs
+from jaxserve.step_io import (
+    SAMPLINGS,
+    Bucket,
+    Sampling,
+    StepDims,
+    StepOutputs,
+    buffer_size,
+    new_inputs,
+    unpack_outputs,
+)
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention.gpu import supports as supports_hopper
 
@@ -82,8 +99,24 @@ def lower_step(
     return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
 
 
+def lower_sampler(
+    config: ModelConfig, dims: StepDims, bucket: Bucket, mesh: Mesh, asked: Sampling
+) -> jax.stages.Lowered:
+    """The sampler of one bucket's logits, lowered; the last tokens donated."""
+
+    def shape(dtype: jnp.dtype | type, *size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, specs.REPLICATED))
+
+    sampler = jax.jit(make_sampler(mesh, bucket, dims, asked), donate_argnums=(0,))
+    return sampler.lower(
+        shape(jnp.int32, dims.num_slots),
+        shape(jnp.float32, bucket.num_rows, config.vocab_size),
+        shape(jnp.int32, buffer_size(bucket, dims)),
+    )
+
+
 def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiles a step of ``lower_step`` for its mesh."""
+    """Compiles a step or a sampler for its mesh."""
     options: dict[str, bool] = {}
     if mesh.devices.flat[0].platform == "gpu":
         # It would hand a kernel a slice of the packed inputs by its address, which is not aligned as the kernel's call
@@ -93,7 +126,8 @@ def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled
 
 
 class Runner:
-    """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns.
+    """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns, and for each
+    one sampler for everything in ``samplings``, which must have "any".
 
     One thread at a time may use it. ``dispatch`` returns before the device is done; ``read`` waits.
 
@@ -110,6 +144,7 @@ class Runner:
         buckets: Sequence[Bucket],
         mesh: Mesh,
         dtype: jnp.dtype,
+        samplings: Sequence[Sampling] = ("any",),
         on_progress: Progress | None = None,
     ):
         self.compile_counter = CompileCounter()
@@ -117,7 +152,10 @@ class Runner:
         self._replicated = NamedSharding(mesh, specs.REPLICATED)
         self._params = params
         self._state_shape = state_shape(config, cache, dims, mesh, dtype)
-        self._compiled = self._compile(buckets, on_progress)
+        self._samplings = tuple(samplings)
+        self._compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._samplers: dict[tuple[Bucket, Sampling], jax.stages.Compiled] = {}
+        self._compile(buckets, on_progress)
         self._state = jax.jit(
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state_shape),
             out_shardings=jax.tree.map(lambda s: s.sharding, self._state_shape),
@@ -125,39 +163,50 @@ class Runner:
         self._warm_up(buckets, on_progress)
         self.compile_counter.count = 0
 
-    def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> dict[Bucket, jax.stages.Compiled]:
-        compiled, done, lock = {}, 0, threading.Lock()
+    def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
+        done, lock = 0, threading.Lock()
 
-        def compile_one(bucket: Bucket) -> None:
+        def compile_one(bucket: Bucket, asked: Sampling | None) -> None:
             nonlocal done
-            lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
-            result = compile_step(lowered, self.mesh)
+            if asked is None:
+                lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
+                self._compiled[bucket] = compile_step(lowered, self.mesh)
+            else:
+                lowered = lower_sampler(self.config, self.dims, bucket, self.mesh, asked)
+                self._samplers[bucket, asked] = compile_step(lowered, self.mesh)
             with lock:
-                compiled[bucket] = result
                 done += 1
                 if on_progress:
-                    on_progress("compile", done, len(buckets))
+                    on_progress("compile", done, len(jobs))
 
         # XLA compiles without the interpreter's lock: threads overlap one bucket's compile with the next one's tracing.
-        pool = ThreadPoolExecutor(max_workers=4)
+        jobs: list[tuple[Bucket, Sampling | None]] = [(b, asked) for asked in (None, *self._samplings) for b in buckets]
+        pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
-            for future in [pool.submit(compile_one, b) for b in buckets]:
+            for future in [pool.submit(compile_one, *job) for job in jobs]:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)
-        return compiled
 
     def _warm_up(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
         """Runs every bucket on padding once: what the runtime does on a first call is not left to the first user."""
-        for i, bucket in enumerate(buckets):
-            self.read(self.dispatch(bucket, new_inputs(bucket, self.dims)[0]))
+        jobs: list[tuple[Bucket, Sampling]] = [(b, asked) for b in buckets for asked in self._samplings]
+        for i, (bucket, asked) in enumerate(jobs):
+            self.read(self.dispatch(bucket, new_inputs(bucket, self.dims)[0], asked))
             if on_progress:
-                on_progress("warm-up", i + 1, len(buckets))
+                on_progress("warm-up", i + 1, len(jobs))
 
-    def dispatch(self, bucket: Bucket, buffer: np.ndarray) -> jax.Array:
-        """Starts a step on ``buffer`` (``step_io.new_inputs``); a handle for ``read``."""
+    def dispatch(self, bucket: Bucket, buffer: np.ndarray, asked: Sampling) -> jax.Array:
+        """Starts a step on ``buffer`` (``step_io.new_inputs``), whose rows ask no more than ``asked`` of sampling.
+
+        Returns a handle for ``read``.
+        """
+        while asked not in self._samplings:
+            asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
         inputs = jax.device_put(buffer, self._replicated)
-        self._state, packed = self._compiled[bucket](self._params, self._state, inputs)
+        state, logits = self._compiled[bucket](self._params, self._state, inputs)
+        last_tokens, packed = self._samplers[bucket, asked](state.last_tokens, logits, inputs)
+        self._state = state.replace(last_tokens=last_tokens)
         return packed
 
     def read(self, handle: jax.Array) -> StepOutputs:
@@ -169,4 +218,4 @@ class Runner:
         self.compile_counter.close()
         for x in jax.tree.leaves(self._state):
             x.delete()
-        del self._params, self._state, self._compiled
+        del self._params, self._state, self._compiled, self._samplers

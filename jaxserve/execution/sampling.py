@@ -3,6 +3,9 @@
 ``top_k`` and ``top_p`` are thresholds on the logits: each is found by bisection over the ordered bit patterns of f32,
 exact to the last tie, in at most 32 passes over ``[B, V]`` and in as many as the closest two logits need.
 Sampling adds Gumbel noise and takes the maximum; the noise depends on (seed, position) alone.
+
+What a step's rows may ask (``step_io.Sampling``) is fixed when it is compiled: "any" tests at run time what is needed,
+which costs nothing on a CPU, but on a GPU a loop on the device makes the host wait.
 """
 
 from collections.abc import Callable
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.step_io import StepInputs
+from jaxserve.step_io import Sampling, StepInputs
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
@@ -45,11 +48,13 @@ def largest_threshold(keys: jax.Array, enough: Callable[[jax.Array], jax.Array])
     return lax.while_loop(unresolved, halve, (low, high, jnp.ones(keys.shape[0], bool)))[0]
 
 
-def kept(scaled: jax.Array, inputs: StepInputs) -> jax.Array:
+def kept(scaled: jax.Array, inputs: StepInputs, asked: Sampling = "any") -> jax.Array:
     """Mask [B, V] of what ``top_k``, ``top_p`` and ``min_p`` leave of the tempered logits ``scaled`` [B, V]."""
     top = jnp.max(scaled, axis=1, keepdims=True)
     weight = jnp.exp(scaled - top)  # [B, V], probabilities up to a factor
     keep = weight >= inputs.min_p[:, None]
+    if asked != "any":
+        return keep
 
     def with_thresholds() -> jax.Array:
         keys = ordered_bits(scaled)
@@ -78,16 +83,12 @@ def gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
     return jax.vmap(row)(seed, position)
 
 
-def sample(logits: jax.Array, inputs: StepInputs) -> jax.Array:
+def sample(logits: jax.Array, inputs: StepInputs, asked: Sampling = "any") -> jax.Array:
     """One token id ``[B]`` i32 a row from ``logits`` [B, V] f32, as the rows' parameters ask."""
-    rows = jnp.arange(logits.shape[0])[:, None]
-    suppress = inputs.kv_lens < inputs.min_len  # [B]
-
-    def suppressed() -> jax.Array:
-        ids = jnp.where((inputs.stop_ids >= 0) & suppress[:, None], inputs.stop_ids, logits.shape[1])  # [B, NS]
-        return logits.at[rows, ids].set(-jnp.inf, mode="drop")
-
-    logits = lax.cond(jnp.any(suppress), suppressed, lambda: logits)
+    if asked == "greedy":
+        return jnp.argmax(logits, axis=1).astype(jnp.int32)
+    if asked == "any":
+        logits = without_suppressed(logits, inputs)
     greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
 
     def draw() -> jax.Array:
@@ -96,14 +97,28 @@ def sample(logits: jax.Array, inputs: StepInputs) -> jax.Array:
         below = logits - jnp.max(logits, axis=1, keepdims=True)
         scaled = below / jnp.where(random, inputs.temperature, 1)[:, None]
         noisy = scaled + gumbel(inputs.seed, inputs.kv_lens, logits.shape[1])
-        drawn = jnp.argmax(jnp.where(kept(scaled, inputs), noisy, -jnp.inf), axis=1).astype(jnp.int32)
+        drawn = jnp.argmax(jnp.where(kept(scaled, inputs, asked), noisy, -jnp.inf), axis=1).astype(jnp.int32)
         return jnp.where(random, drawn, greedy)
 
+    if asked == "random":
+        return draw()
     return lax.cond(jnp.any(inputs.temperature > 0), draw, lambda: greedy)
 
 
+def without_suppressed(logits: jax.Array, inputs: StepInputs) -> jax.Array:
+    """``logits`` [B, V] with -inf for the ``stop_ids`` of rows that are shorter than their ``min_len``."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    suppress = inputs.kv_lens < inputs.min_len  # [B]
+
+    def suppressed() -> jax.Array:
+        ids = jnp.where((inputs.stop_ids >= 0) & suppress[:, None], inputs.stop_ids, logits.shape[1])  # [B, NS]
+        return logits.at[rows, ids].set(-jnp.inf, mode="drop")
+
+    return lax.cond(jnp.any(suppress), suppressed, lambda: logits)
+
+
 def top_logprobs(
-    logits: jax.Array, tokens: jax.Array, num_logprobs: jax.Array, k: int
+    logits: jax.Array, tokens: jax.Array, num_logprobs: jax.Array, k: int, asked: Sampling = "any"
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Raw log-probabilities: of ``tokens`` [B], and the ids and values [B, k] of the best.
 
@@ -121,5 +136,5 @@ def top_logprobs(
     def none() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((b, k), jnp.float32), jnp.zeros((b, k), jnp.int32)
 
-    values, ids = lax.cond(jnp.any(num_logprobs > 0), best, none)
+    values, ids = lax.cond(jnp.any(num_logprobs > 0), best, none) if asked == "any" else none()
     return chosen[:, 0], ids, values

@@ -1,4 +1,7 @@
-"""The step: one pure function from (params, state, inputs) to (state, outputs), under one ``shard_map``."""
+"""The step: one pure function from (params, state, inputs) to (state, logits), under one ``shard_map``.
+
+A second one goes from logits to tokens, so that what the rows ask of sampling is no part of the large program.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from jaxserve.model import decoder, layers
 from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import LayerParams, Params, is_spec, param_specs
 from jaxserve.parallel import specs
-from jaxserve.step_io import FLOAT_FIELDS, Bucket, StepDims, StepInputs, input_shapes
+from jaxserve.step_io import FLOAT_FIELDS, Bucket, Sampling, StepDims, StepInputs, input_shapes
 from pallas_kernels.dispatch import Implementation
 
 
@@ -73,11 +76,10 @@ def unpack_inputs(buffer: jax.Array, bucket: Bucket, dims: StepDims) -> StepInpu
 def make_step(
     config: ModelConfig, mesh: Mesh, bucket: Bucket, dims: StepDims, attention: Implementation
 ) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array]]:
-    """``step(params, state, buffer) -> (state, packed outputs [B, 2 + 2 * KL] i32)`` for one bucket.
+    """``step(params, state, buffer) -> (state, logits [B, V] f32)`` for one bucket.
 
-    ``buffer`` is ``step_io.new_inputs``' int32 buffer, the outputs are for ``step_io.unpack_outputs``.
+    ``buffer`` is ``step_io.new_inputs``' int32 buffer.
     """
-
     static = StaticContext(config, bucket.decode_rows, attention)
 
     def step(params: StageParams, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
@@ -101,16 +103,7 @@ def make_step(
         head = params.embed if params.head is None else params.head
         logits = decoder.logits(head, x, config.vocab_size)  # [B, V] f32
 
-        tokens = sampling.sample(logits, inputs)  # [B]
-        chosen, top_ids, top = sampling.top_logprobs(logits, tokens, inputs.num_logprobs, dims.max_logprobs)
-        slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
-        last_tokens = state.last_tokens.at[slots].set(tokens, mode="drop")
-
-        def bits(v: jax.Array) -> jax.Array:
-            return lax.bitcast_convert_type(v, jnp.int32)
-
-        packed = jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
-        return DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=last_tokens), packed
+        return DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=state.last_tokens), logits
 
     num_stages = mesh.shape["stage"]
     state = state_specs(config, num_stages)
@@ -121,3 +114,26 @@ def make_step(
         out_specs=(state, P()),
         check_vma=False,
     )
+
+
+def make_sampler(
+    mesh: Mesh, bucket: Bucket, dims: StepDims, asked: Sampling
+) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """``sampler(last_tokens [R], logits [B, V], buffer) -> (last_tokens, packed outputs [B, 2 + 2 * KL] i32)``.
+
+    The outputs are for ``step_io.unpack_outputs``. Every device computes the same.
+    """
+
+    def sampler(last_tokens: jax.Array, logits: jax.Array, buffer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs = unpack_inputs(buffer, bucket, dims)
+        tokens = sampling.sample(logits, inputs, asked)  # [B]
+        chosen, top_ids, top = sampling.top_logprobs(logits, tokens, inputs.num_logprobs, dims.max_logprobs, asked)
+        slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
+        last_tokens = last_tokens.at[slots].set(tokens, mode="drop")
+
+        def bits(v: jax.Array) -> jax.Array:
+            return lax.bitcast_convert_type(v, jnp.int32)
+
+        return last_tokens, jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
+
+    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(), P(), P()), out_specs=(P(), P()), check_vma=False)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxserve.config import SchedulerConfig
 from jaxserve.request import Request
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.step_io import Bucket, StepDims, StepInputs, new_inputs
+from jaxserve.step_io import Bucket, Sampling, StepDims, StepInputs, new_inputs
 
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -35,6 +35,17 @@ def choose_bucket(config: SchedulerConfig, num_decode_rows: int, num_prefill_tok
     tokens = _smallest(config.prefill_sizes, num_prefill_tokens)
     decode_rows = config.decode_sizes[-1] if num_decode_rows else 0
     return Bucket(decode_rows, tokens, min(config.max_prefill_rows, tokens))
+
+
+def choose_sampling(inputs: StepInputs) -> Sampling:
+    """The least that gives every row of a step what it asks for. Padding rows ask for nothing."""
+    if (
+        (inputs.num_logprobs > 0).any()
+        or (inputs.kv_lens < inputs.min_len).any()
+        or ((inputs.temperature > 0) & ((inputs.top_k > 0) | (inputs.top_p < 1))).any()
+    ):
+        return "any"
+    return "random" if (inputs.temperature > 0).any() else "greedy"
 
 
 def _smallest(sizes: tuple[int, ...], num: int) -> int:

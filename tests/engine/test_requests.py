@@ -314,5 +314,5 @@ def test_parameters_that_do_not_fit_are_refused():
         Engine.from_params(tiny.CONFIG, replace(params, final_norm=params.final_norm[:16]))
     with pytest.raises(ValueError, match=r"params.head is missing, expected shape \(259, 32\)"):
         Engine.from_params(tiny.CONFIG, replace(params, head=None))
-    with pytest.raises(ValueError, match=r"params.layers\[4\].attn_norm is not a parameter"):
+    with pytest.raises(ValueError, match=r"params.layers.4.attn_norm is not a parameter"):
         Engine.from_params(tiny.CONFIG, replace(params, layers=params.layers + params.layers[:1]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.execution import sampling
+from jaxserve.scheduler.batch import choose_sampling
 from jaxserve.step_io import Bucket, StepDims, StepInputs, new_inputs
 
 kept = jax.jit(sampling.kept)
@@ -102,6 +103,28 @@ def test_a_tiny_temperature_is_greedy(temperature):
     logits = np.random.default_rng(6).standard_normal((3, 300)).astype(np.float32) * 5
     tokens = np.asarray(sample(jnp.asarray(logits), rows(3, temperature=temperature, top_p=0.9)))
     assert tokens.tolist() == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("asked", "fields"),
+    [
+        ("greedy", {}),
+        ("greedy", {"top_k": 3, "top_p": 0.5, "min_p": 0.5}),  # of greedy rows, which they do not change
+        ("random", {"temperature": 1.3}),
+        ("random", {"temperature": np.linspace(0, 2, 16), "min_p": 0.1}),
+        ("any", {"temperature": 1.0, "top_k": 3}),
+        ("any", {"temperature": 1.0, "top_p": 0.5}),
+        ("any", {"min_len": 11, "stop_ids": 4}),
+        ("any", {"num_logprobs": 2}),
+    ],
+)
+def test_the_least_that_gives_every_row_what_it_asks_for(asked, fields):
+    r = np.random.default_rng(6)
+    logits = jnp.asarray(r.standard_normal((16, 300)), jnp.float32)
+    inputs = rows(16, seed=r.integers(-(2**31), 2**31, (16, 2)), **fields)
+    assert choose_sampling(inputs) == asked
+    least = jax.jit(sampling.sample, static_argnums=2)(logits, inputs, asked)
+    np.testing.assert_array_equal(least, sample(logits, inputs))
 
 
 def test_stop_ids_cannot_be_sampled_before_min_len():
