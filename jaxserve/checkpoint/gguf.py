@@ -5,6 +5,7 @@ over a large vocabulary); the `gguf` package knows the block formats. Tensor dat
 dequantized one tensor at a time.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ class GGUFCheckpoint:
         model_name: ``general.name``, else the file's name.
         license: ``general.license`` or None.
         num_bytes: size of the file.
+        num_params: elements of all tensors.
+        sampling_defaults: none, the format has no place for them.
         metadata: every key of the file.
         tensors: every tensor's place, type and row-major shape.
 
@@ -59,6 +62,8 @@ class GGUFCheckpoint:
         self.architecture = self._family.architecture
         self.model_name = _text(self.metadata, "general.name") or self.path.stem
         self.license = _text(self.metadata, "general.license")
+        self.num_params = sum(math.prod(t.shape) for t in self.tensors.values())
+        self.sampling_defaults: dict[str, Any] = {}
 
     def __enter__(self) -> "GGUFCheckpoint":
         return self

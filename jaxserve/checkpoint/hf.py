@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.hf_config import eos_ids, family_of, read_hf_config
+from jaxserve.checkpoint.hf_families import HFFamily
 from jaxserve.checkpoint.hf_files import TensorFiles, has_tensors
 from jaxserve.checkpoint.hf_layout import Piece, Recipe, pieces, read_box
 from jaxserve.checkpoint.json_file import read_json, shown
@@ -65,7 +66,7 @@ class HFCheckpoint:
             self.num_bytes = self._tensors.num_bytes
             self._prefix = self._find_prefix()
             try:
-                self._check_tensors(_draft_layers(values, self.config.num_layers))
+                self._check_tensors(_draft_layers(self._family, values, self.config.num_layers))
             except CheckpointError as e:
                 raise CheckpointError(f"{self.path}: {e}") from None
 
@@ -177,16 +178,18 @@ def _together(parameter: str) -> tuple[str, ...]:
     return ("k_up", "v_up") if parameter in ("k_up", "v_up") else (parameter,)
 
 
-def _draft_layers(values: dict[str, Any], num_layers: int) -> range:
+def _draft_layers(family: HFFamily, values: dict[str, Any], num_layers: int) -> range:
     """Layers past the model's own that predict several tokens at once (DeepSeek-V3, GLM-4.5): they only draft."""
     count = values.get("num_nextn_predict_layers", values.get("num_mtp_layers"))
-    return range(num_layers, num_layers + (count if isinstance(count, int) else 0))
+    default = family.defaults.get("num_nextn_predict_layers", 0)
+    return range(num_layers, num_layers + (default if count is None else count))
 
 
 def _sampling_defaults(values: dict[str, Any]) -> dict[str, Any]:
     given = {key: values[key] for key in SAMPLING_KEYS if values.get(key) is not None}
     for key, value in given.items():
-        if type(value) is not int and (type(value) is not float or key == "top_k") or abs(value) > 1e9:
+        kinds = (int,) if key == "top_k" else (int, float)
+        if type(value) not in kinds or abs(value) > 1e9:
             kind = "an integer" if key == "top_k" else "a number"
             raise CheckpointError(f"generation_config.json: {key}={shown(value)} is not {kind}")
     return given

@@ -38,9 +38,8 @@ def family_of(values: Mapping[str, Any]) -> HFFamily:
     if architectures is None:
         found = [f for f in FAMILIES.values() if f.model_type == model_type]
         if not found:
-            raise CheckpointError(
-                f"model_type={shown(model_type)} is not supported, only {', '.join(f.model_type for f in FAMILIES.values())}"
-            )
+            known = ", ".join(f.model_type for f in FAMILIES.values())
+            raise CheckpointError(f"model_type={shown(model_type)} is not supported, only {known}")
         return found[0]
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise CheckpointError(f"architectures={shown(architectures)}: expected a list of one name")
@@ -188,12 +187,14 @@ def _read_windows(keys: ConfigKeys, family: HFFamily, fields: dict[str, Any]) ->
         keys.only("sliding_window")
         keys.only("use_sliding_window", False)
         return [FULL] * count
-    window = keys.optional_size("sliding_window")
+    if family.windows == "flagged" and not keys.flag("use_sliding_window"):
+        keys.take("sliding_window")  # of any value, 0 too: it is not used
+        window = None
+    else:
+        window = keys.optional_size("sliding_window")
     if family.windows == "all":
         kinds = [FULL if window is None else SLIDING] * count
     elif family.windows == "flagged":
-        if not keys.flag("use_sliding_window"):
-            window = None
         kinds = _flagged_kinds(keys, family, window, count)
     else:
         pattern = keys.size("sliding_window_pattern")
@@ -256,6 +257,8 @@ def _read_ropes(keys: ConfigKeys, family: HFFamily, fields: dict[str, Any], kind
         if family.model_type == "deepseek_v3" and not keys.flag("rope_interleave", True):
             rope = dataclasses.replace(rope, interleaved=False)
         ropes = (rope,)
+        if family.model_type == "gpt_oss":
+            keys.only("initial_context_length", rope.original_max_position_embeddings)
         if "mla" in fields:
             fields["attn_scale"] = fields["head_dim"] ** -0.5 * score_scale
     if family.model_type == "smollm3":
@@ -321,4 +324,6 @@ def _check_experts(moe: dict[str, Any]) -> None:
     if moe.get("group_score") == "top2" and experts // groups < 2:
         raise CheckpointError(f"n_group={groups} of {experts} experts: a group needs at least 2")
     if chosen > experts // groups * kept:
-        raise CheckpointError(f"num_experts_per_tok={chosen} is more than the {experts // groups * kept} to choose from")
+        raise CheckpointError(
+            f"num_experts_per_tok={chosen} is more than the {experts // groups * kept} to choose from"
+        )

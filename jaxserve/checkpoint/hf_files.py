@@ -82,8 +82,15 @@ def _read_index(folder: Path) -> dict[str, str] | None:
             raise CheckpointError(f"{INDEX}: weight_map={shown(index)} is not an object of tensors")
         for name, file in index.items():
             # A name and no path: an index must not lead out of its folder.
-            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
-                raise CheckpointError(f"{INDEX}: weight_map[{shown(name, 120)}]={shown(file)} is not a .safetensors file")
+            if (
+                not isinstance(file, str)
+                or not file.endswith(".safetensors")
+                or Path(file).name != file
+                or "\0" in file
+            ):
+                raise CheckpointError(
+                    f"{INDEX}: weight_map[{shown(name, 120)}]={shown(file)} is not a .safetensors file"
+                )
     except CheckpointError as e:
         raise CheckpointError(f"{folder}: {e}") from None
     if (folder / SINGLE).exists() and SINGLE not in index.values():

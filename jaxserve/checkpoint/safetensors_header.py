@@ -64,9 +64,9 @@ def view_tensor(data: np.ndarray, tensor: TensorInfo) -> np.ndarray:
 def numpy_dtype(dtype: str) -> np.dtype:
     """Of one of ``FLOATS``."""
     if dtype == "BF16":
-        import ml_dtypes
+        import jax.numpy as jnp  # numpy has no bfloat16 of its own
 
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(jnp.bfloat16)
     return np.dtype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
 
 
