@@ -98,7 +98,8 @@ class ConfigKeys:
         value = self._values.get(key)
         self._taken.add(key)
         if value is not None and not any(_same(value, a) for a in allowed):
-            raise self.error(key, value, f"{' or '.join(map(repr, allowed)) or 'nothing'}, the rest is not supported")
+            known = " or ".join(map(repr, allowed)) or "null"
+            raise CheckpointError(f"{self.where}{self._named[key]}={shown(value)} is not supported, only {known}")
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of ``length`` positive numbers."""

@@ -5,6 +5,7 @@ data stays memory-mapped; only what ``read`` is asked for is copied.
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ class HFCheckpoint:
     """
 
     def __init__(self, path: str | Path, *, allow_bare: bool = False):
-        from jaxserve.model.params import named_leaves, num_params, param_specs  # imports jax
+        from jaxserve.model.params import named_leaves, param_specs  # imports jax
 
         self.path = Path(path)
         self.model_name = _model_name(self.path)
@@ -58,9 +59,9 @@ class HFCheckpoint:
             raise CheckpointError(f"{self.path}: {e}") from None
         self.config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos))))
         self.architecture = self._family.architecture
-        self.num_params = num_params(self.config)
-        self.num_bytes = 0
         self._shapes = {name: spec.shape for name, spec in named_leaves(param_specs(self.config))}
+        self.num_params = sum(map(math.prod, self._shapes.values()))
+        self.num_bytes = 0
         if has_tensors(self.path) or not allow_bare:
             self._tensors = TensorFiles(self.path)
             self.num_bytes = self._tensors.num_bytes

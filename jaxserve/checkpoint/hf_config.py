@@ -11,7 +11,7 @@ from jaxserve.checkpoint.hf_rope import FULL, SLIDING, read_rope, read_two_ropes
 from jaxserve.checkpoint.json_file import shown
 from jaxserve.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 
-MAX_LAYERS = 2048  # trees have an entry for each: a corrupt count must cost nothing
+MAX_LAYERS = 512  # trees have an entry for each: a corrupt count must cost nothing
 MAX_EXPERTS = 65_536
 
 

@@ -26,11 +26,12 @@ SCALINGS: dict[str, str] = {
 def read_rope(keys: ConfigKeys, family: HFFamily, head_dim: int, max_position: int) -> tuple[RopeConfig, float]:
     """The rotary embedding of all layers over ``head_dim`` dimensions, and what yarn's ``mscale_all_dim`` multiplies
     DeepSeek's attention scores with."""
-    given = _parameters(keys)
+    given, name = _parameters(keys)
     theta = keys.take("rope_theta")
     partial = keys.take("partial_rotary_factor") if family.partial_rotary else None
     original = keys.size("original_max_position_embeddings") if family.model_type == "phi3" else None
     return _rope(
+        name,
         given,
         theta,
         head_dim,
@@ -53,21 +54,23 @@ def read_two_ropes(keys: ConfigKeys, head_dim: int, max_position: int) -> tuple[
         by_type = ConfigKeys(_object(given, "rope_parameters"), "rope_parameters.")
         if scaling:
             raise CheckpointError("rope_scaling and rope_parameters are both given")
-        objects = [_object(by_type.take(kind), f"rope_parameters.{kind}") for kind in (FULL, SLIDING)]
+        named = {f"rope_parameters.{k}": _object(by_type.take(k), f"rope_parameters.{k}") for k in (FULL, SLIDING)}
         by_type.refuse_rest()
     else:
-        objects = [scaling, {}]
-    full, sliding = (_rope(o, t, head_dim, max_position)[0] for o, t in zip(objects, thetas))
+        named = {"rope_scaling": scaling, "rope_local_base_freq": {}}
+    full, sliding = (_rope(*item, theta, head_dim, max_position)[0] for item, theta in zip(named.items(), thetas))
     return full, sliding
 
 
-def _parameters(keys: ConfigKeys) -> dict[str, Any]:
-    """Whatever one of ``rope_scaling`` and ``rope_parameters`` says."""
+def _parameters(keys: ConfigKeys) -> tuple[dict[str, Any], str]:
+    """What one of ``rope_scaling`` and ``rope_parameters`` says, and which."""
     scaling = _object(keys.take("rope_scaling"), "rope_scaling")
     if scaling and "rope_parameters" in keys:
         raise CheckpointError("rope_scaling and rope_parameters are both given")
     # A default of the family's stands for an absent rope_parameters, so only where the old key is absent too.
-    return scaling or _object(keys.take("rope_parameters"), "rope_parameters")
+    if scaling:
+        return scaling, "rope_scaling"
+    return _object(keys.take("rope_parameters"), "rope_parameters"), "rope_parameters"
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def _object(value: Any, name: str) -> dict[str, Any]:
 
 
 def _rope(
+    name: str,
     values: dict[str, Any],
     theta: Any,
     head_dim: int,
@@ -89,13 +93,13 @@ def _rope(
     mla: bool = False,
     theta_given: bool = False,
 ) -> tuple[RopeConfig, float]:
-    keys = ConfigKeys(values, "rope_parameters.", defaults={"rope_theta": theta, "partial_rotary_factor": partial})
+    keys = ConfigKeys(values, f"{name}.", defaults={"rope_theta": theta, "partial_rotary_factor": partial})
     if theta_given and "rope_theta" in keys and values["rope_theta"] != theta:
-        raise CheckpointError(f"rope_theta={shown(theta)} contradicts {shown(values['rope_theta'])} in rope_parameters")
+        raise CheckpointError(f"rope_theta={shown(theta)} contradicts {name}.rope_theta={shown(values['rope_theta'])}")
     kind = keys.take("rope_type")
     old_kind = keys.take("type")
     if kind is not None and old_kind is not None and kind != old_kind:
-        raise CheckpointError(f"rope_parameters.rope_type={shown(kind)} contradicts type={shown(old_kind)}")
+        raise CheckpointError(f"{name}.rope_type={shown(kind)} contradicts {name}.type={shown(old_kind)}")
     kind = kind if kind is not None else old_kind if old_kind is not None else "default"
     if is_phi3 and kind in ("su", "yarn"):  # what early Phi-3 configs call it
         kind = "longrope"

@@ -20,7 +20,7 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{what} is nested too deeply") from None
     except ValueError as e:  # bad UTF-8, bad JSON, an integer of thousands of digits, or one of the hooks below
-        raise CheckpointError(f"{what} is not valid JSON: {shown(str(e), 120)}") from None
+        raise CheckpointError(f"{what} is not valid JSON: {' '.join(str(e).split())[:120]}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} is not a JSON object but {shown(value)}")
     return value
