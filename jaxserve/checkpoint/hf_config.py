@@ -158,10 +158,14 @@ def _read_biases(keys: ConfigKeys, family: HFFamily, fields: dict[str, Any]) -> 
         has_bias = keys.flag(family.bias_key)
         fields["qkv_bias"] = has_bias
         fields["attn_out_bias"] = has_bias and family.attention_bias == "qkv_and_out"
+    elif not family.flags.get("qkv_bias"):
+        keys.only("attention_bias", False)
     if family.model_type == "starcoder2":
         fields["mlp_bias"] = fields["qkv_bias"]
-    if family.model_type in ("llama", "granite", "smollm3"):
+    elif family.model_type in ("llama", "granite", "smollm3"):
         fields["mlp_bias"] = keys.flag("mlp_bias")
+    else:
+        keys.only("mlp_bias", False)
     if family.model_type == "glm4_moe" and keys.flag("use_qk_norm"):
         fields["qk_norm"] = "head"
 

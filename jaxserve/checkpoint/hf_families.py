@@ -176,7 +176,7 @@ FAMILIES: dict[str, HFFamily] = {
                 "original_max_position_embeddings": 4096,
             },
             checked={
-                "attention_bias": (False,), "mlp_bias": (False,), "lm_head_bias": (False,), "full_attn_mod": (1,),
+                "lm_head_bias": (False,), "full_attn_mod": (1,),
                 "interpolate_factor": (1,),
             },
             windows="all",
@@ -206,7 +206,12 @@ FAMILIES: dict[str, HFFamily] = {
                 "norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh", "eos_token_id": 50256, "use_bias": True,
                 "tie_word_embeddings": True, "num_key_value_heads": 2, "sliding_window": None,
             },
-            checked={"mlp_type": ("default",), "norm_type": ("layer_norm",)},
+            checked={
+                "mlp_type": ("default",), "norm_type": ("layer_norm",), "layer_norm_epsilon": (1e-5,),
+                "activation_function": ("gelu", "gelu_pytorch_tanh"),  # of an older class; hidden_act is the one used
+                "scale_attn_weights": (True,), "attention_softmax_in_fp32": (True,),
+                "scale_attention_softmax_in_fp32": (True,),
+            },
             attention_bias="qkv_and_out",
             bias_key="use_bias",
             norm_key="norm_epsilon",
@@ -321,9 +326,7 @@ FAMILIES: dict[str, HFFamily] = {
                 "moe_intermediate_size": 1407, "first_k_dense_replace": 0, "norm_topk_prob": False,
             },
             renamed=EXPERTS,
-            checked={
-                "attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (False,), "rms_norm_eps": (1e-6,),
-            },
+            checked={"norm_topk_prob": (False,), "rms_norm_eps": (1e-6,)},
             moe="deepseek",
         ),
         HFFamily(
@@ -338,7 +341,7 @@ FAMILIES: dict[str, HFFamily] = {
                 "num_nextn_predict_layers": 1,
             },
             renamed=EXPERTS | MTP,
-            checked={"attention_bias": (False,), "rms_norm_eps": (1e-6,)},  # transformers fixes that of the latents
+            checked={"rms_norm_eps": (1e-6,)},  # transformers fixes that of the latents
             moe="deepseek",
         ),
     )
@@ -363,6 +366,7 @@ NEUTRAL: frozenset[str] = frozenset(
         "problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "output_attentions",
         "output_hidden_states", "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads",
         "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size", "is_decoder",
+        "transformers.js_config", "unsloth_version", "unsloth_fixed",
         # Training.
         "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout",
         "embedding_dropout", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
@@ -378,6 +382,8 @@ CHECKED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "use_mrope": (False,),
+    "rope_interleaved": (False,),
+    "is_llama_config": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
 }  # keys that any config may carry -> the values that we serve
 

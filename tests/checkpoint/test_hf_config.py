@@ -18,6 +18,26 @@ MISTRAL_7B = {
     "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
 }  # fmt: skip
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": True, "vocab_size": 49152,
+}  # fmt: skip
+STARCODER2_3B = {
+    "activation_function": "gelu", "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1,
+    "attention_softmax_in_fp32": True, "bos_token_id": 0, "embedding_dropout": 0.1, "eos_token_id": 0,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072, "initializer_range": 0.018042,
+    "intermediate_size": 12288, "layer_norm_epsilon": 1e-05, "max_position_embeddings": 16384,
+    "mlp_type": "default", "model_type": "starcoder2", "norm_epsilon": 1e-05, "norm_type": "layer_norm",
+    "num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1,
+    "rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True,
+    "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.37.0.dev0", "use_bias": True,
+    "use_cache": True, "vocab_size": 49152,
+}  # fmt: skip
 GEMMA3_1B = {
     "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 106],
@@ -72,6 +92,24 @@ def test_mistral():
     assert read_hf_config(MISTRAL_7B | {"sliding_window": None}).layer_windows == ()
     absent = {k: v for k, v in MISTRAL_7B.items() if k != "sliding_window"}
     assert read_hf_config(absent) == read  # transformers' default
+
+
+def test_smollm2():
+    """The same model as the GGUF that we test with: SmolLM2-135M."""
+    assert read_hf_config(SMOLLM2) == ModelConfig(
+        family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+        num_kv_heads=3, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, eos_token_ids=(2,),
+        ropes=(RopeConfig(theta=100_000.0),),
+    )  # fmt: skip
+
+
+def test_starcoder2():
+    assert read_hf_config(STARCODER2_3B) == ModelConfig(
+        family="starcoder2", vocab_size=49152, hidden_size=3072, intermediate_size=12288, num_layers=30,
+        num_heads=24, num_kv_heads=2, head_dim=128, max_position_embeddings=16384, tie_word_embeddings=True,
+        eos_token_ids=(0,), norm="layer", mlp="plain", activation="gelu_tanh", qkv_bias=True, attn_out_bias=True,
+        mlp_bias=True, layer_windows=(4096,) * 30, ropes=(RopeConfig(theta=999999.4420358813),),
+    )  # fmt: skip
 
 
 def test_gemma3():
