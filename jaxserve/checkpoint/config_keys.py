@@ -38,10 +38,8 @@ class ConfigKeys:
         for key, value in values.items():
             name = (renamed or {}).get(key, key)
             if name in self._values and not _same(value, self._values[name]):
-                raise CheckpointError(
-                    f"{where}{key}={shown(value)} contradicts "
-                    f"{where}{self._named[name]}={shown(self._values[name])}"
-                )  # fmt: skip
+                other = f"{self._shown(name)}={shown(self._values[name])}"
+                raise CheckpointError(f"{where}{key}={shown(value)} contradicts {other}")
             self._values[name] = value
             self._named.setdefault(name, key)
 
@@ -62,11 +60,16 @@ class ConfigKeys:
         value = self._defaults.get(key) if value is None else value
         value = default if value is None else value
         if value is None:
-            raise CheckpointError(f"{self.where}{self._named.get(key, key)} is missing")
+            raise CheckpointError(f"{self._shown(key)} is missing")
         return value
 
+    def _shown(self, key: str) -> str:
+        """As the file calls it; a key may be any text."""
+        name = self._named.get(key, key)
+        return self.where + (name if name.isprintable() and len(name) <= 60 else shown(name))
+
     def error(self, key: str, value: Any, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}{self._named.get(key, key)}={shown(value)}: expected {expected}")
+        return CheckpointError(f"{self._shown(key)}={shown(value)}: expected {expected}")
 
     def size(self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE) -> int:
         value = self._present(key, default)
@@ -99,7 +102,7 @@ class ConfigKeys:
         self._taken.add(key)
         if value is not None and not any(_same(value, a) for a in allowed):
             known = " or ".join(map(repr, allowed)) or "null"
-            raise CheckpointError(f"{self.where}{self._named[key]}={shown(value)} is not supported, only {known}")
+            raise CheckpointError(f"{self._shown(key)}={shown(value)} is not supported, only {known}")
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of ``length`` positive numbers."""
@@ -114,7 +117,7 @@ class ConfigKeys:
         """Raises for the first key that nothing took and that is not ``neutral``; null says nothing."""
         for key, value in self._values.items():
             if key not in self._taken and key not in neutral and value is not None:
-                raise CheckpointError(f"{self.where}{self._named[key]}={shown(value)} is not supported")
+                raise CheckpointError(f"{self._shown(key)}={shown(value)} is not supported")
 
 
 def _same(a: Any, b: Any) -> bool:

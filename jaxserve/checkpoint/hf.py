@@ -88,8 +88,8 @@ class HFCheckpoint:
 
         try:
             tokenizer = tokenizer_from_folder(self.path, self.config.eos_token_ids)
-        except TokenizerError as e:
-            raise CheckpointError(f"{self.path}: {e}") from None
+        except TokenizerError as e:  # some name the file, some only what is wrong with it
+            raise CheckpointError(str(e) if str(self.path) in str(e) else f"{self.path}: {e}") from None
         if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "

@@ -38,10 +38,14 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 raise CheckpointError(f"{folder / file}: {e}") from None
             for name in infos:
                 if name in self.infos:
-                    raise CheckpointError(f"tensor {name!r} is in both {self._file_of[name]} and {file} of {folder}")
+                    raise CheckpointError(
+                        f"tensor {shown(name, 120)} is in both {self._file_of[name]} and {file} of {folder}"
+                    )
                 if index is not None and index.get(name) != file:
                     told = f"in {index[name]}" if name in index else "nowhere"
-                    raise CheckpointError(f"{folder / file} has tensor {name!r}, which {INDEX} says is {told}")
+                    raise CheckpointError(
+                        f"{folder / file} has tensor {shown(name, 120)}, which {INDEX} says is {told}"
+                    )
                 self._file_of[name] = file
             self.infos |= infos
             self.num_bytes += data.size
@@ -117,3 +121,5 @@ def _map_file(path: Path) -> np.ndarray:
         return np.memmap(path, np.uint8, mode="r")
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except UnicodeError:  # a lone surrogate, which no file system takes
+        raise CheckpointError(f"{path.parent}: {shown(path.name)} is not a file name") from None

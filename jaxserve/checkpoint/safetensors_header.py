@@ -102,9 +102,9 @@ def _check_no_gaps(tensors: dict[str, TensorInfo], data_start: int, file_len: in
     at, before = data_start, None
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
         if tensor.start < at:
-            raise CheckpointError(f"tensors {before!r} and {name!r} overlap at byte {tensor.start}")
+            raise CheckpointError(f"tensors {shown(before, 120)} and {shown(name, 120)} overlap at byte {tensor.start}")
         if tensor.start > at:
-            raise CheckpointError(f"bytes {at}..{tensor.start} before tensor {name!r} belong to no tensor")
+            raise CheckpointError(f"bytes {at}..{tensor.start} before tensor {shown(name, 120)} belong to no tensor")
         at, before = tensor.start + tensor.num_bytes, name
     if at != file_len:
         raise CheckpointError(f"the tensors end at byte {at}, the file has {file_len}")

@@ -276,6 +276,7 @@ def test_one_expert_of_many_is_named(tmp_path):
         (b'{"weight_map": {"a": 1}}', r"weight_map\['a'\]=1 is not a .safetensors file"),
         (b'{"weight_map": {"a": "../x.safetensors"}}', r"weight_map\['a'\]='../x.safetensors' is not a"),
         (b'{"weight_map": {"a": "/etc/x.safetensors"}}', r"weight_map\['a'\]='/etc/x.safetensors' is not a"),
+        (b'{"weight_map": {"a": "\\ud800.safetensors"}}', r"'.ud800.safetensors' is not a file name"),
         (b'{"weight_map": {"a": "x.bin"}}', r"weight_map\['a'\]='x.bin' is not a"),
         (b'{"weight_map": {"a": "x.safetensors"}}', r"x.safetensors: cannot be read: No such file"),
         (b'{"weight_map": {"a": "' + b"x" * 5000 + b'.safetensors"}}', r"cannot be read: File name too long"),

@@ -23,6 +23,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown key": ({"use_magic": 3}, "use_magic=3 is not supported"),
     "unknown key, false": ({"use_magic": False}, "use_magic=False is not supported"),
+    "key of any text": ({"a\nb\ud800": 3}, r"'a\\nb\\ud800'=3 is not supported"),
+    "long key": ({"k" * 500: 3}, r"'k+\.\.\.=3 is not supported"),
     "long value": ({"use_magic": "x" * 500}, r"use_magic='x+\.\.\. is not supported"),
     "quantized": (
         {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
