@@ -1,0 +1,137 @@
+"""Parameters onto the mesh, each device's part read for itself: no host copy of the whole model."""
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.config import ModelConfig
+from jaxserve.execution.step import StageParams, stage_param_shapes, stage_param_specs
+from jaxserve.model.params import ArraySpec, ParamSource, TreeSource, layer_fields, named_leaves
+from jaxserve.parallel.placed import ReplicatedHeads, copies_of_kv_heads
+
+READERS = 8  # threads at most; each holds one device's part of one parameter
+# Matrices [..., out, in] of which GPUs have the output features contiguous in memory: XLA's products of few tokens read
+# them faster so, 3 to 4 % of a decode step on an H100. On CPUs it is the other way round.
+OUT_CONTIGUOUS = frozenset({"qkv", "attn_out", "gate_up", "down", "shared_gate_up", "shared_down", "head"})
+
+
+def stage_param_formats(config: ModelConfig, mesh: Mesh) -> StageParams:
+    """Sharding of each parameter of a ``StageParams``, and its layout in memory where that is not the default.
+
+    ``config`` is of ``parallel.placed.placed_config``. A step that is lowered for the placed arrays takes them as they
+    lie.
+    """
+    num_stages = mesh.shape["stage"]
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    shapes, specs = stage_param_shapes(config, num_stages, mesh.shape["tensor"]), stage_param_specs(config, num_stages)
+
+    def format_of(name: str, ndim: int, spec: PartitionSpec) -> Format | NamedSharding:
+        sharding = NamedSharding(mesh, spec)
+        if not is_gpu or name.rpartition(".")[2] not in OUT_CONTIGUOUS:
+            return sharding
+        before = 1 if is_layer(name) else 0  # the ST axis stays first
+        return Format(Layout((*range(before), ndim - 1, *range(before, ndim - 1))), sharding)
+
+    leaves = [
+        format_of(name, len(spec.shape), p)
+        for (name, spec), (_, p) in zip(named_leaves(shapes), named_leaves(specs), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(specs), leaves)
+
+
+def place_params(
+    source: ParamSource,
+    config: ModelConfig,
+    placed: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    on_parameter: Callable[[int, int], None] | None = None,
+) -> StageParams:
+    """The parameters of ``source`` on the mesh in ``dtype``; V is padded to divide over tensor.
+
+    Args:
+        source: of ``config``'s parameters.
+        placed: ``parallel.placed.placed_config`` of ``config``.
+        on_parameter: called with (done, total) after each, from any thread.
+    """
+    num_stages, tensor = mesh.shape["stage"], mesh.shape["tensor"]
+    copies = copies_of_kv_heads(config, tensor)
+    heads = ReplicatedHeads(source, config, copies)
+    shapes, formats = stage_param_shapes(placed, num_stages, tensor), stage_param_formats(placed, mesh)
+    is_plain = num_stages == 1 and copies == 1  # a live array may stay on its devices
+    done = 0
+
+    def place(name: str, spec: ArraySpec, place_as: Format | NamedSharding) -> jax.Array:
+        nonlocal done
+        live = source.array(name) if is_plain and isinstance(source, TreeSource) else None
+        if isinstance(live, jax.Array) and live.size == math.prod(spec.shape):
+            array = jax.device_put(live.reshape(spec.shape).astype(dtype), place_as)
+        else:
+
+            def read(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                return _part(heads, placed, num_stages, name, spec.shape, index, dtype)
+
+            array = jax.make_array_from_callback(spec.shape, place_as, read)
+        done += 1
+        if on_parameter is not None:
+            on_parameter(done, len(jobs))
+        return array
+
+    jobs = [
+        (name, spec, place_as)
+        for (name, spec), (_, place_as) in zip(named_leaves(shapes), named_leaves(formats), strict=True)
+    ]
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+        leaves = list(pool.map(lambda job: place(*job), jobs))
+    return jax.tree.unflatten(jax.tree.structure(formats), leaves)
+
+
+def is_layer(name: str) -> bool:
+    """Whether a parameter of ``StageParams`` has a leading ST axis."""
+    return name.startswith("layers.")
+
+
+def _part(
+    source: ReplicatedHeads,
+    placed: ModelConfig,
+    num_stages: int,
+    name: str,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    dtype: jnp.dtype,
+) -> np.ndarray:
+    """Part ``index`` of a parameter of ``StageParams`` whose whole ``shape`` is given."""
+    index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
+    if not is_layer(name):
+        if name not in ("embed", "head"):
+            return _read(source, name, index, dtype)
+        rows, columns = index  # V may be padded
+        given = slice(min(rows.start, placed.vocab_size), min(rows.stop, placed.vocab_size))
+        out = np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype)
+        if given.start < given.stop:
+            out[: given.stop - given.start] = _read(source, name, (given, columns), dtype)
+        return out
+    _, position, field = name.split(".")
+    per_stage = placed.num_layers // num_stages
+    parts = []
+    for stage in range(index[0].start, index[0].stop):
+        layer = stage * per_stage + int(position)
+        if field in layer_fields(placed, layer):
+            parts.append(_read(source, f"layers.{layer}.{field}", index[1:], dtype))
+        else:  # another stage's layer at this place is of another kind
+            parts.append(np.zeros([s.stop - s.start for s in index[1:]], dtype))
+    return parts[0][None] if len(parts) == 1 else np.stack(parts)
+
+
+def _read(source: ReplicatedHeads, name: str, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    part = source.read(name, index)
+    return part if part.dtype == dtype else part.astype(dtype)
