@@ -16,6 +16,7 @@ from jaxserve.text.decoding import TokenizerError
 from jaxserve.text.tokenizer import without_panic
 
 SPACE = "\u2581"  # ▁
+MAX_PIECE_LEN = 512  # characters; the time to find its pairs is quadratic
 
 
 class PieceType(IntEnum):
@@ -54,7 +55,7 @@ def sentencepiece_backend(
     """A `tokenizers` object of a SentencePiece vocabulary; piece ``i`` has id ``i``.
 
     Raises:
-        TokenizerError: naming the piece that is empty, repeated or of an unknown type.
+        TokenizerError: naming the piece that is empty, repeated, too long or of an unknown type.
     """
     vocab: dict[str, int] = {}
     added: list[AddedToken] = []
@@ -63,15 +64,22 @@ def sentencepiece_backend(
     for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)):
         if not piece:
             raise TokenizerError(f"piece {i} is empty")
-        if vocab.setdefault(piece, i) != i:
-            raise TokenizerError(f"piece {i} {piece!r} is also piece {vocab[piece]}")
-        if kind in (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED):
-            added.append(AddedToken(piece, special=kind != PieceType.USER_DEFINED, normalized=False))
+        if len(piece) > MAX_PIECE_LEN:
+            raise TokenizerError(f"piece {i} has {len(piece)} characters, at most {MAX_PIECE_LEN} are supported")
+        if kind == PieceType.USER_DEFINED:
+            # Found whole in the normalised text, so that a run of spaces is one too. Not where normalising puts a space
+            # in front, which it would do to the piece: there it is found in the text as it came.
+            piece = piece.replace(SPACE, " ") if normalization.adds_space else piece.replace(" ", SPACE)
+            added.append(AddedToken(piece, special=False, normalized=not normalization.adds_space))
+        elif kind in (PieceType.CONTROL, PieceType.UNKNOWN):
+            added.append(AddedToken(piece, special=True, normalized=False))
             unknown_id = i if kind == PieceType.UNKNOWN else unknown_id
         elif kind == PieceType.BYTE:
             has_bytes = True
         elif kind not in (PieceType.NORMAL, PieceType.UNUSED):
             raise TokenizerError(f"piece {i} {piece!r} has type {kind}, which is not a SentencePiece type")
+        if vocab.setdefault(piece, i) != i:
+            raise TokenizerError(f"piece {i} {piece!r} is also piece {vocab[piece]}")
     if is_bpe:
         unk_token = None if unknown_id is None else pieces[unknown_id]
         merges = _merges(vocab, scores, types)
@@ -89,7 +97,7 @@ def sentencepiece_backend(
     if normalization.charsmap:
         steps.append(without_panic(lambda: normalizers.Precompiled(normalization.charsmap)))
     if normalization.joins_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if normalization.adds_space:
         steps.append(normalizers.Prepend(SPACE))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
@@ -104,12 +112,11 @@ def sentencepiece_backend(
 
 
 def _merges(vocab: dict[str, int], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
-    """All pairs of pieces that join to a piece: of the best result first, of one result in order of their ids."""
-    mergeable = {PieceType.NORMAL, PieceType.USER_DEFINED}
+    """All pairs of pieces that join to a normal piece: of the best first, of one result in order of their ids."""
     ranked: list[tuple[float, int, int, int, str, str]] = []
     get = vocab.get
     for piece, i in vocab.items():
-        if len(piece) < 2 or types[i] not in mergeable:
+        if len(piece) < 2 or types[i] != PieceType.NORMAL:
             continue
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
