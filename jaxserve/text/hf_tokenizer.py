@@ -48,7 +48,9 @@ def tokenizer_from_folder(path: Path, eos_token_ids: Sequence[int]) -> Tokenizer
         ids = {"bos_token": model.bos_token_id, "eos_token": model.eos_token_id, "pad_token": model.pad_token_id}
         of_model = {name: i for name, i in ids.items() if i is not None}
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        raise TokenizerError(f"{path}: vocab.json with merges.txt is not supported: save the tokenizer as tokenizer.json")
+        raise TokenizerError(
+            f"{path}: vocab.json with merges.txt is not supported: save the tokenizer as tokenizer.json"
+        )
     else:
         return None
     named = {name: _content(config[name], f"{path}: {name}") for name in _NAMED_TOKENS if config.get(name) is not None}

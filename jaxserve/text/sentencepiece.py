@@ -87,9 +87,11 @@ def sentencepiece_backend(
             vocab=vocab, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=has_bytes, dropout=None
         )
     else:
+        # The library takes every piece for text: these are not, so no path through them may be the best one.
+        avoided = min(scores, default=0.0) - 1000.0
         scored = [
-            (piece, -1e9 if kind == PieceType.UNUSED else score)  # worse than unknown: never on the best path
-            for piece, score, kind in zip(pieces, scores, types, strict=True)
+            (piece, avoided if types[i] in (PieceType.UNUSED, PieceType.BYTE) else scores[i])
+            for piece, i in vocab.items()
         ]
         model = without_panic(lambda: models.Unigram(scored, unknown_id, has_bytes))
     backend = tokenizers.Tokenizer(model)
