@@ -39,7 +39,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None):
         if len(source) > template_sandbox.MAX_SOURCE_LEN:
             raise ChatTemplateError(
-                f"the chat template has {len(source)} characters, at most {template_sandbox.MAX_SOURCE_LEN} are compiled"
+                f"the chat template has {len(source)} characters, at most {template_sandbox.MAX_SOURCE_LEN} are read"
             )
         self._source = source
         self._special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
@@ -73,8 +73,8 @@ class ChatTemplate:
             variables: what else the template reads (``enable_thinking``, ...), by name.
 
         Raises:
-            ChatTemplateError: naming the index of a malformed message or the variable, with the template's own complaint,
-                or with the limit that it went over.
+            ChatTemplateError: naming the index of a malformed message or the variable, with the template's own
+                complaint, or with the limit that it went over.
         """
         check_messages(messages)
         given = dict(variables or {})
@@ -136,7 +136,7 @@ class ChatTemplate:
     @cached_property
     def _reads_parts(self) -> bool:
         """Whether a loop of the template goes through a message's content."""
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", template_sandbox._Generation]).parse(
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", template_sandbox.GenerationBlocks]).parse(
             self._source
         )
         names = {
@@ -204,18 +204,18 @@ def _readings(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """
     has_calls = any(message.get("tool_calls") for message in messages)
     has_none = any("content" in message and message["content"] is None for message in messages)
-    for wants_object in (True, False) if has_calls else (True,):
-        for wants_string in (False, True) if has_none else (False,):
-            yield [
-                {
-                    **message,
-                    **(
-                        {"tool_calls": _calls(message["tool_calls"], wants_object)} if message.get("tool_calls") else {}
-                    ),
-                    **({"content": ""} if wants_string and message.get("content") is None else {}),
-                }
-                for message in messages
-            ]
+    for wants_string in (False, True) if has_none else (False,):
+        for wants_object in (True, False) if has_calls else (True,):
+            yield [_reading(message, wants_object, wants_string) for message in messages]
+
+
+def _reading(message: dict[str, Any], wants_object: bool, wants_string: bool) -> dict[str, Any]:
+    message = dict(message)
+    if message.get("tool_calls"):
+        message["tool_calls"] = _calls(message["tool_calls"], wants_object)
+    if wants_string and "content" in message and message["content"] is None:
+        message["content"] = ""
+    return message
 
 
 def _calls(calls: Any, wants_object: bool) -> Any:
@@ -234,7 +234,9 @@ def _calls(calls: Any, wants_object: bool) -> Any:
             arguments = value if isinstance(value, dict) else arguments
         elif not wants_object and isinstance(arguments, dict):
             arguments = _to_json(arguments)
-        changed.append(call if arguments is None else {**call, "function": {**function, "arguments": arguments}})
+        if isinstance(function, dict) and arguments is not None:
+            call = {**call, "function": {**function, "arguments": arguments}}
+        changed.append(call)
     return changed
 
 

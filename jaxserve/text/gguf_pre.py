@@ -1,7 +1,7 @@
 """How byte-level vocabularies split text before BPE, by the name that GGUF files give it (``tokenizer.ggml.pre``).
 
-The expressions are those of the models' own ``tokenizer.json``; several names share one because the files are named after
-the model, not after the split.
+The expressions are those of the models' own ``tokenizer.json``; several names share one because the files are named
+after the model, not after the split.
 """
 
 from typing import NamedTuple

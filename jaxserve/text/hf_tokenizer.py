@@ -1,8 +1,7 @@
 """A tokenizer from the files of a Hugging Face model folder.
 
-``tokenizer.json`` says how text becomes ids; where there is none, ``tokenizer.model`` does (SentencePiece). The other files
-say which tokens are special, whether a text begins with one, and how a chat is written:
-``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and
+``tokenizer.json`` says how text becomes ids; where there is none, ``tokenizer.model`` does (SentencePiece). The other
+files say which tokens are special, whether a text begins with one, and how a chat is written: ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and
 ``chat_template.json``. What they say is taken as `transformers` takes it.
 """
 
@@ -54,7 +53,7 @@ def tokenizer_from_folder(path: Path, eos_token_ids: Sequence[int]) -> Tokenizer
     else:
         return None
     named = {name: _content(config[name], f"{path}: {name}") for name in _NAMED_TOKENS if config.get(name) is not None}
-    named = {name: backend.id_to_token(i) for name, i in of_model.items()} | named
+    named = {name: token for name, i in of_model.items() if (token := backend.id_to_token(i))} | named
     _add_tokens(backend, path, config, named)
     ids = {name: i for name, token in named.items() if (i := backend.token_to_id(token)) is not None}
     own_eos = [ids["eos_token"]] if "eos_token" in ids else []

@@ -1,7 +1,7 @@
 """SentencePiece vocabularies: pieces with scores, as GGUF files and ``tokenizer.model`` files carry them.
 
-The pieces become a `tokenizers` model. That of a BPE vocabulary merges by a list of pairs where SentencePiece merges the
-pair whose result has the best score: the list is all pairs of pieces that join to a piece, best result first. (What
+The pieces become a `tokenizers` model. That of a BPE vocabulary merges by a list of pairs where SentencePiece merges
+the pair whose result has the best score: the list is all pairs of pieces that join to a piece, best result first. (What
 `transformers` does to make a ``tokenizer.json`` of such a vocabulary.)
 """
 

@@ -1,7 +1,7 @@
 """``tokenizer.model``: SentencePiece's ModelProto, of which the fields that decide about ids and text are read.
 
-The message is declared here by the numbers of its fields, so that neither the `sentencepiece` package nor generated code
-is needed; fields not named here are skipped by protobuf.
+The message is declared here by the numbers of its fields, so that neither the `sentencepiece` package nor generated
+code is needed; fields not named here are skipped by protobuf.
 (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto)
 """
 

@@ -2,10 +2,10 @@
 
 Jinja's own sandbox keeps a template from attributes, modules and files, but not from ``range`` in ``range``, from
 doubling a string in a loop, or from a format that is a gigabyte wide. Here every way to make a value passes a check.
-Loops, concatenations, displays, slices and literal text are sent through filters in the syntax tree (naming those gains a
-template nothing); calls and operators pass the hooks that Jinja has; of filters and methods only those of a table may be
-used, those that can grow a value with a bound computed before they run. What runs between two checks is one operation of
-the interpreter on values of bounded size.
+Loops, concatenations, displays, slices and literal text are sent through filters in the syntax tree (naming those
+gains a template nothing); calls and operators pass the hooks that Jinja has; of filters and methods only those of a
+table may be used, those that can grow a value with a bound computed before they run. What runs between two checks is
+one operation of the interpreter on values of bounded size.
 """
 
 import functools
@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import BlockReference, LoopContext, Macro, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -160,15 +161,20 @@ def _all_sized(*args: Any, **kwargs: Any) -> None:
 
 _Guard = Callable[..., tuple[Any, ...] | None] | None
 
-_METHODS: dict[type, dict[str, _Guard]] = {
-    str: dict.fromkeys(
-        "upper lower strip lstrip rstrip title capitalize casefold swapcase startswith endswith find rfind index rindex "
-        "count isalpha isdigit isalnum isspace isupper islower isnumeric isdecimal istitle isidentifier isascii "
-        "isprintable removeprefix removesuffix partition rpartition".split()
-    )
-    | {"split": _splits, "rsplit": _splits, "splitlines": _split_lines, "replace": _replace}
-    | dict.fromkeys(("center", "ljust", "rjust", "zfill"), _width)
-    | {"join": _joined},
+_PLAIN_STR_METHODS = """
+    upper lower strip lstrip rstrip title capitalize casefold swapcase startswith endswith find rfind index rindex count
+    isalpha isdigit isalnum isspace isupper islower isnumeric isdecimal istitle isidentifier isascii isprintable
+    removeprefix removesuffix partition rpartition
+"""
+_METHODS: Mapping[type, Mapping[str, _Guard]] = {
+    str: {
+        **dict.fromkeys(_PLAIN_STR_METHODS.split()),
+        **dict.fromkeys(("split", "rsplit"), _splits),
+        **dict.fromkeys(("center", "ljust", "rjust", "zfill"), _width),
+        "splitlines": _split_lines,
+        "replace": _replace,
+        "join": _joined,
+    },
     dict: dict.fromkeys(("get", "keys", "values", "items", "copy")),
     list: dict.fromkeys(("index", "count", "copy")),
     tuple: dict.fromkeys(("index", "count")),
@@ -176,16 +182,22 @@ _METHODS: dict[type, dict[str, _Guard]] = {
     int: {"is_integer": None},
 }
 
-_FILTERS: dict[str, _Guard] = (
-    dict.fromkeys(
-        "abs attr batch count d default dictsort first float groupby int items last length list map max min reject "
-        "rejectattr reverse round safe select selectattr slice sort unique".split()
-    )
-    | dict.fromkeys("capitalize e escape forceescape lower string title trim truncate upper urlencode wordcount".split(),
-                    _all_sized)
-    | {"center": _width, "batch": _width, "slice": _width, "indent": _indent, "replace": _replace, "format": _percent}
-    | {"sum": _number, "tojson": _json, "join": _join}
-)  # fmt: skip
+_PLAIN_FILTERS = """
+    abs attr count d default dictsort first float groupby int items last length list map max min reject rejectattr reverse
+    round safe select selectattr sort unique
+"""
+_TEXT_FILTERS = "capitalize e escape forceescape lower string title trim truncate upper urlencode wordcount"
+_FILTERS: Mapping[str, _Guard] = {
+    **dict.fromkeys(_PLAIN_FILTERS.split()),
+    **dict.fromkeys(_TEXT_FILTERS.split(), _all_sized),
+    **dict.fromkeys(("batch", "center", "slice"), _width),
+    "format": _percent,
+    "indent": _indent,
+    "join": _join,
+    "replace": _replace,
+    "sum": _number,
+    "tojson": _json,
+}
 
 
 class _Loop:
@@ -238,7 +250,7 @@ def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
-class _Generation(Extension):
+class GenerationBlocks(Extension):
     """``{% generation %}`` marks what an assistant wrote, for training: here its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -258,7 +270,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[loopcontrols, _Generation],
+            extensions=[loopcontrols, GenerationBlocks],
             optimized=False,  # constants are folded by running them, outside of any limit
             finalize=_finalize,
             cache_size=0,
@@ -301,7 +313,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return None
         return _Format(value.__self__, wrapped)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.budget.check()
         if isinstance(__obj, (BuiltinMethodType, MethodType)) and not isinstance(__obj.__self__, (LoopContext, Cycler)):
             owner = __obj.__self__

@@ -11,14 +11,12 @@ so that the text of prompt and completion together is the text of their tokens t
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import tokenizers
 
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.text.decoding import TokenizerError, max_token_len, read_decoding, token_table
-
-T = TypeVar("T")
 
 
 class Tokenizer:
@@ -186,7 +184,7 @@ def check_unicode(text: str) -> None:
         raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {e.start}") from None
 
 
-def without_panic(call: Callable[[], T]) -> T:
+def without_panic[T](call: Callable[[], T]) -> T:
     """The result of a call into the Rust library, whose own bugs and refusals become TokenizerError."""
     try:
         return call()
