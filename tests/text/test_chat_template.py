@@ -18,7 +18,7 @@ CHATML = (
 
 
 def render(source: str, *messages: dict[str, Any], **options: Any) -> str:
-    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    template = ChatTemplate(source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
     return template.render(messages or (USER,), **options)
 
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from jaxserve.text.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
-from jaxserve.text.tokenizer import BYTE_OF_CHAR, Tokenizer, TokenizerError
+from jaxserve.text.decoding import BYTE_OF_CHAR, TokenizerError
+from jaxserve.text.gguf_pre import PRE_TOKENIZERS
+from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
+from jaxserve.text.tokenizer import Tokenizer
 from tests.text.metadata import BOS, EOS, MERGES, SPACED, TEXTS, USER, gguf_metadata
 
 
