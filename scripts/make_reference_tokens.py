@@ -41,6 +41,17 @@ Greenland. So on the ninth of January she borrowed a boat, a flask of tea and a 
 rock before dark. The door was not locked. She climbed the stairs, sat down beside the dead lamp, and waited. At \
 ten minutes past nine, far away across the water,"""
 
+LIST = """\
+Things in the drawer of the harbour office, counted on a rainy Tuesday: two brass compasses, one of them cracked; a \
+ball of tarred string; eleven letters in French, unopened; a tide table for 1931; the left glove of a diver; a photograph \
+of a dog called Admiral; 37 Danish coins; a whistle that nobody could hear; three maps of the same island, each with \
+a different name; a jar of green sand; half a ticket for the ferry to Bergen; a key with the number 9; a wooden \
+seal with a ship on it; the rules of a card game that needs five players; a recipe for fish soup, in pencil; and a \
+note that said, in four words, what the keepers had written every month. The clerk copied the list into his own book, \
+and put everything back in the order in which he had found it. Then he read, from the first page:
+
+"""
+
 CODE = '''import heapq
 
 
@@ -69,7 +80,7 @@ PROMPTS: dict[str, tuple[Prompt, int]] = {  # name -> prompt, new tokens
     "raw_digits": ("3.14159 26535 89793\n1024 * 768 = 786432\n2048 * 2 =", 64),
     "raw_long": (LONG, 96),
     "raw_one_token": ("The", 128),
-    "raw_longer_than_a_window": (LONG + " nothing at all.\n\n" + LONG, 96),  # Gemma 3 sees 512 tokens in most layers
+    "raw_longer_than_a_window": (CODE + LIST + LONG, 96),  # Gemma 3 sees 512 tokens in most layers
 }
 
 

@@ -24,6 +24,7 @@ from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 if TYPE_CHECKING:
     from jaxserve.model.params import Params
 
+CHUNK_ELEMENTS = 2**18  # dequantized at once: temporaries stay in the cache, and small beside a tensor
 SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -168,16 +169,24 @@ class GGUFCheckpoint:
         return data[tensor.start : tensor.start + tensor.num_bytes].reshape(math.prod(tensor.shape[:-1]), -1)
 
     def _dequantize(self, tensor: TensorInfo, raw: np.ndarray) -> np.ndarray:
-        """Whole blocks of rows of ``tensor``: ``[rows, bytes]`` u8 to ``[rows, elements]`` f32."""
+        """Whole blocks of ``tensor``: ``[rows, bytes]`` u8 to ``[rows, elements]`` f32, a view if it is f32 already."""
         import gguf
 
+        kind, block = gguf.GGMLQuantizationType(tensor.type_id), self._block_types[tensor.type_id]
+        if kind == gguf.GGMLQuantizationType.F32:
+            return raw.view(np.float32)
+        stored, step = raw.reshape(-1, block.num_bytes), max(1, CHUNK_ELEMENTS // block.block_size)
+        values = np.empty((len(stored), block.block_size), np.float32)
         try:
             with np.errstate(all="ignore"):  # a block scale may be inf or NaN: the values say so
-                return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.type_id))
+                for i in range(0, len(stored), step):  # gguf itself goes 16 rows at a time, too few of narrow ones
+                    chunk = gguf.quants.dequantize(stored[i : i + step].reshape(1, -1), kind)
+                    values[i : i + step] = chunk.reshape(-1, block.block_size)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.path}: tensor {tensor.name!r} of type {tensor.type_name} cannot be read"
             ) from None
+        return values.reshape(len(raw), -1)
 
     def _read_piece(self, piece: Piece, part: list[range]) -> np.ndarray:
         """Part ``part`` of a piece's box."""

@@ -135,7 +135,7 @@ def _whole(name: str, shape: Shape, tensor_shape: Shape | None = None) -> tuple[
 
 def _qkv(names: tuple[str, ...], q_shape: Shape, interleaved: bool) -> tuple[Piece, ...]:
     """q, k and v as ``[K, G + 2, H, ...]``, from q's own ``[K, G, H, ...]``. One name: q's rows, k's, then v's."""
-    k, group, h, *columns = q_shape
+    (k, group, h), columns = q_shape[:3], q_shape[3:]
     fused_shape = (k * (group + 2) * h, *columns)
     pieces, first_row = [], 0
     for i, (at, heads) in enumerate([(0, group), (group, 1), (group + 1, 1)]):
@@ -167,11 +167,12 @@ def _experts(names: tuple[str, ...], shape: Shape, tensors: Collection[str]) -> 
     blk, layer, first = names[0].split(".", 2)
     if names[0] in tensors or f"{blk}.{layer}.{UNSTACKED_EXPERTS[first].format(e=0)}" not in tensors:
         return _stacked(names, shape, 1) if len(names) > 1 else _whole(names[0], shape)
-    box = (1,) * (len(shape) - 2) + shape[-2:]
+    rows, columns = shape[-2:]
+    box = (*(1 for _ in shape[:-2]), rows, columns)
     return tuple(
         Piece(
             f"{blk}.{layer}.{UNSTACKED_EXPERTS[name.split('.', 2)[2]].format(e=e)}",
-            shape[-2:],
+            (rows, columns),
             (e, i, 0, 0) if len(names) > 1 else (e, 0, 0),
             box,
         )
