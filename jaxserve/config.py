@@ -148,6 +148,11 @@ class ModelConfig:
         """Index into ``ropes`` of ``layer``; None where positions do not turn its heads."""
         return self.layer_ropes[layer] if self.layer_ropes else (0 if self.ropes else None)
 
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that rotary embedding may turn: of MLA's heads, those that are no latent."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
+
     def is_moe(self, layer: int) -> bool:
         """Whether ``layer`` has experts instead of an MLP."""
         return self.moe is not None and (self.moe_layers[layer] if self.moe_layers else True)

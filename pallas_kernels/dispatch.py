@@ -7,7 +7,7 @@ can be read from its inputs. Nothing is tried and caught, and no environment var
 from collections.abc import Callable
 from typing import Any, Literal
 
-Implementation = Literal["reference", "mosaic_gpu"]
+Implementation = Literal["reference", "mosaic_gpu", "xla"]
 
 
 def is_hopper(device: Any) -> bool:
@@ -27,6 +27,11 @@ def best(device: Any, *, hopper: bool = False) -> Implementation:
     ``hopper`` says that the kernel for Hopper takes the shapes in question: its module's ``supports``.
     """
     return "mosaic_gpu" if MOSAIC_GPU_CHECKED and hopper and is_hopper(device) else "reference"
+
+
+def best_grouped_matmul(device: Any) -> Implementation:
+    """As ``best``, for the grouped matrix product: the reference is a loop, which makes an accelerator wait."""
+    return "reference" if device.platform == "cpu" else "xla"
 
 
 def choose(implementations: dict[str, Callable[..., Any]], name: Implementation | None) -> Callable[..., Any]:

@@ -8,14 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxserve.config import CacheConfig, ModelConfig
+from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
 
-# One entry for each layer of a stage; global shape [ST, NP, K, 2, PS, H].
+# One entry for each layer of a stage; global shape [ST, NP, K, 2, PS, H]: keys and values of every kv head. Multi-head
+# latent attention has [ST, NP, 1, 1, PS, RK + HR]: the latent is key and value of all heads.
 KVPages = tuple[Any, ...]
 
 
 def kv_pages_shape(config: ModelConfig, cache: CacheConfig, num_stages: int) -> tuple[int, ...]:
     """Shape of one entry of ``KVPages``."""
+    if config.mla is not None:
+        latent = config.mla.kv_lora_rank + config.mla.qk_rope_head_dim
+        return (num_stages, cache.num_pages, 1, 1, cache.page_size, latent)
     return (num_stages, cache.num_pages, config.num_kv_heads, 2, cache.page_size, config.head_dim)
 
 
@@ -23,8 +27,8 @@ def append(kv_pages: jax.Array, kv: jax.Array, write_index: jax.Array) -> jax.Ar
     """Writes the step's keys and values into their pages.
 
     Args:
-        kv_pages: ``[NP, K, 2, PS, H]``.
-        kv: ``[T, K, 2, H]``.
+        kv_pages: ``[NP, K, 2, PS, H]`` (latent: ``[NP, 1, 1, PS, RK + HR]``).
+        kv: ``[T, K, 2, H]`` (latent: ``[T, 1, 1, RK + HR]``).
         write_index: ``[T]``, page * PS + offset; ``NP * PS`` and beyond writes nowhere.
     """
     page_size = kv_pages.shape[3]
@@ -37,6 +41,7 @@ def append(kv_pages: jax.Array, kv: jax.Array, write_index: jax.Array) -> jax.Ar
     return kv_pages.at[page, :, :, offset].set(kv.astype(kv_pages.dtype), mode="drop")
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page over all layers and heads."""
-    return config.kv_bytes_per_token(jnp.dtype(dtype).itemsize) * page_size
+def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, parallel: ParallelConfig) -> int:
+    """Bytes that one page takes on one device, over the layers of its stage and its own heads."""
+    tensor = 1 if config.mla is not None else parallel.tensor  # every device has the whole latent
+    return config.kv_bytes_per_token(jnp.dtype(dtype).itemsize) * page_size // (parallel.stage * tensor)

@@ -16,8 +16,9 @@ from jaxserve.engine import plan
 from jaxserve.engine.door import Door, Prompt
 from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.output import RequestOutput
-from jaxserve.execution.runner import Progress, Runner, place_params
-from jaxserve.model.params import Params
+from jaxserve.execution.placement import place_params
+from jaxserve.execution.runner import Progress, Runner
+from jaxserve.model.params import Params, ParamSource, TreeSource
 from jaxserve.parallel.mesh import parallel_config
 from jaxserve.request import (
     Completion,
@@ -76,9 +77,8 @@ class Engine:
         try:
             tokenizer = checkpoint.tokenizer()
             resolved = plan.resolve_mesh(mesh, checkpoint.config)
-            np_dtype = np.dtype(plan.resolve_dtype(dtype, resolved))
-            params = checkpoint.load_params(
-                np_dtype, on_tensor=(lambda done, total: on_progress("load", done, total)) if on_progress else None
+            params = TreeSource(
+                checkpoint.load_params(np.dtype(plan.resolve_dtype(dtype, resolved))), checkpoint.config
             )
             return cls.from_params(
                 checkpoint.config,
@@ -98,7 +98,7 @@ class Engine:
     def from_params(
         cls,
         model_config: ModelConfig,
-        params: Params,
+        params: Params | ParamSource,
         tokenizer: Tokenizer | None = None,
         **options: Any,
     ) -> Self:
@@ -111,7 +111,7 @@ class Engine:
     def __init__(
         self,
         model_config: ModelConfig,
-        params: Params,
+        params: Params | ParamSource,
         tokenizer: Tokenizer | None = None,
         *,
         model_name: str = "model",
@@ -135,7 +135,7 @@ class Engine:
         """
         Args:
             model_config: the model; its ``eos_token_ids`` and the tokenizer's end a generation.
-            params: canonical ``Params`` of numpy or jax arrays, in any dtype.
+            params: canonical ``Params`` of numpy or jax arrays, in any dtype; or where to read them from, part by part.
             mesh: devices to run on: a ``jax.sharding.Mesh`` with axes ("stage", "tensor"), a ``ParallelConfig``, or
                 text such as "stage=2,tensor=2"; None is one device.
             dtype: of weights, activations and KV; "auto" is float32 on CPUs, bfloat16 elsewhere.
@@ -171,10 +171,19 @@ class Engine:
             batching=batching,
             **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
         )
-        placed = place_params(params, model_config, resolved, jnp_dtype)
+        placed_config = plan.placed_config(model_config, self.parallel_config, self.scheduler_config)
+        source = TreeSource(params, model_config) if isinstance(params, Params) else params
+        placed = place_params(
+            source,
+            model_config,
+            placed_config,
+            resolved,
+            jnp_dtype,
+            on_parameter=(lambda done, total: on_progress("load", done, total)) if on_progress else None,
+        )
         if num_pages is None:
             num_pages = plan.num_pages_that_fit(
-                model_config, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction
+                placed_config, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction
             )
         self.cache_config = CacheConfig(
             num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
@@ -195,7 +204,7 @@ class Engine:
         self._closed = False
         self._failure: BaseException | None = None
         self._runner = Runner(
-            model_config,
+            placed_config,
             placed,
             self.cache_config,
             self._dims,

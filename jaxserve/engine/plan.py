@@ -10,6 +10,7 @@ from jaxserve.cache.pages import page_bytes
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, state_shape
 from jaxserve.execution.step import StageParams
+from jaxserve.parallel import placed
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
 from jaxserve.step_io import SAMPLINGS, StepDims
@@ -99,6 +100,11 @@ def scheduler_config(
     )
 
 
+def placed_config(config: ModelConfig, parallel: ParallelConfig, scheduler: SchedulerConfig) -> ModelConfig:
+    """The model that an engine's devices compute."""
+    return placed.placed_config(config, parallel.tensor, scheduler.max_model_len)
+
+
 def num_pages_that_fit(
     config: ModelConfig,
     scheduler: SchedulerConfig,
@@ -118,11 +124,9 @@ def num_pages_that_fit(
     if not 0 < fraction <= 1:
         raise ValueError(f"memory_fraction={fraction} must be in (0, 1]")
     one_sequence = scheduler.max_pages_per_seq(page_size)
-    ways = mesh.shape["stage"] * mesh.shape["tensor"]
-    # [bytes of one page on one device]; stages and kv heads divide it evenly (check_mesh).
-    per_page = page_bytes(config, page_size, dtype) // ways
+    per_page = page_bytes(config, page_size, dtype, parallel_config(mesh))
     if mesh.devices.flat[0].platform == "cpu":
-        room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ways)
+        room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
     else:
         stats = [d.memory_stats() for d in mesh.local_devices]
         free = min(int(s["bytes_limit"] * fraction) - s["bytes_in_use"] for s in stats)

@@ -18,10 +18,8 @@ from jaxserve.execution.step import (
     StageParams,
     make_sampler,
     make_step,
-    stage_param_specs,
     state_specs,
 )
-from jaxserve.model.params import Params, check_params
 from jaxserve.parallel import specs
 from jaxserve.step_io import (
     SAMPLINGS,
@@ -39,40 +37,6 @@ from pallas_kernels.paged_attention.gpu import supports as supports_hopper
 Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 
 
-def place_params(params: Params, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> StageParams:
-    """Canonical ``params`` (numpy or jax arrays) onto the mesh in ``dtype``; V is padded to divide over tensor.
-
-    Raises ValueError naming a tensor that is missing, extra or of the wrong shape.
-    """
-    check_params(params, config)
-    num_stages, tensor = mesh.shape["stage"], mesh.shape["tensor"]
-    per_stage = config.num_layers // num_stages
-
-    def pad_vocab(x):
-        extra = -x.shape[0] % tensor
-        return jnp.pad(x, ((0, extra), (0, 0))) if extra else x
-
-    def stack(*leaves):
-        if num_stages == 1:
-            return leaves[0][None]
-        return np.stack([np.asarray(x) for x in leaves])
-
-    def put(x, spec):
-        return jax.device_put(x.astype(dtype) if x.dtype != dtype else x, NamedSharding(mesh, spec))
-
-    spec = stage_param_specs(config, num_stages)
-    layers = tuple(
-        jax.tree.map(lambda s, *x: put(stack(*x), s), spec.layers[i], *params.layers[i::per_stage])
-        for i in range(per_stage)
-    )
-    return StageParams(
-        embed=put(pad_vocab(params.embed), spec.embed),
-        layers=layers,
-        final_norm=put(params.final_norm, spec.final_norm),
-        head=None if params.head is None else put(pad_vocab(params.head), spec.head),
-    )
-
-
 def state_shape(config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: Mesh, dtype: jnp.dtype) -> DeviceState:
     """``DeviceState`` of sharded ``ShapeDtypeStruct``s."""
     shape = kv_pages_shape(config, cache, mesh.shape["stage"])
@@ -86,16 +50,28 @@ def state_shape(config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: M
 def lower_step(
     config: ModelConfig, params: StageParams, state: DeviceState, dims: StepDims, bucket: Bucket, mesh: Mesh
 ) -> jax.stages.Lowered:
-    """The step of one bucket, lowered for ``params`` and ``state`` (arrays or shapes), the state donated."""
+    """The step of one bucket, lowered for ``params`` and ``state`` (arrays or shapes), the state donated.
+
+    ``config`` is of ``parallel.placed.placed_config``.
+    """
     replicated = NamedSharding(mesh, specs.REPLICATED)
     buffer = jax.ShapeDtypeStruct((buffer_size(bucket, dims),), jnp.int32, sharding=replicated)
+    device = mesh.devices.flat[0]
     hopper = supports_hopper(
         head_dim=config.head_dim,
         page_size=dims.page_size,
         group=config.num_heads // config.num_kv_heads,
         dtype=state.kv_pages[0].dtype,
+        plain=not (config.layer_windows or config.attn_softcap or config.attn_sinks or config.mla),
     )
-    step = make_step(config, mesh, bucket, dims, dispatch.best(mesh.devices.flat[0], hopper=hopper))
+    step = make_step(
+        config,
+        mesh,
+        bucket,
+        dims,
+        attention=dispatch.best(device, hopper=hopper),
+        grouped_matmul=dispatch.best_grouped_matmul(device),
+    )
     return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
 
 

@@ -5,7 +5,7 @@ A second one goes from logits to tokens, so that what the rows ask of sampling i
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import flax.struct
@@ -20,7 +20,8 @@ from jaxserve.config import ModelConfig
 from jaxserve.execution import sampling
 from jaxserve.model import decoder, layers
 from jaxserve.model.layers import AttentionContext, StaticContext
-from jaxserve.model.params import LayerParams, Params, is_spec, param_specs
+from jaxserve.model.params import ArraySpec, LayerParams, Params, is_spec, param_specs
+from jaxserve.model.rope import rope_tables
 from jaxserve.parallel import specs
 from jaxserve.step_io import FLOAT_FIELDS, Bucket, Sampling, StepDims, StepInputs, input_shapes
 from pallas_kernels.dispatch import Implementation
@@ -36,30 +37,54 @@ class DeviceState:
 
 @flax.struct.dataclass
 class StageParams:
-    """``Params`` as the mesh holds them: layer ``i`` of every stage stacked on a leading ST axis, V padded."""
+    """``Params`` as the mesh holds them: layer ``i`` of every stage stacked on a leading ST axis, V padded.
+
+    Where layers that stand at the same place in their stages are of different kinds, the entry has what any of them
+    has, zeros for the others.
+    """
 
     embed: Any  # [V, D]
     layers: tuple[LayerParams, ...]  # LS entries, leaves [ST, ...]
     final_norm: Any  # [D]
     head: Any  # [V, D]; None where tied
+    positions: Any  # [max_position_embeddings, D]; None unless learned
+    final_norm_bias: Any  # [D]; None for RMS
+
+
+def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> StageParams:
+    """``ArraySpec``s of a ``StageParams``: global shapes, V padded to a multiple of ``tensor``."""
+    tree: Params = param_specs(config)
+    per_stage = config.num_layers // num_stages
+
+    def padded(spec: ArraySpec | None) -> ArraySpec | None:
+        return spec and spec._replace(shape=(-(-spec.shape[0] // tensor) * tensor, *spec.shape[1:]))
+
+    def position(i: int) -> LayerParams:
+        found: dict[str, ArraySpec] = {}
+        for layer in tree.layers[i::per_stage]:
+            found |= {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
+        return LayerParams(**{n: ArraySpec((num_stages, *s.shape), ("stage", *s.axes)) for n, s in found.items()})
+
+    return StageParams(
+        embed=padded(tree.embed),
+        layers=tuple(position(i) for i in range(per_stage)),
+        final_norm=tree.final_norm,
+        head=padded(tree.head),
+        positions=tree.positions,
+        final_norm_bias=tree.final_norm_bias,
+    )
 
 
 def stage_param_specs(config: ModelConfig, num_stages: int) -> StageParams:
     """PartitionSpecs of a ``StageParams``."""
-    tree: Params = param_specs(config)
-    outer = jax.tree.map(lambda s: specs.param_spec(s.axes), replace(tree, layers=()), is_leaf=is_spec)
-    layer = jax.tree.map(lambda s: specs.layer_param_spec(s.axes), tree.layers[0], is_leaf=is_spec)
-    return StageParams(
-        embed=outer.embed,
-        layers=(layer,) * (config.num_layers // num_stages),
-        final_norm=outer.final_norm,
-        head=outer.head,
-    )
+    shapes = stage_param_shapes(config, num_stages, tensor=1)
+    return jax.tree.map(lambda s: specs.param_spec(s.axes), shapes, is_leaf=is_spec)
 
 
 def state_specs(config: ModelConfig, num_stages: int) -> DeviceState:
     """PartitionSpecs of a ``DeviceState``."""
-    return DeviceState(kv_pages=(specs.KV_PAGES,) * (config.num_layers // num_stages), last_tokens=specs.REPLICATED)
+    kv_pages = (specs.kv_pages_spec(config),) * (config.num_layers // num_stages)
+    return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED)
 
 
 def unpack_inputs(buffer: jax.Array, bucket: Bucket, dims: StepDims) -> StepInputs:
@@ -74,13 +99,19 @@ def unpack_inputs(buffer: jax.Array, bucket: Bucket, dims: StepDims) -> StepInpu
 
 
 def make_step(
-    config: ModelConfig, mesh: Mesh, bucket: Bucket, dims: StepDims, attention: Implementation
+    config: ModelConfig,
+    mesh: Mesh,
+    bucket: Bucket,
+    dims: StepDims,
+    *,
+    attention: Implementation,
+    grouped_matmul: Implementation,
 ) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array]]:
     """``step(params, state, buffer) -> (state, logits [B, V] f32)`` for one bucket.
 
-    ``buffer`` is ``step_io.new_inputs``' int32 buffer.
+    ``config`` is of ``parallel.placed.placed_config``, ``buffer`` is ``step_io.new_inputs``' int32 buffer.
     """
-    static = StaticContext(config, bucket.decode_rows, attention)
+    static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul)
 
     def step(params: StageParams, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
         inputs = unpack_inputs(buffer, bucket, dims)
@@ -92,16 +123,23 @@ def make_step(
         # Concatenated, not `.at[:bd].set`: that hoists an empty constant, on which XLA's Shardy pass crashes (0.11.2).
         token_ids = jnp.concatenate([jnp.where(given < 0, on_device, given), chunks])  # [T]
 
-        cos, sin = layers.rope_tables(inputs.positions, config)
         ctx = AttentionContext(
-            cos, sin, inputs.kv_write_index, inputs.page_table, inputs.kv_lens, inputs.prefill_cu_q_lens
+            tuple(rope_tables(inputs.positions, rope, config.rope_dim) for rope in config.ropes),
+            inputs.kv_write_index,
+            inputs.page_table,
+            inputs.kv_lens,
+            inputs.prefill_cu_q_lens,
         )
         x = decoder.embed(params.embed, token_ids)  # [T, D]
+        if config.embed_scale != 1:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        if params.positions is not None:
+            x = x + params.positions[inputs.positions]
         x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, static)
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
-        x = layers.rms_norm(x, params.final_norm, config.norm_eps)
+        x = layers.norm(x, params.final_norm, params.final_norm_bias, config)
         head = params.embed if params.head is None else params.head
-        logits = decoder.logits(head, x, config.vocab_size)  # [B, V] f32
+        logits = decoder.logits(head, x, config)  # [B, V] f32
 
         return DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=state.last_tokens), logits
 

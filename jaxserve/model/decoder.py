@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.config import ModelConfig
 from jaxserve.model import layers
 from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import LayerParams
@@ -21,13 +22,16 @@ def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
     return lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
 
 
-def logits(head: jax.Array, x: jax.Array, vocab_size: int) -> jax.Array:
+def logits(head: jax.Array, x: jax.Array, config: ModelConfig) -> jax.Array:
     """f32 logits [B, V] of ``x`` [B, D], gathered from a vocabulary-sharded ``head`` [V / tensor, D]."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     out = lax.dot_general(x, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
     if lax.axis_size("tensor") > 1:
         out = lax.all_gather(out, "tensor", axis=1, tiled=True)
-    return out[:, :vocab_size]  # a mesh may have padded V
+    out = out[:, : config.vocab_size]  # a mesh may have padded V
+    if config.logit_scale != 1:
+        out = out * config.logit_scale
+    return out if config.logit_softcap is None else config.logit_softcap * jnp.tanh(out / config.logit_softcap)
 
 
 def stage_layers(
@@ -39,12 +43,23 @@ def stage_layers(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """This device's layers, unrolled: under ``scan`` XLA copies every layer's weights and pages.
 
-    The layer has a jit of its own, so that it is traced and lowered once and not once a layer.
+    A kind of layer has a jit of its own, so that it is traced and lowered once and not once a layer. Where the stages
+    have layers of different kinds at one place, each takes its own branch.
     """
-    layer = jax.jit(partial(layers.decoder_layer, static=static))
-    out = []
-    for p, pages in zip(stage, kv_pages, strict=True):
-        x, pages = layer(p, pages, x, ctx)
+    num_stages, out = lax.axis_size("stage"), []
+    by_kind = {}
+    for i, (p, pages) in enumerate(zip(stage, kv_pages, strict=True)):
+        kinds = [layers.layer_kind(static.config, s * len(stage) + i) for s in range(num_stages)]  # of each stage
+        branches = {}
+        for kind in kinds:
+            if kind not in by_kind:
+                by_kind[kind] = jax.jit(partial(layers.decoder_layer, static=static, kind=kind))
+            branches[kind] = by_kind[kind]
+        if len(branches) == 1:
+            x, pages = branches[kinds[0]](p, pages, x, ctx)
+        else:
+            branch = jnp.array([list(branches).index(kind) for kind in kinds])[lax.axis_index("stage")]
+            x, pages = lax.switch(branch, list(branches.values()), p, pages, x, ctx)
         out.append(pages)
     return x, tuple(out)
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.cache import pages
-from jaxserve.config import ModelConfig
+from jaxserve.config import MLAConfig, ModelConfig
+from jaxserve.model import moe
+from jaxserve.model.linear import activate, linear, psum_tensor
 from jaxserve.model.params import LayerParams
+from jaxserve.model.rope import apply_rope
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_attention import paged_attention
 
@@ -19,66 +22,80 @@ from pallas_kernels.paged_attention import paged_attention
 class StaticContext(NamedTuple):
     """What is fixed when a step is compiled."""
 
-    config: ModelConfig
+    config: ModelConfig  # of ``parallel.placed.placed_config``
     num_decode_rows: int  # BD
     attention: Implementation  # of the paged attention kernel
+    grouped_matmul: Implementation  # of the experts' product
+
+
+class LayerKind(NamedTuple):
+    """What tells the layers of one model apart: layers of one kind are one traced function."""
+
+    window: int | None
+    rope: int | None  # index into ``ModelConfig.ropes``
+    is_moe: bool
 
 
 class AttentionContext(NamedTuple):
     """What every layer of a step needs to know of its tokens."""
 
-    cos: jax.Array  # [T, 1, H / 2] f32
-    sin: jax.Array  # [T, 1, H / 2] f32
+    ropes: tuple[tuple[jax.Array, jax.Array], ...]  # cos and sin [T, 1, R / 2] of each of ``ModelConfig.ropes``
     kv_write_index: jax.Array  # [T]
     page_table: jax.Array  # [B, MP]
     kv_lens: jax.Array  # [B]
     prefill_cu_q_lens: jax.Array  # [BP + 1]
 
 
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """``x`` [..., in] times ``w`` [out, in] transposed, accumulated in f32, in x's dtype."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = lax.dot_general(
-        x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    return out.astype(x.dtype)
+def layer_kind(config: ModelConfig, layer: int) -> LayerKind:
+    return LayerKind(config.window(layer), config.rope(layer), config.is_moe(layer))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     """Root-mean-square norm over the last axis, in f32 (Zhang and Sennrich, 2019)."""
     x32 = x.astype(jnp.float32)
-    y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+    y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
 
 
-def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin ``[T, 1, H / 2]`` of rotary embedding (Su et al., 2021) at ``positions`` [T]."""
-    half = config.head_dim // 2
-    inv_freq = config.ropes[0].theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [H / 2]
-    angle = positions.astype(jnp.float32)[:, None, None] * inv_freq
-    return jnp.cos(angle), jnp.sin(angle)
+def norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, config: ModelConfig) -> jax.Array:
+    """The model's norm of ``x`` [..., D]: RMS, or layer norm (Ba et al., 2016) with a bias."""
+    if config.norm == "rms":
+        return rms_norm(x, weight, config)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    y = y * (weight.astype(jnp.float32) + config.norm_offset)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) of ``x`` [T, heads, H]."""
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
-def psum_tensor(x: jax.Array) -> jax.Array:
-    """Sum over the tensor axis; nothing where it has one device."""
-    return lax.psum(x, "tensor") if lax.axis_size("tensor") > 1 else x
+def norm_all_heads(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
+    """RMS norm of ``x`` [T, ...] over all heads of all devices of the tensor axis at once, ``weight`` [...]."""
+    x32, axes = x.astype(jnp.float32), tuple(range(1, x.ndim))
+    size = weight.size * lax.axis_size("tensor")
+    mean = psum_tensor(jnp.sum(x32 * x32, axis=axes, keepdims=True)) / size
+    y = x32 * lax.rsqrt(mean + config.norm_eps)
+    return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
 
 
 def attention(
-    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext
+    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext, kind: LayerKind
 ) -> tuple[jax.Array, jax.Array]:
     """Attention block of ``x`` [T, D]; returns (its residual update [T, D], the pages with this step's K and V)."""
+    config = static.config
     k, width, h, d = p.qkv.shape  # [K, G + 2, H, D]
     t, group = x.shape[0], width - 2
-    qkv = linear(x, p.qkv.reshape(k * width * h, d)).reshape(t, k, width, h)
-    q = apply_rope(qkv[:, :, :group].reshape(t, k * group, h), ctx.cos, ctx.sin)  # [T, N, H]
-    key = apply_rope(qkv[:, :, group], ctx.cos, ctx.sin)  # [T, K, H]
+    bias = None if p.qkv_bias is None else p.qkv_bias.reshape(-1)
+    qkv = linear(x, p.qkv.reshape(k * width * h, d), bias).reshape(t, k, width, h)
+    q, key = qkv[:, :, :group], qkv[:, :, group]  # [T, K, G, H], [T, K, H]
+    if config.qk_norm == "head":
+        q, key = rms_norm(q, p.q_norm, config), rms_norm(key, p.k_norm, config)
+    elif config.qk_norm == "full":
+        q, key = norm_all_heads(q, p.q_norm, config), norm_all_heads(key, p.k_norm, config)
+    q = q.reshape(t, k * group, h)  # [T, N, H]
+    if kind.rope is not None:
+        interleaved = config.ropes[kind.rope].interleaved
+        q = apply_rope(q, ctx.ropes[kind.rope], interleaved=interleaved)
+        key = apply_rope(key, ctx.ropes[kind.rope], interleaved=interleaved)
     kv = jnp.stack([key, qkv[:, :, group + 1]], axis=2)  # [T, K, 2, H]
     kv_pages = pages.append(kv_pages, kv, ctx.kv_write_index)
     out = paged_attention(
@@ -88,24 +105,91 @@ def attention(
         ctx.kv_lens,
         ctx.prefill_cu_q_lens,
         num_decode_rows=static.num_decode_rows,
-        sm_scale=h**-0.5,
+        sm_scale=h**-0.5 if config.attn_scale is None else config.attn_scale,
+        window=kind.window,
+        softcap=config.attn_softcap,
+        sinks=None if p.sinks is None else p.sinks.reshape(-1),
         implementation=static.attention,
-    )
-    return psum_tensor(linear(out.astype(x.dtype).reshape(t, k * group * h), p.attn_out)), kv_pages
+    )  # [T, N, H]
+    return attention_output(p, out), kv_pages
 
 
-def mlp(p: LayerParams, x: jax.Array) -> jax.Array:
-    """SwiGLU (Shazeer, 2020) of ``x`` [T, D]."""
-    two, f, d = p.gate_up.shape
-    gate, up = jnp.split(linear(x, p.gate_up.reshape(two * f, d)), 2, axis=-1)  # [T, F] each
-    return psum_tensor(linear(jax.nn.silu(gate) * up, p.down))
+def attention_output(p: LayerParams, out: jax.Array) -> jax.Array:
+    """The heads' outputs [T, N, H] through the output matrix: [T, D]."""
+    update = psum_tensor(linear(out.reshape(out.shape[0], -1), p.attn_out))
+    return update if p.attn_out_bias is None else update + p.attn_out_bias
+
+
+def latent_attention(
+    p: LayerParams,
+    kv_pages: jax.Array,
+    x: jax.Array,
+    ctx: AttentionContext,
+    static: StaticContext,
+    kind: LayerKind,
+    mla: MLAConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """As ``attention``, multi-head latent attention (DeepSeek-V2, 2024): queries are taken to the latent's space, so
+    that all heads read the one latent a token has, and their outputs back from it."""
+    config = static.config
+    n, q_dim, _ = p.q_up.shape  # [N, HN + HR, RQ]
+    t, rank = x.shape[0], mla.kv_lora_rank
+    q_in = x if p.q_down is None else rms_norm(linear(x, p.q_down), p.q_down_norm, config)
+    q = linear(q_in, p.q_up.reshape(n * q_dim, -1)).reshape(t, n, q_dim)
+    q, q_rope = jnp.split(q, [mla.qk_nope_head_dim], axis=-1)  # [T, N, HN], [T, N, HR]
+    latent, key_rope = jnp.split(linear(x, p.kv_down), [rank], axis=-1)  # [T, RK], [T, HR]
+    latent, key_rope = rms_norm(latent, p.kv_down_norm, config), key_rope[:, None]
+    if kind.rope is not None:
+        interleaved = config.ropes[kind.rope].interleaved
+        q_rope = apply_rope(q_rope, ctx.ropes[kind.rope], interleaved=interleaved)
+        key_rope = apply_rope(key_rope, ctx.ropes[kind.rope], interleaved=interleaved)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    q = jnp.einsum("tnh,nhr->tnr", q, p.k_up, precision=precision)  # [T, N, RK]
+    kv = jnp.concatenate([latent, key_rope[:, 0]], axis=-1)[:, None, None]  # [T, 1, 1, RK + HR]
+    kv_pages = pages.append(kv_pages, kv, ctx.kv_write_index)
+    out = paged_attention(
+        jnp.concatenate([q, q_rope], axis=-1),
+        kv_pages,
+        ctx.page_table,
+        ctx.kv_lens,
+        ctx.prefill_cu_q_lens,
+        num_decode_rows=static.num_decode_rows,
+        sm_scale=q_dim**-0.5 if config.attn_scale is None else config.attn_scale,
+        window=kind.window,
+        softcap=config.attn_softcap,
+        value_dim=rank,
+        implementation=static.attention,
+    )  # [T, N, RK]
+    out = jnp.einsum("tnr,nvr->tnv", out, p.v_up, precision=precision)  # [T, N, HV]
+    return attention_output(p, out), kv_pages
+
+
+def mlp(p: LayerParams, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Feed-forward block of ``x`` [T, D]: gated (Shazeer, 2020) or plain."""
+    width, f, d = p.gate_up.shape  # [2, F, D], or [1, F, D]
+    bias = None if p.gate_up_bias is None else p.gate_up_bias.reshape(-1)
+    hidden = linear(x, p.gate_up.reshape(width * f, d), bias).reshape(-1, width, f)  # [T, 2, F]
+    update = psum_tensor(linear(activate(hidden, config.activation), p.down))
+    return update if p.down_bias is None else update + p.down_bias
 
 
 def decoder_layer(
-    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext
+    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext, kind: LayerKind
 ) -> tuple[jax.Array, jax.Array]:
-    """One pre-norm layer: ``x`` [T, D] and the layer's pages in, the same out."""
-    eps = static.config.norm_eps
-    update, kv_pages = attention(p, kv_pages, rms_norm(x, p.attn_norm, eps), ctx, static)
-    x = x + update
-    return x + mlp(p, rms_norm(x, p.mlp_norm, eps)), kv_pages
+    """One layer: ``x`` [T, D] and the layer's pages in, the same out."""
+    config = static.config
+
+    def add(x: jax.Array, update: jax.Array, post_norm: jax.Array | None) -> jax.Array:
+        if post_norm is not None:
+            update = norm(update, post_norm, None, config)
+        return x + (update if config.residual_scale == 1 else update * config.residual_scale)
+
+    y = norm(x, p.attn_norm, p.attn_norm_bias, config) if config.pre_norm else x
+    if config.mla is None:
+        update, kv_pages = attention(p, kv_pages, y, ctx, static, kind)
+    else:
+        update, kv_pages = latent_attention(p, kv_pages, y, ctx, static, kind, config.mla)
+    x = add(x, update, p.attn_post_norm)
+    y = norm(x, p.mlp_norm, p.mlp_norm_bias, config) if config.pre_norm else x
+    update = moe.moe(p, y, config, static.grouped_matmul) if kind.is_moe else mlp(p, y, config)
+    return add(x, update, p.mlp_post_norm), kv_pages

@@ -13,6 +13,7 @@ says interleaved. A parameter that a model does not have is None.
 A parameter's name is its path in the tree: ``embed``, ``layers.3.qkv``, ``final_norm``.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -184,6 +185,12 @@ def param_specs(config: ModelConfig) -> Params:
     )
 
 
+def layer_fields(config: ModelConfig, layer: int) -> frozenset[str]:
+    """Names of the parameters that ``layer`` has."""
+    specs = layer_specs(config, layer)
+    return frozenset(f.name for f in dataclasses.fields(specs) if getattr(specs, f.name) is not None)
+
+
 def is_spec(x: Any) -> bool:
     return isinstance(x, ArraySpec)
 
@@ -244,3 +251,7 @@ class TreeSource:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(self._leaves[name][index])
+
+    def array(self, name: str) -> Any:
+        """A whole parameter, as it was given."""
+        return self._leaves[name]

@@ -26,12 +26,22 @@ def parse_mesh(text: str) -> ParallelConfig:
 
 
 def check_mesh(config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises ValueError, with both numbers, where the model does not divide over the mesh."""
-    for name, size, axis, ways in (
-        ("num_layers", config.num_layers, "stage", parallel.stage),
-        ("num_kv_heads", config.num_kv_heads, "tensor", parallel.tensor),
-        ("intermediate_size", config.intermediate_size, "tensor", parallel.tensor),
-    ):
+    """Raises ValueError, with both numbers, where the model does not divide over the mesh.
+
+    Kv heads fewer than ``tensor`` are given to several devices each, which share out their query heads.
+    """
+    sizes = [("num_layers", config.num_layers, "stage", parallel.stage)]
+    if config.mla is not None or parallel.tensor % config.num_kv_heads == 0:
+        sizes.append(("num_heads", config.num_heads, "tensor", parallel.tensor))
+    else:
+        sizes.append(("num_kv_heads", config.num_kv_heads, "tensor", parallel.tensor))
+    if any(not config.is_moe(i) for i in range(config.num_layers)):
+        sizes.append(("intermediate_size", config.intermediate_size, "tensor", parallel.tensor))
+    if config.moe is not None:
+        moe = config.moe
+        sizes.append(("moe.intermediate_size", moe.intermediate_size, "tensor", parallel.tensor))
+        sizes.append(("moe.shared_intermediate_size", moe.shared_intermediate_size, "tensor", parallel.tensor))
+    for name, size, axis, ways in sizes:
         if size % ways:
             raise ValueError(f"{name}={size} is not divisible by {axis}={ways}")
 

@@ -17,6 +17,10 @@ def paged_attention(
     *,
     num_decode_rows: int,
     sm_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    value_dim: int | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of a flat batch of tokens over the pages of their sequences.
@@ -28,26 +32,40 @@ def paged_attention(
 
     Args:
         q: ``[T, N, H]``.
-        kv_pages: ``[NP, K, 2, PS, H]``; K and V of one page and head adjacent. Contents of pages, or parts of pages,
-            that no row reaches may be anything, NaN included.
+        kv_pages: ``[NP, K, 2, PS, H]``; K and V of one page and head adjacent. With ``value_dim`` it is
+            ``[NP, K, 1, PS, H]``. Contents of pages, or parts of pages, that no row reaches may be anything, NaN
+            included.
         page_table: ``[B, MP]`` int32, ``B = BD + BP``; entries beyond a row's length may be any valid page id.
         kv_lens: ``[B]`` int32, keys of each row, this step's included; 0 marks a padding row.
         prefill_cu_q_lens: ``[BP + 1]`` int32, ascending from 0.
         num_decode_rows: BD.
         sm_scale: factor on the scores before the softmax.
+        window: keys that a query sees, its own included, counted back from it (sliding window); None: all.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2); None: they stay.
+        sinks: ``[N]``; a logit of each head that takes part in the softmax and has no value (GPT-OSS); None: no sinks.
+        value_dim: values are the first ``value_dim`` elements of their keys, and pages hold nothing else (the latent of
+            multi-head latent attention, DeepSeek-V2); None: pages hold both.
         implementation: of ``pallas_kernels.dispatch``; None is the reference, which runs everywhere.
 
     Returns:
-        ``[T, N, H]`` in q's dtype; zero for tokens of padding rows and tokens after the last chunk. Accumulated in f32.
+        ``[T, N, H]`` (with ``value_dim`` that instead of H) in q's dtype; zero for tokens of padding rows and tokens
+        after the last chunk. Accumulated in f32.
 
     Raises:
         ValueError: shapes that do not fit each other, with both numbers.
     """
     num_tokens, num_heads, head_dim = q.shape
-    _, num_kv_heads, two, _, kv_head_dim = kv_pages.shape
+    _, num_kv_heads, planes, _, kv_head_dim = kv_pages.shape
     num_rows, num_prefill_rows = page_table.shape[0], prefill_cu_q_lens.shape[0] - 1
-    if two != 2 or kv_head_dim != head_dim:
-        raise ValueError(f"kv_pages {kv_pages.shape} must be [NP, K, 2, PS, H={head_dim}]")
+    want_planes = 2 if value_dim is None else 1
+    if planes != want_planes or kv_head_dim != head_dim:
+        raise ValueError(f"kv_pages {kv_pages.shape} must be [NP, K, {want_planes}, PS, H={head_dim}]")
+    if value_dim is not None and not 0 < value_dim <= head_dim:
+        raise ValueError(f"value_dim={value_dim} must be in 1..{head_dim}, the keys' size")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1: a query sees itself")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks {sinks.shape} must be [N={num_heads}]")
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads {num_heads} are not divisible by kv heads {num_kv_heads}")
     if kv_lens.shape != (num_rows,) or num_decode_rows + num_prefill_rows != num_rows:
@@ -58,5 +76,15 @@ def paged_attention(
     if num_tokens < num_decode_rows or (num_prefill_rows == 0) != (num_tokens == num_decode_rows):
         raise ValueError(f"{num_tokens} tokens, {num_decode_rows} decode rows, {num_prefill_rows} prefill rows")
     return dispatch.choose(_IMPLEMENTATIONS, implementation)(
-        q, kv_pages, page_table, kv_lens, prefill_cu_q_lens, num_decode_rows=num_decode_rows, sm_scale=sm_scale
+        q,
+        kv_pages,
+        page_table,
+        kv_lens,
+        prefill_cu_q_lens,
+        num_decode_rows=num_decode_rows,
+        sm_scale=sm_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        value_dim=value_dim,
     )

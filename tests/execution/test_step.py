@@ -8,7 +8,9 @@ import pytest
 
 from jaxserve.config import CacheConfig, ParallelConfig
 from jaxserve.execution.compile_counter import CompileCounter
-from jaxserve.execution.runner import lower_step, place_params, state_shape
+from jaxserve.execution.placement import place_params
+from jaxserve.execution.runner import lower_step, state_shape
+from jaxserve.model.params import TreeSource
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.step_io import Bucket, StepDims
 from tests import tiny
@@ -20,7 +22,8 @@ def test_the_cache_is_updated_in_place(bucket, parallel):
     mesh = make_mesh(parallel)
     cache = CacheConfig(num_pages=4096, page_size=4)
     dims = StepDims(num_slots=4, max_pages_per_seq=24, num_pages=4096, page_size=4)
-    params = place_params(tiny.params(), tiny.CONFIG, mesh, jnp.dtype("float32"))
+    source = TreeSource(tiny.params(), tiny.CONFIG)
+    params = place_params(source, tiny.CONFIG, tiny.CONFIG, mesh, jnp.dtype("float32"))
     state = state_shape(tiny.CONFIG, cache, dims, mesh, jnp.dtype("float32"))
     compiled = lower_step(tiny.CONFIG, params, state, dims, bucket, mesh).compile()
     analysis = compiled.memory_analysis()
