@@ -43,12 +43,13 @@ ten minutes past nine, far away across the water,"""
 
 LIST = """\
 Things in the drawer of the harbour office, counted on a rainy Tuesday: two brass compasses, one of them cracked; a \
-ball of tarred string; eleven letters in French, unopened; a tide table for 1931; the left glove of a diver; a photograph \
-of a dog called Admiral; 37 Danish coins; a whistle that nobody could hear; three maps of the same island, each with \
-a different name; a jar of green sand; half a ticket for the ferry to Bergen; a key with the number 9; a wooden \
-seal with a ship on it; the rules of a card game that needs five players; a recipe for fish soup, in pencil; and a \
-note that said, in four words, what the keepers had written every month. The clerk copied the list into his own book, \
-and put everything back in the order in which he had found it. Then he read, from the first page:
+ball of tarred string; eleven letters in French, unopened; a tide table for 1931; the left glove of a diver; a \
+photograph of a dog called Admiral; 37 Danish coins; a whistle that nobody could hear; three maps of the same \
+island, each with a different name; a jar of green sand; half a ticket for the ferry to Bergen; a key with the \
+number 9; a wooden seal with a ship on it; the rules of a card game that needs five players; a recipe for fish \
+soup, in pencil; and a note that said, in four words, what the keepers had written every month. The clerk copied \
+the list into his own book, and put everything back in the order in which he had found it. Then he read, from the \
+first page:
 
 """
 

@@ -1,5 +1,6 @@
 """What a checkpoint is, in numbers: read from its header alone, without jax."""
 
+import math
 from dataclasses import dataclass
 
 from jaxserve.checkpoint.gguf import GGUFCheckpoint
@@ -13,7 +14,7 @@ class CheckpointInfo:
     path: str
     architecture: str
     license: str | None
-    num_params: int  # elements of all parameters; a tied embedding counts once
+    num_params: int  # elements of all tensors; a tied embedding counts once
     num_bytes: int  # of the file
     tensor_bytes: dict[str, int]  # by ggml tensor type, most first
     kv_bytes_per_token_f32: int
@@ -32,7 +33,7 @@ def checkpoint_info(checkpoint: GGUFCheckpoint) -> CheckpointInfo:
         path=str(checkpoint.path),
         architecture=checkpoint.architecture,
         license=checkpoint.license,
-        num_params=checkpoint.num_params,
+        num_params=sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
         num_bytes=checkpoint.num_bytes,
         tensor_bytes=checkpoint.tensor_types(),
         kv_bytes_per_token_f32=config.kv_bytes_per_token(4),
