@@ -7,7 +7,8 @@ Runs where transformers, torch, gguf and accelerate are installed and shares no 
 
 Generation never stops at end-of-sequence. Each new token is recorded with the gap between the two best
 log-probabilities: where it is small, another precision may rightly choose the other token. Every step is computed
-twice, with a KV cache one token at a time and without one in a single pass; they must agree.
+twice, with a KV cache one token at a time and without one in a single pass; they must agree. Chat prompts are left out
+for a model without a chat template; ``--new-tokens`` bounds what is generated for each prompt.
 """
 
 import argparse
@@ -40,6 +41,18 @@ Greenland. So on the ninth of January she borrowed a boat, a flask of tea and a 
 rock before dark. The door was not locked. She climbed the stairs, sat down beside the dead lamp, and waited. At \
 ten minutes past nine, far away across the water,"""
 
+LIST = """\
+Things in the drawer of the harbour office, counted on a rainy Tuesday: two brass compasses, one of them cracked; a \
+ball of tarred string; eleven letters in French, unopened; a tide table for 1931; the left glove of a diver; a \
+photograph of a dog called Admiral; 37 Danish coins; a whistle that nobody could hear; three maps of the same \
+island, each with a different name; a jar of green sand; half a ticket for the ferry to Bergen; a key with the \
+number 9; a wooden seal with a ship on it; the rules of a card game that needs five players; a recipe for fish \
+soup, in pencil; and a note that said, in four words, what the keepers had written every month. The clerk copied \
+the list into his own book, and put everything back in the order in which he had found it. Then he read, from the \
+first page:
+
+"""
+
 CODE = '''import heapq
 
 
@@ -68,6 +81,7 @@ PROMPTS: dict[str, tuple[Prompt, int]] = {  # name -> prompt, new tokens
     "raw_digits": ("3.14159 26535 89793\n1024 * 768 = 786432\n2048 * 2 =", 64),
     "raw_long": (LONG, 96),
     "raw_one_token": ("The", 128),
+    "raw_longer_than_a_window": (CODE + LIST + LONG, 96),  # Gemma 3 sees 512 tokens in most layers
 }
 
 
@@ -100,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("gguf", type=Path, help="model file")
     parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_argument("--new-tokens", type=int, default=256, help="at most this many for each prompt")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; spare cores help little at batch 1")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -108,13 +123,15 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.gguf.parent, gguf_file=args.gguf.name, dtype=torch.float32)
     model.eval()
     prompts = []
-    for name, (prompt, num_new) in PROMPTS.items():
-        text = (
-            prompt
-            if isinstance(prompt, str)
-            else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        )
-        prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+    for name, (prompt, most_new) in PROMPTS.items():
+        num_new = min(most_new, args.new_tokens)
+        if isinstance(prompt, str):  # with the beginning-of-sequence token of a model that has one
+            text, prompt_ids = prompt, tokenizer(prompt).input_ids
+        elif tokenizer.chat_template is None:
+            continue
+        else:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
         new_ids, gaps = greedy(model, prompt_ids, num_new)
         check_uncached(model, prompt_ids, new_ids)
         print(f"{name}: {len(prompt_ids)} + {num_new} tokens, smallest gap {min(gaps):.4f}", flush=True)

@@ -15,14 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.families import layer_tensor
-from jaxserve.checkpoint.gguf_config import check_tensors, read_config, read_family
+from jaxserve.checkpoint.gguf_config import read_config, read_family, read_layout
 from jaxserve.checkpoint.gguf_header import BlockType, TensorInfo, read_header
+from jaxserve.checkpoint.gguf_layout import Piece, param_shape
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
-    from jaxserve.model.params import LayerParams, Params
+    from jaxserve.model.params import Params
+
+CHUNK_ELEMENTS = 2**18  # dequantized at once: temporaries stay in the cache, and small beside a tensor
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}  # metadata key after "general.sampling." -> field of ``SamplingParams``
 
 
 class GGUFCheckpoint:
@@ -35,8 +44,9 @@ class GGUFCheckpoint:
         model_name: ``general.name``, else the file's name.
         license: ``general.license`` or None.
         num_bytes: size of the file.
-        num_params: elements of all tensors.
-        sampling_defaults: none, the format has no place for them.
+        num_params: elements of all parameters; a tied embedding counts once.
+        sampling_defaults: fields of ``SamplingParams`` that ``general.sampling.*`` recommends; samplers without a
+            field there are left out.
         metadata: every key of the file.
         tensors: every tensor's place, type and row-major shape.
 
@@ -46,24 +56,25 @@ class GGUFCheckpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        block_types = _block_types(self.path)
+        self._block_types = _block_types(self.path)
         self._data: np.ndarray | None = _map_file(self.path)
         self.num_bytes = self._data.size
         try:
-            header = read_header(memoryview(self._data), block_types)  # type: ignore[arg-type]
+            header = read_header(memoryview(self._data), self._block_types)  # type: ignore[arg-type]
             self.metadata: dict[str, Any] = header.metadata
             self.tensors: dict[str, TensorInfo] = header.tensors
-            self._family = read_family(header)
-            self.config = read_config(self._family, header)
-            check_tensors(self._family, self.config, header)
+            family = read_family(header)
+            self.config = read_config(family, header, lambda name: self.load_tensor(name).ravel())
+            self._layout = read_layout(family, self.config, header)
         except CheckpointError as e:
             self.close()
-            raise CheckpointError(f"{self.path}: {e}") from None
-        self.architecture = self._family.architecture
+            text = str(e)
+            raise CheckpointError(text if text.startswith(f"{self.path}: ") else f"{self.path}: {text}") from None
+        self.architecture = family.architecture
+        self.num_params = sum(math.prod(p.shape) for pieces in self._layout.values() for p in pieces)
+        self.sampling_defaults = _sampling_defaults(self.metadata)
         self.model_name = _text(self.metadata, "general.name") or self.path.stem
         self.license = _text(self.metadata, "general.license")
-        self.num_params = sum(math.prod(t.shape) for t in self.tensors.values())
-        self.sampling_defaults: dict[str, Any] = {}
 
     def __enter__(self) -> "GGUFCheckpoint":
         return self
@@ -97,68 +108,114 @@ class GGUFCheckpoint:
 
     def load_tensor(self, name: str) -> np.ndarray:
         """One tensor, dequantized: float32 in the file's row order, maybe a read-only view of the mapped file."""
-        import gguf
+        return self._dequantize(self.tensors[name], self._raw_rows(self.tensors[name])).reshape(
+            self.tensors[name].shape
+        )
 
-        tensor = self.tensors[name]
-        if self._data is None:
-            raise CheckpointError(f"{self.path} is closed")
-        raw = self._data[tensor.start : tensor.start + tensor.num_bytes].reshape(*tensor.shape[:-1], -1)
-        try:
-            with np.errstate(all="ignore"):  # a block scale may be inf or NaN: the values say so
-                values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.type_id))
-        except NotImplementedError:
-            raise CheckpointError(f"{self.path}: tensor {name!r} of type {tensor.type_name} cannot be read") from None
-        return values.reshape(tensor.shape)
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part ``index`` (one slice with a start and a stop for each axis) of parameter ``name``, in float32; maybe a
+        read-only view of the mapped file. Dequantizes the rows of that part alone, and of them the blocks that it
+        meets. Threads may call it at once.
+
+        Raises:
+            CheckpointError: no such parameter, the file is closed, or its tensor is of a type that cannot be read.
+        """
+        if name not in self._layout:
+            raise CheckpointError(f"{self.path}: no parameter {name!r}")
+        pieces = self._layout[name]
+        shape = param_shape(pieces)
+        if len(index) != len(shape):
+            raise CheckpointError(f"{self.path}: parameter {name!r} of shape {shape} read with {len(index)} slices")
+        box = [range(n)[s] for n, s in zip(shape, index)]
+        out = np.empty([len(r) for r in box], np.float32)  # costs no memory until it is written
+        for piece in pieces:
+            part = [_overlap(r, at, n) for r, at, n in zip(box, piece.start, piece.shape)]
+            if not all(part):
+                continue
+            values = self._read_piece(piece, [range(r.start - at, r.stop - at) for r, at in zip(part, piece.start)])
+            if part == box:
+                return values
+            out[tuple(slice(r.start - b.start, r.stop - b.start) for r, b in zip(part, box))] = values
+        return out
 
     def load_params(
         self, dtype: npt.DTypeLike = np.float32, on_tensor: Callable[[int, int], None] | None = None
     ) -> "Params":
         """The parameter tree in the canonical layout of ``model.params``: numpy arrays of ``dtype``.
 
-        ``on_tensor(done, total)`` is called after each tensor of the file.
+        ``on_tensor(done, total)`` is called after each parameter.
         """
-        from jaxserve.model.params import LayerParams, Params
+        import jax
 
-        family, config, total, done = self._family, self.config, len(self.tensors), 0
-        per_kv_head = (config.num_kv_heads, -1, config.head_dim, config.hidden_size)  # [K, heads of one kv head, H, D]
+        from jaxserve.model.params import is_spec, named_leaves, param_specs
 
-        def load(name: str) -> np.ndarray:
-            nonlocal done
-            values = np.array(self.load_tensor(name), dtype)
-            done += 1
+        specs = param_specs(self.config)
+        named = list(named_leaves(specs))
+
+        def load(done: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+            values = np.array(self.read(name, tuple(slice(0, n) for n in shape)), dtype)
             if on_tensor is not None:
-                on_tensor(done, total)
+                on_tensor(done + 1, len(named))
             return values
 
-        def load_layer(i: int) -> "LayerParams":
-            tensors = {parameter: load(layer_tensor(family, i, parameter)) for parameter in family.layer}
-            if family.interleaved_rope:
-                for parameter in ("q", "k"):
-                    tensors[parameter] = half_split_rows(tensors[parameter], config.head_dim)
-            return LayerParams(
-                attn_norm=tensors["attn_norm"],
-                qkv=np.concatenate([tensors[parameter].reshape(per_kv_head) for parameter in "qkv"], axis=1),
-                attn_out=tensors["attn_out"],
-                mlp_norm=tensors["mlp_norm"],
-                gate_up=np.stack([tensors["gate"], tensors["up"]]),
-                down=tensors["down"],
-            )
+        leaves = [load(i, name, spec.shape) for i, (name, spec) in enumerate(named)]
+        return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
 
-        return Params(
-            embed=load(family.top["embed"]),
-            layers=tuple(load_layer(i) for i in range(config.num_layers)),
-            final_norm=load(family.top["final_norm"]),
-            head=None if config.tie_word_embeddings else load(family.top["head"]),
-        )
+    def _raw_rows(self, tensor: TensorInfo) -> np.ndarray:
+        """A tensor's rows as they are stored: ``[rows, bytes of a row]`` u8."""
+        data = self._data
+        if data is None:
+            raise CheckpointError(f"{self.path} is closed")
+        return data[tensor.start : tensor.start + tensor.num_bytes].reshape(math.prod(tensor.shape[:-1]), -1)
+
+    def _dequantize(self, tensor: TensorInfo, raw: np.ndarray) -> np.ndarray:
+        """Whole blocks of ``tensor``: ``[rows, bytes]`` u8 to ``[rows, elements]`` f32, a view if it is f32 already."""
+        import gguf
+
+        kind, block = gguf.GGMLQuantizationType(tensor.type_id), self._block_types[tensor.type_id]
+        if kind == gguf.GGMLQuantizationType.F32:
+            return raw.view(np.float32)
+        stored, step = raw.reshape(-1, block.num_bytes), max(1, CHUNK_ELEMENTS // block.block_size)
+        values = np.empty((len(stored), block.block_size), np.float32)
+        try:
+            with np.errstate(all="ignore"):  # a block scale may be inf or NaN: the values say so
+                for i in range(0, len(stored), step):  # gguf itself goes 16 rows at a time, too few of narrow ones
+                    chunk = gguf.quants.dequantize(stored[i : i + step].reshape(1, -1), kind)
+                    values[i : i + step] = chunk.reshape(-1, block.block_size)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self.path}: tensor {tensor.name!r} of type {tensor.type_name} cannot be read"
+            ) from None
+        return values.reshape(len(raw), -1)
+
+    def _read_piece(self, piece: Piece, part: list[range]) -> np.ndarray:
+        """Part ``part`` of a piece's box."""
+        tensor, axis = self.tensors[piece.tensor], piece.interleaved_axis
+        raw = self._raw_rows(tensor)
+        coordinates = [np.arange(r.start, r.stop) for r in part]
+        if axis is not None:
+            half = piece.shape[axis] // 2
+            coordinates[axis] = coordinates[axis] % half * 2 + coordinates[axis] // half
+        if len(tensor.shape) == 1:  # its blocks run across the parameter's axes: small, so all of it
+            values = self._dequantize(tensor, raw).ravel()[piece.first_row :][: math.prod(piece.shape)]
+            return values.reshape(piece.shape)[np.ix_(*coordinates)]
+        rows = np.ravel_multi_index(np.ix_(*coordinates[:-1]), piece.shape[:-1]).ravel() + piece.first_row
+        block = self._block_types[tensor.type_id]
+        first = part[-1].start // block.block_size
+        last = -(-part[-1].stop // block.block_size)
+        columns = slice(first * block.num_bytes, last * block.num_bytes)
+        if len(rows) and axis is None and rows[-1] - rows[0] + 1 == len(rows):  # ascending, so without a gap
+            raw = raw[rows[0] : rows[-1] + 1, columns]
+        else:
+            raw = raw[rows, columns]
+        offset = first * block.block_size
+        values = self._dequantize(tensor, raw)[:, part[-1].start - offset : part[-1].stop - offset]
+        return values.reshape([len(r) for r in part])
 
 
-def half_split_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows ``[heads * H, D]`` with rotary pairs (2i, 2i + 1) in each head, reordered to pairs (i, i + H/2).
-
-    GGUF stores llama-architecture q and k for ggml's interleaved rotary convention; this undoes it.
-    """
-    d = rows.shape[-1]
-    return rows.reshape(-1, head_dim // 2, 2, d).swapaxes(1, 2).reshape(-1, d)
+def _overlap(part: range, start: int, size: int) -> range:
+    """Where ``part`` meets ``size`` indices from ``start``; empty where they do not."""
+    return range(max(part.start, start), min(part.stop, start + size))
 
 
 def _block_types(path: Path) -> dict[int, BlockType]:
@@ -179,6 +236,11 @@ def _map_file(path: Path) -> np.ndarray:
         return np.memmap(path, np.uint8, mode="r")
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from None
+
+
+def _sampling_defaults(metadata: dict[str, Any]) -> dict[str, Any]:
+    values = {name: metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
+    return {name: value for name, value in values.items() if type(value) in (int, float)}
 
 
 def _text(metadata: dict[str, Any], key: str) -> str | None:

@@ -1,14 +1,57 @@
 """From a GGUF header to a ``ModelConfig``: every key of the architecture and every tensor is understood or refused."""
 
-import math
+from collections.abc import Callable
 from typing import Any
 
-from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.families import FAMILIES, OUTPUT, GGUFFamily, expected_shapes
-from jaxserve.checkpoint.gguf_header import GGUFHeader
-from jaxserve.config import ModelConfig, RopeConfig
+import numpy as np
 
-ROPE_FREQS = "rope_freqs.weight"
+from jaxserve.checkpoint.errors import CheckpointError
+from jaxserve.checkpoint.gguf_families import FAMILIES, OPTIONAL, TOP_TENSORS, GGUFFamily
+from jaxserve.checkpoint.gguf_header import GGUFHeader
+from jaxserve.checkpoint.gguf_keys import Keys, is_one_of, shown
+from jaxserve.checkpoint.gguf_layout import Piece, layout
+from jaxserve.checkpoint.gguf_rope import ROPE_KEYS, ROPE_TENSORS, read_ropes
+from jaxserve.config import ModelConfig, MoEConfig
+
+SIZES = {
+    "block_count": "num_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_heads",
+    "attention.head_count_kv": "num_kv_heads",
+    "vocab_size": "vocab_size",
+}  # metadata key, after the architecture's name -> integer field of ``ModelConfig``
+
+NORM_EPS = {"rms": "attention.layer_norm_rms_epsilon", "layer": "attention.layer_norm_epsilon"}
+SCALES = {
+    "attn_logit_softcapping": "attn_softcap",
+    "final_logit_softcapping": "logit_softcap",
+    "attention.scale": "attn_scale",
+    "embedding_scale": "embed_scale",
+    "residual_scale": "residual_scale",
+    "logit_scale": "logit_scale",  # divides
+}  # metadata key -> float field of ``ModelConfig``; 0 or absent leaves the field's default
+SCORINGS = {1: "softmax", 2: "sigmoid", 3: "softmax_topk"}  # expert_gating_func
+
+OTHER_KEYS = {"attention.key_length", "attention.value_length"}
+WINDOW_KEYS = {"attention.sliding_window", "attention.sliding_window_pattern"}
+MOE_KEYS = {
+    "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length",
+    "expert_shared_count", "expert_weights_scale", "expert_weights_norm", "expert_gating_func", "expert_group_count",
+    "expert_group_used_count", "leading_dense_block_count", "nextn_predict_layers",
+}  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),  # of a family without experts
+    "expert_used_count": (0,),
+    "attention.sliding_window": (0,),  # of a family without windows
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),  # what interleaved q and k rows were once called
+    "interleave_moe_layer_step": (1,),
+}  # keys whose given values change nothing; any other value is refused by name
 
 
 def read_family(header: GGUFHeader) -> GGUFFamily:
@@ -18,92 +61,164 @@ def read_family(header: GGUFHeader) -> GGUFFamily:
     if not isinstance(architecture, str):
         raise CheckpointError("metadata 'general.architecture' is missing")
     if architecture not in FAMILIES:
-        raise CheckpointError(f"architecture {architecture!r} is not supported, only {', '.join(FAMILIES)}")
+        raise CheckpointError(f"architecture {shown(architecture)} is not supported, only {', '.join(FAMILIES)}")
     if metadata.get("general.type", "model") != "model":
-        raise CheckpointError(f"general.type={_shown(metadata['general.type'])} is not a model")
+        raise CheckpointError(f"general.type={shown(metadata['general.type'])} is not a model")
     if metadata.get("split.count", 1) not in (0, 1):
-        raise CheckpointError(f"split.count={_shown(metadata['split.count'])}: join the parts into one file first")
+        raise CheckpointError(f"split.count={shown(metadata['split.count'])}: join the parts into one file first")
     return FAMILIES[architecture]
 
 
-def read_config(family: GGUFFamily, header: GGUFHeader) -> ModelConfig:
-    """The config of the metadata; a key that is unknown, or that asks for what is not implemented, is refused."""
-    prefix = f"{family.architecture}."
-    keys = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
-    for key, value in keys.items():
-        known = key in family.neutral or key in family.sizes or key in family.numbers or key in family.head_dim_keys
-        if not known or (key in family.neutral and not _is_one_of(value, family.neutral[key])):
-            raise CheckpointError(f"metadata {prefix + key!r}={_shown(value)} is not supported")
+def read_config(family: GGUFFamily, header: GGUFHeader, read_vector: Callable[[str], np.ndarray]) -> ModelConfig:
+    """The config of the metadata; a key that is unknown, or that asks for what is not implemented, is refused.
 
-    def size(key: str, default: int | None = None) -> int:
-        value = keys.get(key, default)
-        if value is None:
-            raise CheckpointError(f"metadata {prefix}{key} is missing")
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"metadata {prefix}{key}={_shown(value)} must be a positive integer")
-        return value
-
-    def number(key: str, default: float | None) -> float:
-        value = keys.get(key, default)
-        if value is None:
-            raise CheckpointError(f"metadata {prefix}{key} is missing")
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise CheckpointError(f"metadata {prefix}{key}={_shown(value)} must be a positive number")
-        return float(value)
-
-    embedding = header.tensors.get(family.top["embed"])
+    ``read_vector(name)`` gives the values of a tensor: factors of rotary frequencies are part of the config.
+    """
+    keys, tensors = Keys(family.architecture, header.metadata), header.tensors
+    _check_keys(family, keys)
+    embedding = tensors.get(TOP_TENSORS["embed"])
     if embedding is None:
-        raise CheckpointError(f"tensor {family.top['embed']!r} is missing")
-    defaults = {"vocab_size": embedding.shape[0], "attention.head_count_kv": keys.get("attention.head_count")}
-    sizes = {field: size(key, defaults.get(key)) for key, field in family.sizes.items()}
-    numbers = {field: number(key, family.default_numbers.get(key)) for key, field in family.numbers.items()}
-    head_dim = size(family.head_dim_keys[0], sizes["hidden_size"] // sizes["num_heads"])
-    for key in family.head_dim_keys:
-        if size(key, head_dim) != head_dim:
-            raise CheckpointError(f"metadata {prefix}{key}={keys[key]} differs from the head dimension {head_dim}")
-    values: dict[str, Any] = {**sizes, **numbers}
-    values["ropes"] = (RopeConfig(theta=values.pop("rope_theta")),)
+        raise CheckpointError(f"tensor {TOP_TENSORS['embed']!r} is missing")
+    defaults = {"vocab_size": embedding.shape[0], "attention.head_count_kv": keys.values.get("attention.head_count")}
+    sizes = {name: keys.size(key, defaults.get(key)) for key, name in SIZES.items()}
+    for key in ("block_count", "expert_count"):  # every one has a tensor: nothing is made for more than there are
+        if keys.values.get(key, 0) > len(tensors):
+            keys.refuse(key, f"cannot be: the file has only {len(tensors)} tensors")
+    nextn = keys.size("nextn_predict_layers", 0, least=0)  # layers that draft tokens: not part of the decoder
+    sizes["num_layers"] -= nextn
+    head_dim = keys.size("attention.key_length", sizes["hidden_size"] // sizes["num_heads"])
+    if keys.size("attention.value_length", head_dim) != head_dim:
+        keys.refuse("attention.value_length", f"differs from the head dimension {head_dim}")
+    fields: dict[str, Any] = {
+        **sizes,
+        **family.flags,
+        **_optional_flags(family, header),
+        **_scales(family, keys, sizes),
+    }
+    windows = _windows(family, keys, sizes["num_layers"])
+    if fields.get("ropes") != ():
+        fields["ropes"], fields["layer_ropes"] = read_ropes(
+            family, keys, header, read_vector, head_dim, sizes["max_position_embeddings"], windows
+        )
+    fields["moe"], fields["moe_layers"] = _moe(family, keys, sizes)
+    fields["norm_eps"] = keys.number(NORM_EPS[fields.get("norm", "rms")])
     try:
         return ModelConfig(
             family=family.family,
             head_dim=head_dim,
-            tie_word_embeddings=OUTPUT not in header.tensors,
+            tie_word_embeddings=TOP_TENSORS["head"] not in tensors,
             eos_token_ids=_eos_token_ids(header.metadata),
-            **values,
+            layer_windows=windows if any(windows) else (),
+            **fields,
         )
     except ValueError as e:
         raise CheckpointError(str(e)) from None
 
 
-def check_tensors(family: GGUFFamily, config: ModelConfig, header: GGUFHeader) -> None:
-    """Raises CheckpointError naming the first tensor that is missing, misshapen (with both shapes) or unknown."""
-    tensors = header.tensors
-    if ROPE_FREQS in tensors:
-        raise CheckpointError(f"tensor {ROPE_FREQS!r}: scaled rotary frequencies are not supported")
-    expected = set()
-    for name, shape in expected_shapes(family, config):
-        if name not in tensors:
-            raise CheckpointError(f"tensor {name!r} is missing, expected shape {shape}")
-        if tensors[name].shape != shape:
-            raise CheckpointError(f"tensor {name!r} has shape {tensors[name].shape}, expected {shape}")
-        expected.add(name)
+def read_layout(family: GGUFFamily, config: ModelConfig, header: GGUFHeader) -> dict[str, tuple[Piece, ...]]:
+    """Every parameter's place in the tensors.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, misshapen (with both shapes) or unknown.
+    """
+    tensors, places, expected = header.tensors, {}, set()
+    for parameter, pieces in layout(family, config, tensors):
+        for piece in pieces:
+            if piece.tensor not in tensors:
+                raise CheckpointError(f"tensor {piece.tensor!r} is missing, expected shape {piece.tensor_shape}")
+            if tensors[piece.tensor].shape != piece.tensor_shape:
+                raise CheckpointError(
+                    f"tensor {piece.tensor!r} has shape {tensors[piece.tensor].shape}, expected {piece.tensor_shape}"
+                )
+            expected.add(piece.tensor)
+        places[parameter] = pieces
+    nextn = header.metadata.get(f"{family.architecture}.nextn_predict_layers", 0)
+    unused = tuple(f"blk.{config.num_layers + i}." for i in range(nextn))
     for name, tensor in tensors.items():
-        if name not in expected:
-            raise CheckpointError(f"tensor {name!r} of shape {tensor.shape} is not one of a {family.family} model")
+        if name not in expected and name not in ROPE_TENSORS and not name.startswith(unused):
+            raise CheckpointError(
+                f"tensor {name!r} of shape {tensor.shape} is not one of this {family.architecture} model"
+            )
+    return places
+
+
+def _check_keys(family: GGUFFamily, keys: Keys) -> None:
+    known = {*SIZES, *SCALES, NORM_EPS[family.flags.get("norm", "rms")], *OTHER_KEYS}
+    known |= set() if family.flags.get("ropes") == () else ROPE_KEYS
+    known |= set() if family.full_every is None else WINDOW_KEYS
+    known |= MOE_KEYS if family.moe else set()
+    for key, value in keys.values.items():
+        if key not in known and not is_one_of(value, NEUTRAL.get(key, ())):
+            raise CheckpointError(f"metadata {keys.prefix + key!r}={shown(value)} is not supported")
+
+
+def _optional_flags(family: GGUFFamily, header: GGUFHeader) -> dict[str, Any]:
+    return {flag: OPTIONAL[flag][1] for flag in family.optional if f"blk.0.{OPTIONAL[flag][0]}" in header.tensors}
+
+
+def _scales(family: GGUFFamily, keys: Keys, sizes: dict[str, int]) -> dict[str, float]:
+    scales: dict[str, float] = {}
+    if family.scaled_embedding:
+        scales["embed_scale"] = sizes["hidden_size"] ** 0.5
+    if sizes["num_layers"] == family.width_scaled_layers:
+        scales["attn_scale"] = (sizes["hidden_size"] // sizes["num_heads"]) ** -0.5
+    for key, name in SCALES.items():
+        if value := keys.number(key, 0.0, zero=True):
+            scales[name] = 1 / value if name == "logit_scale" else value
+    return scales
+
+
+def _windows(family: GGUFFamily, keys: Keys, num_layers: int) -> tuple[int | None, ...]:
+    """The window of each layer: by ``attention.sliding_window_pattern`` (a period, or a flag a layer), else the
+    family's period."""
+    window = keys.size("attention.sliding_window", family.window or 0, least=0)
+    pattern = keys.values.get("attention.sliding_window_pattern", family.full_every)
+    if not window or pattern is None:
+        return (None,) * num_layers
+    if isinstance(pattern, np.ndarray) and pattern.dtype == bool:
+        if len(pattern) != num_layers:
+            keys.refuse("attention.sliding_window_pattern", f"does not have num_layers={num_layers} entries")
+        has_window = pattern.tolist()
+    else:
+        period = keys.size("attention.sliding_window_pattern", family.full_every, least=0)
+        has_window = [not period or i % period < period - 1 for i in range(num_layers)]
+    return tuple(window if has else None for has in has_window)
+
+
+def _moe(family: GGUFFamily, keys: Keys, sizes: dict[str, int]) -> tuple[MoEConfig | None, tuple[bool, ...]]:
+    num_experts = keys.size("expert_count", 0, least=0)
+    if not family.moe or not num_experts:
+        return None, ()
+    values: dict[str, Any] = {"routed_scaling_factor": keys.number("expert_weights_scale", 0.0, zero=True) or 1.0}
+    if "expert_weights_norm" in keys.values:
+        values["norm_topk_prob"] = keys.flag("expert_weights_norm", False)
+    if keys.values.get("expert_gating_func"):
+        scoring = keys.values["expert_gating_func"]
+        if not isinstance(scoring, int) or scoring not in SCORINGS:
+            keys.refuse("expert_gating_func", f"must be one of {', '.join(map(str, SCORINGS))}")
+        values["scoring"] = SCORINGS[scoring]
+    width = keys.size("expert_feed_forward_length", sizes["intermediate_size"] if family.expert_ffn_is_ffn else None)
+    shared = keys.size("expert_shared_feed_forward_length", 0, least=0)
+    if not shared:
+        shared = width * keys.size("expert_shared_count", 0, least=0)
+    groups = keys.size("expert_group_count", 1, least=0) or 1
+    dense = keys.size("leading_dense_block_count", 0, least=0)
+    moe = MoEConfig(
+        num_experts=num_experts,
+        num_experts_per_tok=keys.size("expert_used_count"),
+        intermediate_size=width,
+        shared_intermediate_size=shared,
+        num_groups=groups,
+        topk_group=keys.size("expert_group_used_count", groups, least=0) or groups,
+        **{**family.moe, **values},
+    )
+    if moe.num_experts_per_tok > num_experts:
+        keys.refuse("expert_used_count", f"is more than expert_count={num_experts}")
+    return moe, tuple(i >= dense for i in range(sizes["num_layers"])) if dense else ()
 
 
 def _eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
     ids = [metadata[k] for k in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if k in metadata]
     if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"end-of-sequence ids {_shown(ids)} are not integers")
+        raise CheckpointError(f"end-of-sequence ids {shown(ids)} are not integers")
     return tuple(dict.fromkeys(ids))
-
-
-def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    return isinstance(value, (bool, int, float, str)) and value in allowed
-
-
-def _shown(value: Any) -> str:
-    """A metadata value in an error message: one short line."""
-    text = repr(value) if isinstance(value, (bool, int, float, str)) else f"<array of {len(value)}>"
-    return text if len(text) <= 60 else text[:57] + "..."

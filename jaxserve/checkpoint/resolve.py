@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxserve.checkpoint.errors import CheckpointError
+from jaxserve.checkpoint.packaged import SPLIT_MODELS, locate_split
 
 
 class PackagedModel(NamedTuple):
@@ -36,8 +37,11 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """
     if isinstance(name_or_path, str) and name_or_path in MODELS:
         return _locate(name_or_path, MODELS[name_or_path])
+    if isinstance(name_or_path, str) and name_or_path in SPLIT_MODELS:
+        return locate_split(name_or_path)
     shown = repr(str(name_or_path) if len(str(name_or_path)) <= 200 else f"{str(name_or_path)[:200]}...")
-    unknown = CheckpointError(f"no model {shown}: neither a file nor a folder; known names: {', '.join(MODELS)}")
+    names = ", ".join([*MODELS, *SPLIT_MODELS])
+    unknown = CheckpointError(f"no model {shown}: neither a file nor a folder; known names: {names}")
     if not str(name_or_path):
         raise unknown
     try:

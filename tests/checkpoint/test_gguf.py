@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve.checkpoint import CheckpointError, GGUFCheckpoint, checkpoint_info
 from jaxserve.config import ModelConfig, RopeConfig
-from jaxserve.model.params import check_params
+from jaxserve.model.params import check_params, named_leaves
 from tests.checkpoint.tiny_gguf import LAYERS, D, F, H, K, N, V, weights, write
 
 
@@ -68,7 +68,8 @@ def test_params_have_the_canonical_layout(tmp_path, tied):
         params = checkpoint.load_params(on_tensor=lambda done, total: calls.append((done, total)))
         config = checkpoint.config
     check_params(params, config)
-    assert calls == [(i + 1, len(given)) for i in range(len(given))]
+    num_params = len(list(named_leaves(params)))
+    assert calls == [(i + 1, num_params) for i in range(num_params)]
     assert config.tie_word_embeddings == tied
     np.testing.assert_array_equal(params.embed, given["token_embd.weight"])
     np.testing.assert_array_equal(params.final_norm, given["output_norm.weight"])
@@ -89,20 +90,6 @@ def test_params_have_the_canonical_layout(tmp_path, tied):
         np.testing.assert_array_equal(layer.down, blk["ffn_down"])
         np.testing.assert_array_equal(layer.attn_norm, blk["attn_norm"])
         np.testing.assert_array_equal(layer.mlp_norm, blk["ffn_norm"])
-
-
-QUANTIZED = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-
-
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_every_type_that_gguf_writes_is_dequantized(tmp_path, kind):
-    given, kind = weights(), gguf.GGMLQuantizationType[kind]
-    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", types={n: kind for n, a in given.items() if a.ndim == 2}))
-    for name, array in given.items():
-        quantized = array.ndim == 2
-        expected = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind) if quantized else array
-        np.testing.assert_array_equal(checkpoint.load_tensor(name), expected)
-    assert set(checkpoint.tensor_types()) == {kind.name, "F32"}
 
 
 def test_params_come_in_the_dtype_asked_for(tiny_file):
@@ -155,22 +142,24 @@ def test_the_header_says_what_gguf_s_own_reader_says(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "metadata 'llama.rope.scaling.type'='yarn' is not supported"),
-        ({"llama.rope.scaling.factor": 8.0}, "metadata 'llama.rope.scaling.factor'=8.0 is not supported"),
-        ({"llama.expert_count": 8}, "metadata 'llama.expert_count'=8 is not supported"),
-        ({"llama.attention.sliding_window": 512}, "metadata 'llama.attention.sliding_window'=512 is not supported"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.original_context_length is missing"),
+        ({"llama.rope.scaling.type": 4}, "metadata llama.rope.scaling.type=4 is not supported, only none, linear"),
+        ({"llama.rope.scaling.factor": -8.0}, "llama.rope.scaling.factor=-8.0 must be a positive number"),
+        ({"llama.attention.clamp_kqv": 8.0}, "metadata 'llama.attention.clamp_kqv'=8.0 is not supported"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 2}, "'blk.0.ffn_gate_inp.weight' is missing"),
+        ({"llama.attention.sliding_window": 8.5}, "sliding_window=8.5 must be an integer of at least 0"),
         ({"llama.attention.head_count": [4, 4]}, r"head_count=<array of 2> must be a positive integer"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": 0}, "llama.block_count=0 must be a positive integer"),
         ({"llama.block_count": 3}, r"tensor 'blk.2.attn_norm.weight' is missing, expected shape \(32,\)"),
-        ({"llama.block_count": 2**32 - 1}, "tensor 'blk.2.attn_norm.weight' is missing"),
-        ({"llama.block_count": 1}, r"tensor 'blk.1.attn_norm.weight' of shape \(32,\) is not one of a llama model"),
-        ({"llama.embedding_length": 64}, "head dimension 16"),
+        ({"llama.block_count": 2**32 - 1}, "block_count=4294967295 cannot be: the file has only 20 tensors"),
+        ({"llama.block_count": 1}, r"tensor 'blk.1.attn_norm.weight' of shape \(32,\) is not one of this llama model"),
+        ({"llama.embedding_length": 64}, "rope.dimension_count=8 is not 16, the head dimension"),
         ({"llama.feed_forward_length": 48}, r"'blk.0.ffn_gate.weight' has shape \(32, 32\), expected \(48, 32\)"),
         ({"llama.vocab_size": 300}, r"'token_embd.weight' has shape \(266, 32\), expected \(300, 32\)"),
         ({"llama.attention.head_count_kv": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
-        ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4 differs from the head dimension 8"),
-        ({"llama.attention.key_length": 16}, "differs from the head dimension 16"),
+        ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4 is not 8, the head dimension"),
+        ({"llama.attention.key_length": 16}, "rope.dimension_count=8 is not 16, the head dimension"),
         ({"llama.rope.freq_base": float("nan")}, "rope.freq_base=nan must be a positive number"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
         ({"llama.attention.layer_norm_rms_epsilon": "1"}, "layer_norm_rms_epsilon='1' must be a positive number"),
@@ -201,13 +190,15 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("rope_freqs.weight", "'rope_freqs.weight': scaled rotary frequencies are not supported"),
-        ("blk.0.attn_q.bias", r"'blk.0.attn_q.bias' of shape \(4,\) is not one of a llama model"),
+        ("rope_freqs.weight", r"'rope_freqs.weight' has shape \(3,\), expected \(4,\)"),
+        ("blk.0.attn_q.bias", r"'blk.0.attn_q.bias' has shape \(3,\), expected \(32,\)"),
+        ("blk.1.attn_q.bias", r"'blk.1.attn_q.bias' of shape \(3,\) is not one of this llama model"),
+        ("blk.0.attn_rot_embd.weight", r"'blk.0.attn_rot_embd.weight' of shape \(3,\) is not one of this llama"),
     ],
 )
 def test_an_extra_tensor_is_refused_by_name(tmp_path, name, complaint):
     with pytest.raises(CheckpointError, match=complaint):
-        GGUFCheckpoint(write(tmp_path / "m.gguf", tensors={**weights(), name: np.ones(4, np.float32)}))
+        GGUFCheckpoint(write(tmp_path / "m.gguf", tensors={**weights(), name: np.ones(3, np.float32)}))
 
 
 @pytest.mark.parametrize("name", ["token_embd.weight", "output_norm.weight", "blk.1.ffn_down.weight"])

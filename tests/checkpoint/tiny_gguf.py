@@ -43,18 +43,22 @@ def write(
     path: Path,
     *,
     arch: str = "llama",
+    arch_keys: dict[str, Any] | None = None,
     keys: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
     types: dict[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
-    """A GGUF file; ``keys`` are added to the tiny model's, None removes one; ``types`` quantize tensors."""
+    """A GGUF file; ``keys`` are added to the tiny model's (or to ``arch_keys``), None removes one.
+
+    ``types`` quantize tensors; a tensor of u8 is stored as it is: rows of blocks of its type.
+    """
     writer = gguf.GGUFWriter(path, arch)
-    all_keys = {**GENERAL_KEYS, **ARCH_KEYS, **gguf_metadata(), **(keys or {})}
+    all_keys = {**GENERAL_KEYS, **(ARCH_KEYS if arch_keys is None else arch_keys), **gguf_metadata(), **(keys or {})}
     for key, value in all_keys.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
-            writer.add_uint32(key, value)
+            writer.add_uint32(key, value) if value >= 0 else writer.add_int32(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, str):
@@ -66,7 +70,8 @@ def write(
         if kind is None:
             writer.add_tensor(name, array)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+            raw = array if array.dtype == np.uint8 else gguf.quants.quantize(array, kind)
+            writer.add_tensor(name, raw, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
