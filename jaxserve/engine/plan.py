@@ -59,7 +59,7 @@ def resolve_dtype(dtype: str, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(DTYPES[dtype])
 
 
-def decode_sizes(max_num_seqs: int, growth: int) -> tuple[int, ...]:
+def default_decode_sizes(max_num_seqs: int, growth: int) -> tuple[int, ...]:
     """1, growth, growth ** 2, ... up to and including ``max_num_seqs``."""
     sizes, size = [], 1
     while size < max_num_seqs:
@@ -75,6 +75,7 @@ def scheduler_config(
     max_model_len: int | None,
     max_num_seqs: int | None,
     prefill_sizes: Sequence[int] | None,
+    decode_sizes: Sequence[int] | None = None,
     **options,
 ) -> SchedulerConfig:
     """Limits with the platform's defaults for what is None; ``options`` are the other ``SchedulerConfig`` fields."""
@@ -94,7 +95,7 @@ def scheduler_config(
         max_model_len=max_model_len,
         max_num_seqs=seqs,
         prefill_sizes=tuple(platform["prefill_sizes"] if prefill_sizes is None else prefill_sizes),
-        decode_sizes=decode_sizes(seqs, platform["growth"]),
+        decode_sizes=default_decode_sizes(seqs, platform["growth"]) if decode_sizes is None else tuple(decode_sizes),
         **options,
     )
 
