@@ -28,6 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 from benchmarks import profile_summary  # noqa: E402
 from jaxserve.bench import offline  # noqa: E402
@@ -37,6 +38,7 @@ from jaxserve.bench.report import print_engine  # noqa: E402
 from jaxserve.checkpoint.shapes import read_shape  # noqa: E402
 from jaxserve.config import ModelConfig  # noqa: E402
 from jaxserve.engine.engine import Engine  # noqa: E402
+from jaxserve.engine.step_times import StepTimes  # noqa: E402
 from jaxserve.execution import runner  # noqa: E402
 from jaxserve.execution.dummy import dummy_params  # noqa: E402
 from jaxserve.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
@@ -177,36 +179,47 @@ def pages_needed(args: argparse.Namespace, batches: tuple[int, ...], max_model_l
     return needed + needed // 50  # the scheduler's watermark
 
 
-def profile(engine: Engine, batch: int, prompts: list[list[int]], folder: Path, num_steps: int = 8) -> dict[str, Any]:
-    """A trace of ``num_steps`` decode steps of ``batch`` rows, summed up; the trace itself lies in ``folder``."""
+def profile_decode(engine: Engine, prompts: list[list[int]], folder: Path, num_steps: int = 12) -> dict[str, Any]:
+    """A trace of ``num_steps`` steps that decode ``prompts`` and nothing else, summed up; it lies in ``folder``."""
+    batch = len(prompts)
     prompt_steps = batch * len(prompts[0]) // engine.scheduler_config.prefill_sizes[-1] + 1
     asked = SamplingParams(temperature=0, max_tokens=prompt_steps + num_steps + 16, ignore_eos=True)
     for prompt in prompts:
         engine.add_request(engine.make_request(prompt, asked))
-    buckets: list[Bucket] = []
-
-    def note(times: Any) -> None:
-        if times.batch is not None:
-            buckets.append(times.batch.bucket)
-
+    last: list[StepTimes] = []
     whole = 0
     while whole < 4 and engine.has_unfinished():
-        engine.step(on_times=note)
-        whole = whole + 1 if buckets[-1].prefill_tokens == 0 and engine.stats().num_active_rows == batch else 0
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # it would slow the host, which is part of what is looked at
-    options.host_tracer_level = 1
-    with jax.profiler.trace(str(folder), profiler_options=options):
+        engine.step(on_times=last.append)
+        step = last[-1].batch
+        whole = whole + 1 if step and not step.bucket.prefill_tokens and len(step.rows) == batch else 0
+    with trace(folder):
         start = time.perf_counter()
         for _ in range(num_steps):
             engine.step()
-        seconds = time.perf_counter() - start
+        step_s = (time.perf_counter() - start) / num_steps
     while engine.has_unfinished():
         engine.step()
-    found = profile_summary.kernels(folder)
-    device, intervals = max(found.items(), key=lambda item: len(item[1]))
-    about = {"batch_size": batch, "device_plane": device, "ms_a_step_while_traced": 1e3 * seconds / num_steps}
-    return about | profile_summary.summary(intervals, num_steps)
+    return {"workload": "decode", "batch_size": batch} | summed_up(folder, step_s)
+
+
+def profile_prefill(engine: Engine, prompts: list[list[int]], folder: Path) -> dict[str, Any]:
+    """A trace of reading ``prompts``."""
+    with trace(folder):
+        run = offline.drive(engine, prompts, [1] * len(prompts))
+    steps = sum(step.batch is not None for step in run.steps)
+    return {"workload": "prefill", "batch_size": len(prompts)} | summed_up(folder, run.duration_s / steps)
+
+
+def trace(folder: Path) -> Any:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would slow the host, which is part of what is looked at
+    options.host_tracer_level = 1
+    return jax.profiler.trace(str(folder), profiler_options=options)
+
+
+def summed_up(folder: Path, step_s: float) -> dict[str, Any]:
+    device, intervals = max(profile_summary.kernels(folder).items(), key=lambda item: len(item[1]))
+    return {"device_plane": device} | profile_summary.summary(intervals, step_s)
 
 
 def main() -> None:
@@ -279,18 +292,22 @@ def main() -> None:
                 repeats=args.repeats,
                 on_row=record.add,
             )
+            jobs: list[tuple[str, Callable[..., dict[str, Any]], int, int]] = [
+                (f"decode_{batch}", profile_decode, batch, offline.DECODE_PROMPT) for batch in args.profile_batches
+            ]
+            if "prefill" in args.workloads and args.profile_batches:
+                jobs.append(("prefill", profile_prefill, 4, offline.PREFILL_PROMPT))
             profiles = []
-            for batch in args.profile_batches:
+            for name, make, count, length in jobs:
                 with tempfile.TemporaryDirectory() as folder:
-                    prompts = bench.prompts(batch, offline.DECODE_PROMPT)
-                    profiles.append(profile(engine, batch, prompts, Path(folder)))
-                    trace = next(Path(folder).rglob("*.xplane.pb"))
-                    (args.out / f"batch_{batch}.xplane.pb.gz").write_bytes(gzip.compress(trace.read_bytes()))
+                    profiles.append(make(engine, bench.prompts(count, length), Path(folder)))
+                    packed = gzip.compress(next(Path(folder).rglob("*.xplane.pb")).read_bytes())
+                    (args.out / f"{name}.xplane.pb.gz").write_bytes(packed)
                 write("profile.json", profiles)
-                say(f"profile of decode at batch {batch}")
+                say(f"profile of {name}")
                 print("\n".join(profile_summary.lines(profiles[-1])), flush=True)
         finally:
-            print_engine(record.rows)
+            print_engine(record.rows, Console(width=150))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def kernels(folder: Path) -> dict[str, list[Interval]]:
     if any(found.values()):
         return {name: x for name, x in found.items() if x}
     host = [line for p in planes if p.name == "/host:CPU" for line in p.lines if "XLA" in line.name]
-    return {"/host:CPU": [x for line in host for x in _intervals(line)]}
+    return {"/host:CPU": [x for line in host for x in _intervals(line) if not x.name.startswith("ThunkExecutor")]}
 
 
 def _is_stream(line: str) -> bool:
@@ -35,9 +35,13 @@ def _intervals(line: Any) -> Iterable[Interval]:
     return (Interval(e.name, e.start_ns, e.duration_ns) for e in line.events if e.duration_ns > 0)
 
 
-def summary(intervals: Sequence[Interval], num_steps: int) -> dict[str, Any]:
+def summary(intervals: Sequence[Interval], step_s: float) -> dict[str, Any]:
     """Time of kernels by name a step, numbers at the names' ends left out; and the time between first start and last
-    end in which none ran, by the length of the gap."""
+    end in which none ran, by the length of the gap.
+
+    Args:
+        step_s: seconds of one step, of which a trace has no whole number: it begins and ends inside one.
+    """
     ordered = sorted(intervals, key=lambda x: x.start_ns)
     if not ordered:
         return {"num_kernels": 0}
@@ -48,6 +52,7 @@ def summary(intervals: Sequence[Interval], num_steps: int) -> dict[str, Any]:
         busy += max(0.0, x.start_ns + x.duration_ns - max(end, x.start_ns))
         end = max(end, x.start_ns + x.duration_ns)
     span = end - ordered[0].start_ns
+    num_steps = span / (step_s * 1e9)
     by_name: dict[str, list[float]] = {}
     for x in ordered:
         by_name.setdefault(re.sub(r"[._]\d+$", "", x.name), []).append(x.duration_ns)
@@ -57,14 +62,14 @@ def summary(intervals: Sequence[Interval], num_steps: int) -> dict[str, Any]:
         "num_steps": num_steps,
         "num_kernels": len(ordered),
         "kernels_a_step": len(ordered) / num_steps,
-        "span_us_a_step": span / num_steps / 1e3,
+        "span_us_a_step": step_s * 1e6,
         "busy_us_a_step": busy / num_steps / 1e3,
         "idle_share": 1 - busy / span if span else 0.0,
         "idle_us_a_step_by_gap": {
             f"under {high / 1e3:g} us": sum(g for g in gaps if low <= g < high) / num_steps / 1e3
             for low, high in zip((0, *limits), limits, strict=False)
         },
-        "longest_gaps_us": [round(g / 1e3, 1) for g in sorted(gaps)[: -num_steps - 3 : -1]],
+        "longest_gaps_us": [round(g / 1e3, 1) for g in sorted(gaps)[:-17:-1]],
         "kernels": [
             {
                 "name": name[:120],
@@ -84,8 +89,8 @@ def lines(found: dict[str, Any], top: int = 14) -> list[str]:
         return ["  no kernel in the trace"]
     gaps = ", ".join(f"{name} {us:.1f}" for name, us in found["idle_us_a_step_by_gap"].items())
     out = [
-        f"  {found['num_steps']} steps: {found['span_us_a_step']:.0f} us a step, busy {found['busy_us_a_step']:.0f}, "
-        f"idle {found['idle_share']:.1%} (us a step in gaps {gaps}), {found['kernels_a_step']:.0f} kernels a step",
+        f"  {found['num_steps']:.1f} steps: {found['span_us_a_step']:.0f} us a step, "
+        f"busy {found['busy_us_a_step']:.0f}, idle {found['idle_share']:.1%} (us a step in gaps {gaps}), {found['kernels_a_step']:.0f} kernels a step",
     ]
     out += [
         f"  {k['us_a_step']:9.1f} us {k['share_of_busy']:6.1%} {k['calls_a_step']:6.1f} x {k['mean_us']:8.1f}  "

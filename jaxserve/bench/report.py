@@ -83,24 +83,23 @@ ENGINE_FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "latency": (("TTFT ms", "ttft_ms", ".2f"), ("p99", "ttft_ms_p99", ".2f")),
     "decode": (
         ("TPOT ms", "tpot_ms", ".2f"),
-        ("step ms p50", "step_ms_p50", ".2f"),
+        ("step p50", "step_ms_p50", ".2f"),
         ("p99", "step_ms_p99", ".2f"),
         ("tokens/s", "output_tokens_per_s", ",.0f"),
     ),
-    "prefill": (("prompt tokens/s", "prompt_tokens_per_s", ",.0f"),),
+    "prefill": (("tokens/s", "prompt_tokens_per_s", ",.0f"),),
     "throughput": (
-        ("output tokens/s", "output_tokens_per_s", ",.0f"),
+        ("tokens/s", "output_tokens_per_s", ",.0f"),
         ("requests/s", "requests_per_s", ".2f"),
-        ("ITL ms p50", "itl_ms_p50", ".2f"),
+        ("ITL p50", "itl_ms_p50", ".2f"),
         ("p99", "itl_ms_p99", ".2f"),
     ),
 }
 ENGINE_COMMON = (
-    ("% of roofline", "roofline_percent", ".1f"),
+    ("% roof", "roofline_percent", ".1f"),
     ("GB/s", "gb_per_s", ",.0f"),
     ("TFLOP/s", "tflop_per_s", ",.1f"),
-    ("host ms a step", "host_ms_p50", ".3f"),
-    ("host share", "host_share", ".1%"),
+    ("host ms", "host_ms_p50", ".3f"),
 )
 
 

@@ -32,7 +32,7 @@ class OfflineOptions:
     """What to measure of an engine. Unset is left to the benchmark's default."""
 
     workload: Annotated[
-        list[str] | None, typer.Option(help="latency, decode, prefill or throughput; may be repeated. (default: all)")
+        str | None, typer.Option(help='Some of "latency,decode,prefill,throughput". (default: all)')
     ] = None
     load_format: Annotated[
         str | None, typer.Option(help='"dummy": random weights; MODEL is a config.json, its folder or a known shape.')
@@ -48,6 +48,8 @@ class OfflineOptions:
         for name in ("batch_sizes", "prompt_lens"):
             if name in values:
                 values[name] = parse_sizes(name, values[name])
+        if "workload" in values:
+            values["workload"] = tuple(values["workload"].split(","))
         return values
 
 

@@ -92,7 +92,9 @@ class Door:
         for name, sampling in asks.items():
             if SAMPLINGS.index(sampling) > self._best_sampling:
                 best = SAMPLINGS[self._best_sampling]
-                raise RequestError(name, f"{getattr(params, name)} needs sampling {sampling!r}, this engine has {best!r}")
+                raise RequestError(
+                    name, f"{getattr(params, name)} needs sampling {sampling!r}, this engine has {best!r}"
+                )
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):

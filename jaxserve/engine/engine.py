@@ -137,7 +137,9 @@ class Engine:
             on_tensor=(lambda done, total: on_progress("dummy weights", done, total)) if on_progress else None,
         )
         name = options.pop("model_name", Path(name_or_path).stem)
-        return cls(config, placed, None, model_name=name, mesh=resolved, dtype=dtype, on_progress=on_progress, **options)
+        return cls(
+            config, placed, None, model_name=name, mesh=resolved, dtype=dtype, on_progress=on_progress, **options
+        )
 
     @classmethod
     def from_params(
@@ -242,7 +244,9 @@ class Engine:
             )
         self._dims = plan.step_dims(self.scheduler_config, self.cache_config)
         self._scheduler = Scheduler(self.cache_config, self.scheduler_config, self._dims)
-        self._door = Door(model_config, self.scheduler_config.max_model_len, tokenizer, self._scheduler.check, samplings)
+        self._door = Door(
+            model_config, self.scheduler_config.max_model_len, tokenizer, self._scheduler.check, samplings
+        )
         self._outputs: dict[str, RequestOutput] = {}  # unfinished requests
         self._in_flight: deque[tuple[ScheduledBatch, jax.Array]] = deque()  # dispatched steps, oldest first
         self._events: list[TokenEvent] = []  # for the next ``step``
