@@ -17,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -137,8 +138,9 @@ def check() -> dict[str, Any]:
 # Then the start, in its parts.
 
 
-def announced(stages: list[dict[str, Any]]) -> Any:
-    """Patches that print what each bucket's lowering and compilation take, and keep it in ``stages``."""
+@contextmanager
+def announced(stages: list[dict[str, Any]]) -> Iterator[None]:
+    """Prints what each bucket's lowering and compilation take, and keeps it in ``stages``."""
     here = threading.local()
 
     def timed(what: str, f: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,8 +160,10 @@ def announced(stages: list[dict[str, Any]]) -> Any:
 
         return run
 
-    names = {"lower_step": "step", "lower_sampler": "sampler", "compile_step": "XLA"}
-    return mock.patch.multiple(runner, **{n: timed(what, getattr(runner, n)) for n, what in names.items()})
+    with ExitStack() as patches:
+        for name, what in {"lower_step": "step", "lower_sampler": "sampler", "compile_step": "XLA"}.items():
+            patches.enter_context(mock.patch.object(runner, name, timed(what, getattr(runner, name))))
+        yield
 
 
 def pages_needed(args: argparse.Namespace, batches: tuple[int, ...], max_model_len: int) -> int:

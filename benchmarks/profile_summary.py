@@ -90,7 +90,8 @@ def lines(found: dict[str, Any], top: int = 14) -> list[str]:
     gaps = ", ".join(f"{name} {us:.1f}" for name, us in found["idle_us_a_step_by_gap"].items())
     out = [
         f"  {found['num_steps']:.1f} steps: {found['span_us_a_step']:.0f} us a step, "
-        f"busy {found['busy_us_a_step']:.0f}, idle {found['idle_share']:.1%} (us a step in gaps {gaps}), {found['kernels_a_step']:.0f} kernels a step",
+        f"busy {found['busy_us_a_step']:.0f}, idle {found['idle_share']:.1%} (us a step in gaps {gaps}), "
+        f"{found['kernels_a_step']:.0f} kernels a step",
     ]
     out += [
         f"  {k['us_a_step']:9.1f} us {k['share_of_busy']:6.1%} {k['calls_a_step']:6.1f} x {k['mean_us']:8.1f}  "

@@ -225,8 +225,7 @@ class Engine:
             batching=batching,
             **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
         )
-        if samplings is None:
-            samplings = plan.defaults(resolved)["samplings"]
+        samplings = tuple(plan.defaults(resolved)["samplings"] if samplings is None else samplings)
         placed = params
         if not isinstance(placed, StageParams):
             placed = place_params(placed, model_config, resolved, jnp_dtype)

@@ -1,6 +1,7 @@
 """Random parameters made where they will lie: what benchmarks of a model's shapes need instead of its checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,7 +30,7 @@ def dummy_params(
     stage_specs = stage_param_specs(config, num_stages)
     canonical = param_specs(config)
     # Layer i of every stage is one array, so the shapes of the first stage's layers are those of all.
-    shapes = canonical.replace(layers=canonical.layers[: len(stage_specs.layers)])
+    shapes = replace(canonical, layers=canonical.layers[: len(stage_specs.layers)])
 
     def resident(name: str, spec: ArraySpec) -> tuple[int, ...]:
         size = (n + -n % tensor if axis == "vocab" else n for n, axis in zip(spec.shape, spec.axes, strict=True))

@@ -106,7 +106,7 @@ def test_prefill_and_throughput(bench_of: OfflineBenchmark, monkeypatch: pytest.
 
 def test_shares_of_time_are_of_the_whole(bench_of: OfflineBenchmark):
     row = bench_of.latency(16, repeats=2)
-    assert row["ttft_ms"] == pytest.approx((row["ttft_ms_p50"]))
+    assert row["ttft_ms"] == pytest.approx(row["ttft_ms_p50"])
     assert 0.5 < row["host_share"] + row["dispatch_share"] + row["wait_share"] <= 1
 
 

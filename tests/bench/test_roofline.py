@@ -65,7 +65,7 @@ def test_a_tied_embedding_is_read_as_the_head():
 
 
 def test_a_window_bounds_what_is_read_and_seen():
-    """Window 4: queries at 2, 3, 4 see 3, 4 and 4 keys; together they read keys 0 to 4. Then one at 10 reads 7 to 10."""
+    """Window 4: queries at 2, 3, 4 see 3, 4 and 4 keys and read keys 0 to 4; one at 10 reads 7 to 10."""
     one_layer = replace(tiny.CONFIG, num_layers=1)
     everything = Roofline.of(one_layer, 4, CEILINGS)
     windowed = Roofline.of(replace(one_layer, layer_windows=(4,)), 4, CEILINGS)

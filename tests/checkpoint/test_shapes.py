@@ -48,5 +48,5 @@ def test_nothing_of_that_name(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"no-such: no config.json, nor one of llama-3.1-8b"):
         read_shape("no-such")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
         read_shape(tmp_path)

@@ -329,5 +329,5 @@ def test_sampling_that_was_not_compiled_is_refused():
 
 @pytest.mark.parametrize("samplings", [(), ("greedy", "lucky")])
 def test_unknown_samplings_are_named(samplings: tuple[Any, ...]):
-    with pytest.raises(ValueError, match="samplings=.* must be some of greedy, random, any"):
+    with pytest.raises(ValueError, match=r"samplings=.* must be some of greedy, random, any"):
         tiny.engine(samplings=samplings)
