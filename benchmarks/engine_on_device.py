@@ -83,6 +83,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile-batches", type=sizes, default=(1, 64))
     parser.add_argument("--compilation-cache-dir", type=Path)
+    parser.add_argument(
+        "--measure-until",
+        type=float,
+        default=float("inf"),
+        help="seconds since the start after which no measurement begins; profiles are still taken",
+    )
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
@@ -183,6 +189,12 @@ def pages_needed(args: argparse.Namespace, batches: tuple[int, ...], max_model_l
     return needed + needed // 50  # the scheduler's watermark
 
 
+def measurements(args: argparse.Namespace, batches: tuple[int, ...]) -> list[tuple[str, int]]:
+    """(workload, batch or prompt length; 0 where the workload has its own), in the order asked."""
+    by_size = {"decode": batches, "latency": args.prompt_lens}
+    return [(workload, size) for workload in args.workloads for size in by_size.get(workload, (0,))]
+
+
 def profile_decode(engine: Engine, prompts: list[list[int]], folder: Path, num_steps: int = 12) -> dict[str, Any]:
     """A trace of ``num_steps`` steps that decode ``prompts`` and nothing else, summed up; it lies in ``folder``."""
     batch = len(prompts)
@@ -278,8 +290,8 @@ def main() -> None:
 
     def on_row(row: dict[str, Any]) -> None:
         keys = ("prompt_len", "batch_size", "ttft_ms", "tpot_ms", "step_ms_p50", "step_ms_p99", "prompt_tokens_per_s",
-                "output_tokens_per_s", "requests_per_s", "roofline_percent", "host_ms_p50", "host_share", "wait_share",
-                "dispatch_share")  # fmt: skip
+                "output_tokens_per_s", "requests_per_s", "roofline_percent", "host_ms_p50", "dispatch_ms_p50",
+                "host_share", "dispatch_share", "wait_share")  # fmt: skip
         figures = [f"{k} {v:.4g}" for k in keys if isinstance(v := row.get(k), (int, float))]
         say(f"{row['workload']}: " + ", ".join(figures))
 
@@ -288,14 +300,18 @@ def main() -> None:
         record.add({"workload": "start", "start_s": start.total_s, "stages_s": start.stages, "buckets": stages})
         bench = offline.OfflineBenchmark(engine, record.roofline)
         try:
-            bench.run(
-                args.workloads,
-                batch_sizes=batches,
-                prompt_lens=args.prompt_lens,
-                num_requests=args.num_requests,
-                repeats=args.repeats,
-                on_row=record.add,
-            )
+            for workload, size in measurements(args, batches):
+                if time.perf_counter() - START > args.measure_until:
+                    say(f"left out: {workload} {size or ''}")
+                    continue
+                bench.run(
+                    [workload],
+                    batch_sizes=(size,),
+                    prompt_lens=(size,),
+                    num_requests=args.num_requests,
+                    repeats=args.repeats,
+                    on_row=record.add,
+                )
             jobs: list[tuple[str, Callable[..., dict[str, Any]], int, int]] = [
                 (f"decode_{batch}", profile_decode, batch, offline.DECODE_PROMPT) for batch in args.profile_batches
             ]

@@ -124,6 +124,7 @@ class OfflineBenchmark:
             batches = [step.batch.rows for step, _ in full if step.batch is not None]
             row |= self.roofline.of_steps(batches, sum(times) / 1e3)
             row |= percentiles("host_ms", [1e3 * step.host_s for step, _ in full])
+            row |= percentiles("dispatch_ms", [1e3 * step.dispatch_s for step, _ in full])
         return row
 
     def _whole_batch_steps(self, run: Drive, batch_size: int) -> list[tuple[StepTimes, float]]:
@@ -183,6 +184,7 @@ class OfflineBenchmark:
         return {
             "num_steps": len(dispatched),
             **percentiles("host_ms", [1e3 * step.host_s for step in steps]),
+            **percentiles("dispatch_ms", [1e3 * step.dispatch_s for step in dispatched]),
             "host_share": sum(step.host_s for step in steps) / duration_s,
             "dispatch_share": sum(step.dispatch_s for step in steps) / duration_s,
             "wait_share": sum(step.wait_s for step in steps) / duration_s,

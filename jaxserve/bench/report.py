@@ -100,6 +100,7 @@ ENGINE_COMMON = (
     ("GB/s", "gb_per_s", ",.0f"),
     ("TFLOP/s", "tflop_per_s", ",.1f"),
     ("host ms", "host_ms_p50", ".3f"),
+    ("dispatch", "dispatch_ms_p50", ".3f"),
 )
 
 
