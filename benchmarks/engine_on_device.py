@@ -262,7 +262,7 @@ def main() -> None:
     stages: list[dict[str, Any]] = []
     start = StartTimes()
     mesh = make_mesh(parse_mesh(args.mesh))
-    params = dummy_params(config, mesh, jnp.dtype(args.dtype))
+    params = dummy_params(config, mesh, jnp.dtype(args.dtype), on_tensor=lambda done, total: None)
     start("dummy weights", 1, 1)
     say(f"weights: {sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9:.2f} GB in {start.total_s:.1f} s")
     with announced(stages):
