@@ -1,8 +1,9 @@
 """A tokenizer from the files of a Hugging Face model folder.
 
 ``tokenizer.json`` says how text becomes ids; where there is none, ``tokenizer.model`` does (SentencePiece). The other
-files say which tokens are special, whether a text begins with one, and how a chat is written: ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and
-``chat_template.json``. What they say is taken as `transformers` takes it.
+files say which tokens are special, whether a text begins with one, and how a chat is written: ``tokenizer_config.json``,
+``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and ``chat_template.json``. What they say is
+taken as `transformers` takes it.
 """
 
 import json

@@ -183,8 +183,8 @@ _METHODS: Mapping[type, Mapping[str, _Guard]] = {
 }
 
 _PLAIN_FILTERS = """
-    abs attr count d default dictsort first float groupby int items last length list map max min reject rejectattr reverse
-    round safe select selectattr sort unique
+    abs attr count d default dictsort first float groupby int items last length list map max min reject rejectattr
+    reverse round safe select selectattr sort unique
 """
 _TEXT_FILTERS = "capitalize e escape forceescape lower string title trim truncate upper urlencode wordcount"
 _FILTERS: Mapping[str, _Guard] = {
