@@ -8,16 +8,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxserve.checkpoint import CheckpointError, HFCheckpoint, checkpoint_info, open_checkpoint, resolve_model
 from jaxserve.model.params import named_leaves, param_specs
 from tests.checkpoint.tiny_hf import CASES, V, llama, mixtral, phi3, safetensors, write_folder
-
-
-@pytest.fixture(autouse=True)
-def without_tokenizer(monkeypatch: pytest.MonkeyPatch):
-    """These folders have none; tests/text is about those."""
-    monkeypatch.setattr(HFCheckpoint, "tokenizer", lambda self: None)
 
 
 def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -174,6 +169,46 @@ def test_a_malformed_generation_config_is_named(tmp_path, generation, complaint)
     (tmp_path / "generation_config.json").write_text(generation)
     with pytest.raises(CheckpointError, match=complaint):
         HFCheckpoint(tmp_path)
+
+
+def with_tokenizer(folder: Path, num_extra: int = 0) -> Path:
+    """``folder`` with 12 letters as its vocabulary, and ``num_extra`` more."""
+    letters = {c: i for i, c in enumerate("abcdefghijkl" + "mnopqrstuvwxyz"[:num_extra])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}"}))
+    return folder
+
+
+def test_the_tokenizer_lies_beside_the_tensors(tmp_path):
+    config, tensors, _ = llama()
+    folder = write_folder(tmp_path, config | {"eos_token_id": 3}, tensors)
+    with HFCheckpoint(folder) as checkpoint:
+        assert checkpoint.tokenizer() is None
+        info = checkpoint_info(checkpoint)
+        assert (info.has_chat_template, info.tokenizer_error) == (False, None)
+    with HFCheckpoint(with_tokenizer(folder)) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        assert tokenizer is not None
+        assert (tokenizer.encode("abba"), tokenizer.eos_token_ids) == ([0, 1, 1, 0], (3,))
+        info = checkpoint_info(checkpoint)
+        assert (info.has_chat_template, info.tokenizer_error) == (True, None)
+
+
+def test_a_tokenizer_that_does_not_fit_is_told_and_leaves_the_other_facts(tmp_path):
+    config, tensors, _ = llama()
+    folder = with_tokenizer(write_folder(tmp_path, config, tensors), num_extra=8)
+    with HFCheckpoint(folder) as checkpoint:
+        with pytest.raises(CheckpointError, match="the tokenizer has 20 tokens, the embedding only 19 rows"):
+            checkpoint.tokenizer()
+        (folder / "tokenizer.json").write_text("{")
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.tokenizer()
+        assert str(error.value).count(str(folder)) == 1
+        info = checkpoint_info(checkpoint)
+        assert (info.tokenizer_error, info.has_chat_template, info.vocab_size) == (str(error.value), False, V)
 
 
 def test_name_and_license(tmp_path):

@@ -5,15 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.checkpoint import HFCheckpoint
 from jaxserve.cli.app import run
 from tests.checkpoint.tiny_hf import llama, write_folder
-
-
-@pytest.fixture(autouse=True)
-def without_tokenizer(monkeypatch: pytest.MonkeyPatch):
-    """These folders have none; tests/text is about those."""
-    monkeypatch.setattr(HFCheckpoint, "tokenizer", lambda self: None)
 
 
 def test_info_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
