@@ -2,7 +2,7 @@
 
 Everything is written to the folder ``--out`` after each measurement, so that a run cut short is of use.
 
-    PYTHONPATH=. python benchmarks/engine_on_device.py --out FOLDER --decode-sizes 1,8,32,64,128,256 --prefill-sizes 128,1024,2048
+    PYTHONPATH=. python benchmarks/engine_on_device.py --out FOLDER --decode-sizes 1,8,64 --prefill-sizes 128,1024,2048
 
 needs jax, flax, numpy and rich; jaxserve need not be installed.
 """
