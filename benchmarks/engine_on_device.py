@@ -1,8 +1,8 @@
 """The engine of one model's shapes on the device at hand, in few minutes: checked, started, measured, profiled.
 
-Everything is written to the folder ``--out`` (or $OUT) after each measurement, so that a run cut short is of use.
+Everything is written to the folder ``--out`` after each measurement, so that a run cut short is of use.
 
-    PYTHONPATH=. python benchmarks/engine_on_device.py --decode-sizes 1,8,32,64,128,256 --prefill-sizes 128,1024,2048
+    PYTHONPATH=. python benchmarks/engine_on_device.py --out FOLDER --decode-sizes 1,8,64 --prefill-sizes 128,1024,2048
 
 needs jax, flax, numpy and rich; jaxserve need not be installed.
 """
@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--commit", help="where there is no git to ask")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
@@ -249,7 +249,7 @@ def main() -> None:
     if not args.no_check:
         try:
             checked = check()
-        except Exception as error:  # figures of a wrong kernel are still figures, and the lease is running
+        except Exception as error:  # what fails here may be right in what follows
             checked = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         say(f"check: {'ok' if checked['ok'] else 'FAILED'} {checked}")
         write("check.json", checked)

@@ -1,30 +1,21 @@
-"""The workloads on a tiny model, from a bare config.json to rows, a file, and a table."""
+"""The workloads on a tiny model. From a command to lines, a file and a table: tests/cli/test_measuring.py."""
 
-import io
-import json
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from jaxserve.bench import engine as bench
 from jaxserve.bench import offline
 from jaxserve.bench.ceilings import Ceilings
 from jaxserve.bench.offline import OfflineBenchmark, drive, longest_sequence, percentiles, steady_output_len
-from jaxserve.bench.report import print_engine
 from jaxserve.bench.roofline import Roofline
 from jaxserve.config import CacheConfig
 from jaxserve.engine.engine import Engine
 from tests import tiny
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-}  # fmt: skip
 CEILINGS = Ceilings(
     read_gb_per_s=10,
     copy_read_plus_write_gb_per_s=10,
@@ -124,33 +115,6 @@ def test_the_longest_sequence():
 
 def test_percentiles_of_nothing():
     assert percentiles("x", []) == {"x_p50": None, "x_p90": None, "x_p99": None}
-
-
-def test_from_a_bare_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "measure_ceilings", lambda dtype: CEILINGS)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    seen: list[dict[str, Any]] = []
-    rows = bench.run(
-        str(tmp_path), workload=("latency", "decode"), load_format="dummy", prompt_lens=(16,), batch_sizes=(1,),
-        repeats=2, output=tmp_path / "out.json", on_row=seen.append, max_num_seqs=1, prefill_sizes=(256,),
-        samplings=("greedy",),
-    )  # fmt: skip
-    assert rows == seen and [r["workload"] for r in rows] == ["start", "latency", "decode"]
-    assert set(rows[0]["stages_s"]) == {"dummy weights", "compile", "warm-up"}
-    assert rows[0]["start_s"] >= sum(rows[0]["stages_s"].values())
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert [r["workload"] for r in written["results"]] == ["start", "latency", "decode"]
-    assert written["results"][1]["ttft_ms"] == rows[1]["ttft_ms"]
-    for key in ("device", "driver", "versions", "commit", "command", "ceilings", "decode_sizes", "num_pages"):
-        assert written[key] == rows[2][key]
-    assert rows[0]["command"] == (
-        f"jaxserve bench engine {tmp_path.name} --workload=latency,decode --load-format=dummy --batch-sizes=1"
-        " --prompt-lens=16 --repeats=2 --max-num-seqs=1 --prefill-sizes=256 --samplings=greedy"
-    )
-    console = Console(file=io.StringIO(), width=100)
-    print_engine(rows, console)
-    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "TTFT ms" in text and f"{rows[2]['tpot_ms']:.2f}" in text and "dummy weights" in text
 
 
 @pytest.mark.parametrize(
