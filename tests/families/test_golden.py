@@ -39,8 +39,7 @@ def test_logits_after_parts_of_the_prompt(golden_and_engine):
 @pytest.mark.parametrize("name", goldens.NAMES)
 def test_tokens_on_a_mesh(name):
     golden = goldens.load(name)
-    options = {"mesh": "stage=2,tensor=2", "max_num_seqs": 1}  # one row: fewer shapes to compile
-    with goldens.engine(golden, **options) as engine, goldens.sampled_logits(engine) as seen:
+    with goldens.engine(golden, mesh="stage=2,tensor=2") as engine, goldens.sampled_logits(engine) as seen:
         (completion,) = engine.generate([golden.prompt], greedy(len(golden.tokens)))
     goldens.check_logits(golden, seen, golden.sampled_lengths)
     assert completion.token_ids == golden.tokens
