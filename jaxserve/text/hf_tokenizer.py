@@ -1,9 +1,9 @@
 """A tokenizer from the files of a Hugging Face model folder.
 
 ``tokenizer.json`` says how text becomes ids; where there is none, ``tokenizer.model`` does (SentencePiece). The other
-files say which tokens are special, whether a text begins with one, and how a chat is written: ``tokenizer_config.json``,
-``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and ``chat_template.json``. What they say is
-taken as `transformers` takes it.
+files say which tokens are special, whether a text begins with one, and how a chat is written:
+``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and
+``chat_template.json``. What they say is taken as `transformers` takes it.
 """
 
 import json
@@ -121,6 +121,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, 
         flags["normalized"] = bool(value.get("normalized", not flags["special"]))
         declared[int(key)] = AddedToken(_content(value, f"{field}[{key}]"), **flags)
     for i, token in sorted(declared.items()):
+        if not 0 <= i < 2**31:
+            raise TokenizerError(f"{path}: added token {token.content!r:.80} has id {i}")
         if i in known and known[i] == token and known[i].content == token.content:
             continue
         if (owner := backend.id_to_token(i)) not in (None, token.content):
