@@ -27,7 +27,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 def byte_level(*, prefix: bool = False, suffix: bool = False, split: bool = False) -> tokenizers.Tokenizer:
     """Ids: 0 to 255 the bytes' characters, the merged tokens, bos, eos, pad."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
-    merges = [tuple(m.split(" ")) for m in MERGES]
+    merges = [(left, right) for left, right in (m.split(" ") for m in MERGES)]
     backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

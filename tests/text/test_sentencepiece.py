@@ -132,7 +132,9 @@ def test_add_bos_is_the_default_of_sentencepiece_files(tmp_path):
     assert gguf().prefix_ids == (1,)
     assert gguf(add_bos_token=False).prefix_ids == ()
     (tmp_path / "tokenizer.model").write_bytes((DATA / "spm_bpe.model").read_bytes())
-    assert tokenizer_from_folder(tmp_path, ()).prefix_ids == (1,)
+    ours = tokenizer_from_folder(tmp_path, ())
+    assert ours is not None
+    assert (ours.prefix_ids, ours.bos_token_id, ours.eos_token_ids) == ((1,), 1, (2,))
 
 
 @pytest.mark.parametrize(
