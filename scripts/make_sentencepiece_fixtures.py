@@ -55,7 +55,9 @@ def main() -> None:
         data = train(model_type)
         (DATA / f"spm_{model_type}.model").write_bytes(data)
         processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        expected[model_type] = [[text, ids, processor.decode(ids)] for text in TEXTS for ids in [processor.encode(text)]]
+        expected[model_type] = [
+            [text, ids, processor.decode(ids)] for text in TEXTS for ids in [processor.encode(text)]
+        ]
     lines = [f'"{name}": [\n{",\n".join(map(json.dumps, rows))}\n]' for name, rows in expected.items()]
     (DATA / "spm_expected.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

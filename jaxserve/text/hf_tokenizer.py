@@ -1,9 +1,9 @@
 """A tokenizer from the files of a Hugging Face model folder.
 
 ``tokenizer.json`` says how text becomes ids; where there is none, ``tokenizer.model`` does (SentencePiece). The other
-files say which tokens are special, whether a text begins with one, and how a chat is written: ``tokenizer_config.json``,
-``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and ``chat_template.json``. What they say is
-taken as `transformers` takes it.
+files say which tokens are special, whether a text begins with one, and how a chat is written:
+``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``, ``chat_template.jinja`` and
+``chat_template.json``. What they say is taken as `transformers` takes it.
 """
 
 import json
@@ -38,7 +38,7 @@ def tokenizer_from_folder(path: Path, eos_token_ids: Sequence[int]) -> Tokenizer
     path = Path(path)
     config = _read_json(path / "tokenizer_config.json")
     config = {**_read_json(path / "special_tokens_map.json"), **config}
-    of_model: dict[str, int] = {}
+    of_model: dict[str, int] | None = None  # ids that tokenizer.model names
     if (path / "tokenizer.json").is_file():
         backend = _read_backend(path / "tokenizer.json")
     elif (path / "tokenizer.model").is_file():
@@ -54,7 +54,7 @@ def tokenizer_from_folder(path: Path, eos_token_ids: Sequence[int]) -> Tokenizer
     else:
         return None
     named = {name: _content(config[name], f"{path}: {name}") for name in _NAMED_TOKENS if config.get(name) is not None}
-    named = {name: token for name, i in of_model.items() if (token := backend.id_to_token(i))} | named
+    named = {name: token for name, i in (of_model or {}).items() if (token := backend.id_to_token(i))} | named
     _add_tokens(backend, path, config, named)
     ids = {name: i for name, token in named.items() if (i := backend.token_to_id(token)) is not None}
     own_eos = [ids["eos_token"]] if "eos_token" in ids else []
@@ -64,7 +64,7 @@ def tokenizer_from_folder(path: Path, eos_token_ids: Sequence[int]) -> Tokenizer
             eos_token_ids=tuple(dict.fromkeys((*eos_token_ids, *own_eos))),
             bos_token_id=ids.get("bos_token"),
             pad_token_id=ids.get("pad_token"),
-            prefix_ids=_prefix_ids(backend, path, config, ids, is_sentencepiece=bool(of_model)),
+            prefix_ids=_prefix_ids(backend, path, config, ids, is_sentencepiece=of_model is not None),
             chat_template=_chat_templates(path, config),
             special_tokens=named | _extra_tokens(config),
         )
@@ -121,6 +121,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, 
         flags["normalized"] = bool(value.get("normalized", not flags["special"]))
         declared[int(key)] = AddedToken(_content(value, f"{field}[{key}]"), **flags)
     for i, token in sorted(declared.items()):
+        if not 0 <= i < 2**31:
+            raise TokenizerError(f"{path}: added token {token.content!r:.80} has id {i}")
         if i in known and known[i] == token and known[i].content == token.content:
             continue
         if (owner := backend.id_to_token(i)) not in (None, token.content):
@@ -160,9 +162,12 @@ def _prefix_ids(
     *,
     is_sentencepiece: bool,
 ) -> tuple[int, ...]:
-    """What `transformers` puts before a text: as ``add_bos_token`` says, else as the post-processor does.
+    """What goes before a text: as ``add_bos_token`` says, else as the post-processor of ``tokenizer.json`` does.
 
-    A tokenizer that adds something after the text is refused: a model would be asked to continue what has ended.
+    `transformers` 4 reads both so; 5 looks at the post-processor alone where there is one, and leaves DeepSeek without
+    the bos that it was trained with. A tokenizer that adds something after the text is refused: a model would be asked
+    to continue what has ended. ``add_eos_token`` counts only without a ``tokenizer.json``, as in `transformers` 5:
+    merges of fine-tuned models carry it from their training.
     """
     explicit = {key: config[key] for key in ("add_bos_token", "add_eos_token") if config.get(key) is not None}
     for key, value in explicit.items():
@@ -170,14 +175,10 @@ def _prefix_ids(
             raise TokenizerError(f"{path}: {key} must be a bool, not {value!r:.40}")
     if is_sentencepiece:
         explicit = {"add_bos_token": True} | explicit
-    if explicit.get("add_eos_token"):
+    if is_sentencepiece and explicit.get("add_eos_token"):
         raise TokenizerError(f"{path}: add_eos_token=true ends every prompt: set it to false in tokenizer_config.json")
     if "add_bos_token" in explicit:
-        if not explicit["add_bos_token"]:
-            return ()
-        if "bos_token" not in ids:  # as transformers: nothing to add
-            return ()
-        return (ids["bos_token"],)
+        return (ids["bos_token"],) if explicit["add_bos_token"] and "bos_token" in ids else ()
     if backend.post_processor is None:
         return ()
     plain = without_panic(lambda: backend.encode("a", add_special_tokens=False).ids)

@@ -5,6 +5,7 @@ the pair whose result has the best score: the list is all pairs of pieces that j
 `transformers` does to make a ``tokenizer.json`` of such a vocabulary.)
 """
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -55,7 +56,7 @@ def sentencepiece_backend(
     """A `tokenizers` object of a SentencePiece vocabulary; piece ``i`` has id ``i``.
 
     Raises:
-        TokenizerError: naming the piece that is empty, repeated, too long or of an unknown type.
+        TokenizerError: naming the piece that is empty, repeated, too long, of unknown type or without a finite score.
     """
     vocab: dict[str, int] = {}
     added: list[AddedToken] = []
@@ -80,11 +81,14 @@ def sentencepiece_backend(
             raise TokenizerError(f"piece {i} {piece!r} has type {kind}, which is not a SentencePiece type")
         if vocab.setdefault(piece, i) != i:
             raise TokenizerError(f"piece {i} {piece!r} is also piece {vocab[piece]}")
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise TokenizerError(f"piece {i} {pieces[i]!r} has score {score}")
     if is_bpe:
         unk_token = None if unknown_id is None else pieces[unknown_id]
         merges = _merges(vocab, scores, types)
-        model = models.BPE(
-            vocab=vocab, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=has_bytes, dropout=None
+        model = without_panic(
+            lambda: models.BPE(vocab=vocab, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=has_bytes)
         )
     else:
         # The library takes every piece for text: these are not, so no path through them may be the best one.

@@ -17,15 +17,14 @@ from jaxserve.text.decoding import TokenizerError
 from jaxserve.text.sentencepiece import Normalization, PieceType, sentencepiece_backend
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
-_STRING, _BYTES, _FLOAT, _INT, _BOOL = (
-    _FIELD.TYPE_STRING,
-    _FIELD.TYPE_BYTES,
+_BYTES, _FLOAT, _INT, _BOOL = (
+    _FIELD.TYPE_BYTES,  # strings too: protobuf does not check theirs
     _FIELD.TYPE_FLOAT,
     _FIELD.TYPE_INT32,  # enumerations too: the wire is the same
     _FIELD.TYPE_BOOL,
 )
 _MESSAGES: dict[str, dict[str, tuple[int, Any, str]]] = {
-    "Piece": {"piece": (1, _STRING, ""), "score": (2, _FLOAT, ""), "type": (3, _INT, "1")},
+    "Piece": {"piece": (1, _BYTES, ""), "score": (2, _FLOAT, ""), "type": (3, _INT, "1")},
     "TrainerSpec": {
         "model_type": (3, _INT, "1"),
         "treat_whitespace_as_suffix": (24, _BOOL, "false"),
@@ -39,7 +38,6 @@ _MESSAGES: dict[str, dict[str, tuple[int, Any, str]]] = {
         "add_dummy_prefix": (3, _BOOL, "true"),
         "remove_extra_whitespaces": (4, _BOOL, "true"),
         "escape_whitespaces": (5, _BOOL, "true"),
-        "normalization_rule_tsv": (6, _STRING, ""),
     },
     "ModelProto": {
         "pieces": (1, "Piece", ""),
@@ -84,7 +82,12 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     ):
         if is_refused:
             raise TokenizerError(f"{path}: {field} is not supported")
-    pieces = [p.piece for p in proto.pieces]
+    pieces: list[str] = []
+    for i, piece in enumerate(proto.pieces):
+        try:
+            pieces.append(piece.piece.decode())
+        except UnicodeDecodeError:
+            raise TokenizerError(f"{path}: piece {i} {piece.piece!r:.80} is not UTF-8") from None
     types = [p.type for p in proto.pieces]
     normalization = Normalization(
         charsmap=normalizer.precompiled_charsmap,

@@ -224,8 +224,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
 
 
 def test_a_tokenizer_error_names_the_file(tmp_path):
-    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", keys={"tokenizer.ggml.model": "llama"}))
-    with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.model 'llama' is not supported"):
+    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", keys={"tokenizer.ggml.model": "bert"}))
+    with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.model 'bert' is not supported"):
         checkpoint.tokenizer()
 
 

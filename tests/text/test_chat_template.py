@@ -180,7 +180,10 @@ def test_invalid_jinja_names_its_line():
         ([{"role": "user", "content": None}], r"messages\[0\]\['content'\] must be a string, not NoneType"),
         ([USER, USER, {"role": 1, "content": "x"}], r"messages\[2\]\['role'\] must be a string, not int"),
         ([{"role": "user", "content": None, "tool_calls": []}], r"\['content'\] must be a string, not NoneType"),
-        ([{"role": "user", "content": [{"type": "image"}]}], r"\['content'\]\[0\] is 'image': only parts of type 'text'"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            r"\['content'\]\[0\] is 'image': only parts of type 'text'",
+        ),
         ([{"role": "user", "content": ["hi"]}], r"\['content'\]\[0\] is 'str': only parts of type 'text'"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"\['content'\]\[0\]\['text'\] must be a string"),
         ([{**USER, "x": object()}], r"messages\[0\]\['x'\] must be plain data, not object"),

@@ -27,7 +27,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 def byte_level(*, prefix: bool = False, suffix: bool = False, split: bool = False) -> tokenizers.Tokenizer:
     """Ids: 0 to 255 the bytes' characters, the merged tokens, bos, eos, pad."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
-    merges = [tuple(m.split(" ")) for m in MERGES]
+    merges = [(left, right) for left, right in (m.split(" ") for m in MERGES)]
     backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -46,7 +46,11 @@ def spm_style() -> tokenizers.Tokenizer:
     merges = [("\u2581", "a"), ("a", "b")]
     backend = tokenizers.Tokenizer(
         models.BPE(
-            vocab={p: i for i, p in enumerate(pieces)}, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+            vocab={p: i for i, p in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
@@ -88,11 +92,18 @@ def test_ids_and_text_are_the_library_s(make, text):
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path):
-    assert tokenizer_from_folder(folder(tmp_path, config__json={}, tokenizer_config__json={"bos_token": "x"}), (1,)) is None
+    assert (
+        tokenizer_from_folder(folder(tmp_path, config__json={}, tokenizer_config__json={"bos_token": "x"}), (1,))
+        is None
+    )
 
 
 def test_special_tokens_come_from_the_config_and_the_map(tmp_path):
-    config = {"bos_token": BOS, "eos_token": {"__type": "AddedToken", "content": EOS}, "extra_special_tokens": {"x_token": "<x>"}}
+    config = {
+        "bos_token": BOS,
+        "eos_token": {"__type": "AddedToken", "content": EOS},
+        "extra_special_tokens": {"x_token": "<x>"},
+    }
     path = folder(tmp_path, byte_level(), tokenizer_config__json=config, special_tokens_map__json={"pad_token": PAD})
     tokenizer = load(path, 3)
     bos, eos, pad = (tokenizer.encode(t)[0] for t in (BOS, EOS, PAD))
@@ -116,14 +127,20 @@ def test_special_tokens_come_from_the_config_and_the_map(tmp_path):
 def test_what_goes_before_a_text(tmp_path, prefix, config, expected):
     path = folder(tmp_path, byte_level(prefix=prefix), tokenizer_config__json={"bos_token": BOS} | config)
     tokenizer = load(path, 3)
-    assert tokenizer.encode("ab") == [tokenizer.bos_token_id] * expected + tokenizer.encode("ab", add_special_tokens=False)
+    assert tokenizer.encode("ab") == [tokenizer.bos_token_id] * expected + tokenizer.encode(
+        "ab", add_special_tokens=False
+    )
 
 
-@pytest.mark.parametrize("config", [{}, {"add_eos_token": True}])
-def test_a_tokenizer_that_ends_the_prompt_is_refused(tmp_path, config):
-    path = folder(tmp_path, byte_level(suffix=not config), tokenizer_config__json=config)
-    with pytest.raises(TokenizerError, match="adds tokens after the text|add_eos_token=true"):
+def test_a_tokenizer_that_ends_the_prompt_is_refused(tmp_path):
+    config = {"add_eos_token": True}
+    with pytest.raises(TokenizerError, match="adds tokens after the text"):
+        load(folder(tmp_path / "json", byte_level(suffix=True), tokenizer_config__json=config))
+    path = folder(tmp_path / "model", tokenizer_config__json=config)
+    (path / "tokenizer.model").write_bytes((DATA / "spm_bpe.model").read_bytes())
+    with pytest.raises(TokenizerError, match="add_eos_token=true"):
         load(path)
+    assert load(folder(tmp_path / "both", byte_level(), tokenizer_config__json=config), 3).encode("a")
 
 
 def test_truncation_and_padding_are_turned_off(tmp_path):
@@ -159,7 +176,8 @@ def test_tokens_named_in_the_config_become_special(tmp_path):
         ({"tokenizer_config__json": {"chat_template": "one"}, "chat_template__jinja": "two"}, "two"),
         ({"chat_template__json": {"chat_template": "three"}}, "three"),
         (
-            {"tokenizer_config__json": {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}},
+            {"tokenizer_config__json": {"chat_template": [{"name": "tool_use", "template": "t"},
+                                                          {"name": "default", "template": "d"}]}},
             "d",
         ),
         ({"tokenizer_config__json": {"chat_template": "{{ bos_token }}{{ eos_token }}{{ x_token }}", "bos_token": BOS,
@@ -189,17 +207,24 @@ def with_json(**changes: Any) -> str:
     return json.dumps(json.loads(byte_level().to_str()) | changes)
 
 
+def with_model(**fields: Any) -> str:
+    return with_json(model={"type": "BPE", **fields})
+
+
+BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 99}
+
+
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [
         ({"tokenizer__json": "{"}, "tokenizer.json: the tokenizer library refused"),
         ({"tokenizer__json": "[" * 99999}, "tokenizer.json: the tokenizer library refused"),
-        ({"tokenizer__json": with_json(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]})}, "out of vocabulary"),
-        ({"tokenizer__json": with_json(model={"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []})}, "token id 4294967295"),
+        ({"tokenizer__json": with_model(vocab={"a": 0}, merges=["a b"])}, "out of vocabulary"),
+        ({"tokenizer__json": with_model(vocab={"a": 2**32 - 1}, merges=[])}, "token id 4294967295"),
         ({"tokenizer__json": with_json(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})}, "WordPiece"),
         ({"tokenizer__json": with_json(decoder=None)}, "has no decoder"),
         (
-            {"tokenizer__json": with_json(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 99})},
+            {"tokenizer__json": with_json(normalizer=BOMB)},
             "normalizer inserts 99 characters, at most 64",
         ),
         ({"tokenizer_config__json": "[]"}, "tokenizer_config.json: must hold an object, not list"),
@@ -210,10 +235,11 @@ def with_json(**changes: Any) -> str:
         ({"tokenizer_config__json": {"chat_template": 7}}, "chat_template must be a string, or a list"),
         ({"tokenizer_config__json": {"chat_template": [{"name": "x"}]}}, "chat_template must be a string, or a list"),
         ({"tokenizer_config__json": {"added_tokens_decoder": [1]}}, "added_tokens_decoder must be an object, not list"),
-        ({"tokenizer_config__json": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "'x' is not an id with a token"),
-        ({"tokenizer_config__json": {"added_tokens_decoder": {"3": {"content": "<q>"}}}}, "'<q>' has id 3, which is '\\$'"),
-        ({"tokenizer_config__json": {"added_tokens_decoder": {"999": {"content": "<q>"}}}}, "'<q>' should have id 999, but"),
-        ({"tokenizer_config__json": {"additional_special_tokens": "x"}}, "additional_special_tokens must be a list, not str"),
+        ({"tokenizer_config__json": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "'x' is not an id with"),
+        ({"tokenizer_config__json": {"added_tokens_decoder": {"3": {"content": "<q>"}}}}, r"has id 3, which is '\$'"),
+        ({"tokenizer_config__json": {"added_tokens_decoder": {"999": {"content": "<q>"}}}}, "should have id 999, but"),
+        ({"tokenizer_config__json": {"additional_special_tokens": "x"}}, "additional_special_tokens must be a list"),
+        ({"added_tokens__json": {"<q>": 10**20}}, "'<q>' has id 100000000000000000000"),
         ({"added_tokens__json": {"<q>": "9"}}, "id of '<q>' must be int, not '9'"),
     ],
 )  # fmt: skip
@@ -248,7 +274,12 @@ def mutations(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + rng.choice([b"99999999999", b"-1", b"null", b"[]", b'"', b"\xff\xff\xff\x7f"]) + data[at:]
 
 
-CONFIG = {"bos_token": BOS, "add_bos_token": True, "chat_template": "x", "added_tokens_decoder": {"5": {"content": "&"}}}
+CONFIG = {
+    "bos_token": BOS,
+    "add_bos_token": True,
+    "chat_template": "x",
+    "added_tokens_decoder": {"5": {"content": "&"}},
+}
 FUZZED = {
     "tokenizer.json of bytes": ("tokenizer.json", lambda: byte_level(prefix=True).to_str().encode()),
     "tokenizer.json of pieces": ("tokenizer.json", lambda: spm_style().to_str().encode()),

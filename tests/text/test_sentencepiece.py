@@ -40,7 +40,7 @@ def gguf(**changes) -> Tokenizer:
     values = {
         "model": "llama",
         "pre": "default",
-        "tokens": [p.piece for p in pieces],
+        "tokens": [p.piece.decode() for p in pieces],
         "scores": [p.score for p in pieces],
         "token_type": [p.type for p in pieces],
         "bos_token_id": 1,
@@ -119,7 +119,7 @@ def test_user_defined_pieces_are_text_and_found_whole():
         (user,) = (i for i in range(ours.vocab_size) if ours.token_bytes(i) == b"<user>")
         assert user in ours.encode("a<user>b")
         assert not ours.is_special(user)
-    pieces = [p.piece for p in proto("bpe").pieces]
+    pieces = [p.piece.decode() for p in proto("bpe").pieces]
     pieces[-1] = "      "  # a run of spaces, as Gemma has them
     types = [p.type for p in proto("bpe").pieces]
     types[-1] = 4
@@ -132,7 +132,9 @@ def test_add_bos_is_the_default_of_sentencepiece_files(tmp_path):
     assert gguf().prefix_ids == (1,)
     assert gguf(add_bos_token=False).prefix_ids == ()
     (tmp_path / "tokenizer.model").write_bytes((DATA / "spm_bpe.model").read_bytes())
-    assert tokenizer_from_folder(tmp_path, ()).prefix_ids == (1,)
+    ours = tokenizer_from_folder(tmp_path, ())
+    assert ours is not None
+    assert (ours.prefix_ids, ours.bos_token_id, ours.eos_token_ids) == ((1,), 1, (2,))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,7 @@ def test_add_bos_is_the_default_of_sentencepiece_files(tmp_path):
             {"tokens": ["a", "b", "c" * 999], "scores": [0.0] * 3, "token_type": [1] * 3},
             f"999 characters, at most {MAX_PIECE_LEN}",
         ),
+        ({"tokens": ["a"], "scores": [float("nan")], "token_type": [1]}, "piece 0 'a' has score nan"),
         ({"remove_extra_whitespaces": True}, "'tokenizer.ggml.remove_extra_whitespaces'=True is not supported"),
         ({"precompiled_charsmap": [1]}, "'tokenizer.ggml.precompiled_charsmap' is not supported"),
         ({"add_space_prefix": 1}, "add_space_prefix must be bool, not int"),
@@ -170,6 +173,7 @@ def changed_model(**fields) -> bytes:
     ("data", "complaint"),
     [
         (b"", "it has no pieces"),
+        (b"\x0a\x03\x0a\x01\xff", r"piece 0 b'\\xff' is not UTF-8"),
         (b"IQ== 0\nIg== 1\n", "not a SentencePiece model"),  # a tiktoken file of the same name
         (changed_model(trainer_spec__model_type=4), "model_type=4"),
         (changed_model(trainer_spec__treat_whitespace_as_suffix=True), "treat_whitespace_as_suffix=true"),

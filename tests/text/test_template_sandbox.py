@@ -13,8 +13,10 @@ GROW = "{%% set ns = namespace(x=%s) %%}{%% for i in range(99) %%}{%% set ns.x =
 TOO_LONG = {
     "loops in loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
     "loops that skip": "{% for i in range(9999) %}{% for j in range(9999) %}{% continue %}{% endfor %}{% endfor %}",
-    "a fan of macros": "{% macro m(n) %}{% if n %}{% set a = m(n-1) %}{% set b = m(n-1) %}{% endif %}{% endmacro %}{{ m(60) }}",
-    "text that is thrown away": "{% set x %}{% for i in range(9999) %}{% for j in range(9999) %}ab{% endfor %}{% endfor %}{% endset %}",
+    "a fan of macros": "{% macro m(n) %}{% if n %}{% set a = m(n-1) %}{% set b = m(n-1) %}{% endif %}{% endmacro %}"
+                       "{{ m(60) }}",
+    "text that is thrown away": "{% set x %}{% for i in range(9999) %}{% for j in range(9999) %}ab{% endfor %}"
+                                "{% endfor %}{% endset %}",
     "a filter of a loop": "{% for i in range(9999) if range(9999) | select('odd') | list | length == 1 %}{% endfor %}",
     "searching": "{% set l = range(9999) | list %}{% for i in range(9999) %}{% if -1 in l %}{% endif %}{% endfor %}",
 }  # fmt: skip
@@ -29,7 +31,8 @@ TOO_LARGE = {
     "dict()": GROW % ("1", "dict(a=ns.x, b=ns.x)"),
     "namespaces": GROW % ("1", "namespace(a=ns.x, b=ns.x)"),
     "a macro": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}" + GROW % ("'aaaa'", "m(ns.x)"),
-    "a block": "{% set ns = namespace(x='aaaa') %}{% for i in range(99) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
+    "a block": "{% set ns = namespace(x='aaaa') %}{% for i in range(99) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}"
+               "{% endset %}{% endfor %}",
     "squares": GROW % ("3", "ns.x * ns.x"),
     "a cycle": "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
     **{
@@ -44,7 +47,8 @@ TOO_LARGE = {
             "('a' * 9999) | replace('a', 'b' * 9999)", "('a' * 9999).replace('', 'b' * 9999)",
             "range(9999) | join('a' * 9999)", "range(9999) | join(d='a' * 9999)", "('a' * 9999).join(['b'] * 9999)",
             "('a' * 9999999) | list", "('a,' * 999999).split(',')", "('a\\n' * 999999).splitlines()",
-            "([[1]] * 9999) | sum(start=[])", "[1] | tojson(indent=10**9)", "[1] | tojson(separators=('a' * 9999, 'b'))",
+            "([[1]] * 9999) | sum(start=[])", "[1] | tojson(indent=10**9)",
+            "[1] | tojson(separators=('a' * 9999, 'b'))",
             "range(9999) | map('string') | map('center', 999) | join",
             "'\\t'.expandtabs(10**9)", "'a'.translate({97: 'b' * 9999})", "(1).to_bytes(10**9, 'big')",
             "strftime_now('%999999999d')", "lipsum(n=10**6)",
@@ -97,17 +101,19 @@ def test_files_modules_and_attributes_are_out_of_reach(source):
 
 @pytest.mark.parametrize(
     "source",
-    ["{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "{% if a %}" * 999 + "{% endif %}" * 999, "{{ 1" + "+1" * 9999 + " }}",
+    ["{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "{% if a %}" * 999 + "{% endif %}" * 999,
+     "{{ 1" + "+1" * 9999 + " }}",
      "{% for a in b %}" * 50 + "{% endfor %}" * 50, "{{ 'a' | wordwrap }}", "{{ x" * 99999],
 )  # fmt: skip
 def test_sources_that_cannot_be_compiled_are_one_clear_error(source):
-    with pytest.raises(ChatTemplateError, match="the chat template (is not valid|has 399996 characters)"):
+    with pytest.raises(ChatTemplateError, match=r"the chat template (is not valid|has \d+ characters)"):
         ChatTemplate(source)
 
 
 def test_a_long_conversation_is_far_from_the_limits():
     source = (
-        "{% set ns = namespace(text='') %}{% for m in messages %}{% if loop.index0 == messages | length - 1 %}!{% endif %}"
+        "{% set ns = namespace(text='') %}{% for m in messages %}"
+        "{% if loop.index0 == messages | length - 1 %}!{% endif %}"
         "{% set ns.text = ns.text ~ m.role %}{{ '<' + m['role'] + '>' + m['content'] | trim }}{% endfor %}{{ ns.text }}"
     )
     messages = [{"role": "user", "content": "x" * 1000}] * 1000

@@ -200,7 +200,7 @@ def test_backends_that_would_change_text_are_refused():
     ):
         backend = backend_of()
         backend.decoder = decoder
-        with pytest.raises(TokenizerError, match="tokenizer decoder .* is not supported"):
+        with pytest.raises(TokenizerError, match=r"tokenizer decoder .* is not supported"):
             Tokenizer.from_backend(backend, eos_token_ids=(0,))
     backend.decoder = None
     with pytest.raises(TokenizerError, match="has no decoder"):
