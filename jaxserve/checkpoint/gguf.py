@@ -18,6 +18,7 @@ from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.gguf_config import read_config, read_family, read_layout
 from jaxserve.checkpoint.gguf_header import BlockType, TensorInfo, read_header
 from jaxserve.checkpoint.gguf_layout import Piece, param_shape
+from jaxserve.checkpoint.mapped import drop_pages
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
@@ -85,6 +86,10 @@ class GGUFCheckpoint:
     def close(self) -> None:
         """Unmaps the file; config and metadata stay readable."""
         self._data = None
+
+    def drop_pages(self) -> None:
+        """See ``mapped.drop_pages``."""
+        drop_pages(self._data)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and chat template of the metadata."""

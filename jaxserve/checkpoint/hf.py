@@ -82,6 +82,16 @@ class HFCheckpoint:
         if self._tensors is not None:
             self._tensors.close()
 
+    @property
+    def tensor_files(self) -> TensorFiles | None:
+        """The folder's tensors as they are; None where it has none."""
+        return self._tensors
+
+    def drop_pages(self) -> None:
+        """See ``mapped.drop_pages``."""
+        if self._tensors is not None:
+            self._tensors.drop_pages()
+
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer and chat template of the folder; None where it has none."""
         from jaxserve.text.hf_tokenizer import tokenizer_from_folder

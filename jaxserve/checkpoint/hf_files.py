@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.json_file import read_json, shown
+from jaxserve.checkpoint.mapped import drop_pages
 from jaxserve.checkpoint.safetensors_header import TensorInfo, read_header, view_tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,6 +67,15 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.infos)
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that has a tensor."""
+        return self._file_of[name]
+
+    def drop_pages(self) -> None:
+        """See ``mapped.drop_pages``."""
+        for data in self._data.values():
+            drop_pages(data)
 
     def close(self) -> None:
         """Unmaps the files once no part of them is in use any more."""

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxserve.checkpoint.errors import CheckpointError
+from jaxserve.checkpoint.hub import download_model, parse_hub_name
 from jaxserve.checkpoint.packaged import SPLIT_MODELS, locate_split
+from jaxserve.checkpoint.unfinished import Progress, check_whole
 
 
 class PackagedModel(NamedTuple):
@@ -26,9 +28,11 @@ MODELS: dict[str, PackagedModel] = {
 }
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
+def resolve_model(name_or_path: str | Path, *, on_progress: Progress | None = None) -> Path:
     """The ``.gguf`` file of a known name, of a path, or of a folder that holds exactly one; or the folder itself where
     it is a checkpoint of another format (``ORBAX_CONFIG`` or ``HF_CONFIG`` lies in it).
+
+    What is neither a file nor a folder and looks like ``org/name`` is fetched from the Hugging Face hub (``hub``).
 
     A Hugging Face folder that holds a ``.gguf`` file and no safetensors is taken for that file.
 
@@ -52,6 +56,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
     if is_dir:
         return _in_folder(path)
     if not is_file:
+        if (hub_name := parse_hub_name(str(name_or_path))) is not None:
+            path = download_model(hub_name, on_progress=on_progress)
+            return _in_folder(path) if path.is_dir() else path
         raise unknown
     if path.suffix != ".gguf":
         hint = ": give the folder that it lies in" if path.name == HF_CONFIG or path.suffix == ".safetensors" else ""
@@ -67,6 +74,7 @@ def _in_folder(path: Path) -> Path:
     if is_hf and (len(files) != 1 or any(path.glob("*.safetensors"))):
         return path
     if len(files) != 1:
+        check_whole(path)  # a conversion that was interrupted
         found = ", ".join(p.name for p in files) or "none"
         raise CheckpointError(
             f"the folder {path} must hold {HF_CONFIG} and safetensors, or exactly one .gguf file, it holds: {found}"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import jaxserve
-from jaxserve.cli import local, measuring, remote, serving
+from jaxserve.cli import converting, local, measuring, remote, serving
 from jaxserve.cli.loading import INTERRUPTED
 
 BAD_INPUT, FAILURE = 2, 1
@@ -26,6 +26,7 @@ app.command()(local.chat)
 app.command()(serving.serve)
 app.add_typer(remote.app, name="client")
 app.command()(local.info)
+app.command()(converting.convert)
 app.add_typer(measuring.app, name="bench")
 
 

@@ -15,8 +15,8 @@ from jaxserve.server.options import DEFAULT_TARGET
 Model = Annotated[
     str,
     typer.Argument(
-        help="A .gguf file, a Hugging Face folder, or a model's name: "
-        "smollm2-135m-instruct is installed with the quickstart."
+        help="A model's folder, a .gguf file, a name (smollm2-135m-instruct comes with the quickstart), or org/name of "
+        "the Hugging Face hub, as org/name@revision and org/name:file.gguf too."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]

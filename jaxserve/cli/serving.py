@@ -9,7 +9,7 @@ import typer
 
 from jaxserve.cli.loading import open_engine
 from jaxserve.cli.options import EngineOptions, Model, flatten_options
-from jaxserve.cli.terminal import note
+from jaxserve.cli.terminal import ProgressDisplay, note
 from jaxserve.server.options import DEFAULT_HOST, DEFAULT_PORT, ServerOptions
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def serve(
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("jaxserve").setLevel(logging.INFO)
     engine.keywords()  # a mistake in the command line is told before anything is bound
-    resolve_model(model)
+    with ProgressDisplay() as progress:  # of a download, if there is one
+        resolve_model(model, on_progress=progress)
     options = ServerOptions(
         host=host,
         port=grpc_port,

@@ -22,7 +22,7 @@ from jaxserve.execution.dummy import dummy_params
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import Progress, Runner
 from jaxserve.execution.step import StageParams
-from jaxserve.model.params import Params, ParamSource, TreeSource
+from jaxserve.model.params import Params, ParamSource, TreeSource, check_params, param_specs
 from jaxserve.parallel.mesh import parallel_config
 from jaxserve.parallel.placed import placed_config
 from jaxserve.request import (
@@ -94,7 +94,7 @@ class Engine:
                 on_progress=on_progress,
                 **options,
             )
-        with open_checkpoint(name_or_path) as checkpoint:
+        with open_checkpoint(name_or_path, on_progress=on_progress) as checkpoint:
             return cls.from_params(
                 checkpoint.config,
                 checkpoint,
@@ -223,7 +223,7 @@ class Engine:
         placed = params
         if not isinstance(placed, StageParams):
             placed = place_params(
-                TreeSource(placed, model_config) if isinstance(placed, Params) else placed,
+                _param_source(placed, model_config),
                 model_config,
                 to_place,
                 resolved,
@@ -458,6 +458,36 @@ class Engine:
         inbox = self._inboxes.get(event.request_id)
         (self._events if inbox is None else inbox).append(event)
 
+    # New weights.
+
+    def update_params(self, params: Params | ParamSource | StageParams) -> None:
+        """Serves other weights of the same model from the next step on, without compiling anything.
+
+        Running requests go on: what they have said stays, their K/V is computed anew, and every token from here on is
+        the new weights' (one that a step in flight has already sampled excepted). The prefix cache is dropped. After an
+        error the engine goes on with the weights it had. Device memory holds both sets for a moment; live jax arrays
+        that lie where the engine wants them are shared, not copied: do not donate them while the engine uses them.
+
+        Args:
+            params: as for ``from_params``; an open checkpoint is a ``ParamSource``, too.
+
+        Raises:
+            ValueError: names the first parameter that is missing, extra or of another shape, with both shapes.
+        """
+        self._check_usable()
+        placed = params
+        if not isinstance(placed, StageParams):
+            placed = place_params(
+                _param_source(placed, self.model_config),
+                self.model_config,
+                self._runner.config,
+                self._runner.mesh,
+                np.dtype(self.dtype),
+            )
+        with interrupts_held():
+            self._runner.update_params(placed)
+            self._scheduler.forget_computed()
+
     # Figures and end.
 
     def stats(self) -> EngineStats:
@@ -478,6 +508,15 @@ class Engine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _param_source(params: Params | ParamSource, config: ModelConfig) -> ParamSource:
+    """``params`` as a source of ``config``'s parameters, checked as far as it says what it has."""
+    if isinstance(params, Params):
+        return TreeSource(params, config)
+    if (other := getattr(params, "config", None)) is not None:  # an open checkpoint
+        check_params(param_specs(other), config)
+    return params
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -20,6 +20,7 @@ from jaxserve.execution.step import (
     make_step,
     state_specs,
 )
+from jaxserve.model.params import named_leaves
 from jaxserve.parallel import specs
 from jaxserve.step_io import (
     SAMPLINGS,
@@ -188,6 +189,18 @@ class Runner:
     def read(self, handle: jax.Array) -> StepOutputs:
         """Waits for a dispatched step and copies its outputs to the host."""
         return unpack_outputs(np.asarray(handle), self.dims.max_logprobs)
+
+    def update_params(self, params: StageParams) -> None:
+        """Other weights from the next dispatch on; steps dispatched before keep theirs. Nothing is compiled.
+
+        ``params`` are placed as those of the constructor were.
+        """
+        old, new = dict(named_leaves(self._params)), dict(named_leaves(params))
+        for name in (*old, *new):
+            facts = [None if x is None else (x.shape, x.dtype.name, x.sharding) for x in (new.get(name), old.get(name))]
+            if facts[0] != facts[1]:
+                raise ValueError(f"params.{name} is {facts[0]}, the compiled steps take {facts[1]}")
+        self._params = params
 
     def close(self) -> None:
         """Frees the device's memory; the runner cannot be used afterwards."""

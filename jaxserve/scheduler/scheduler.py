@@ -308,6 +308,13 @@ class Scheduler:
         self._num_preemptions += 1
         insort(self._waiting, sequence, key=_by_order)
 
+    def forget_computed(self) -> None:
+        """The weights have changed: no page holds what they would write, so every known prefix is forgotten and every
+        running sequence is preempted, to recompute its tokens. Tokens in flight are committed as usual."""
+        for sequence in reversed(tuple(self._running)):
+            self._preempt(sequence)
+        self.pool.drop_prefix_cache()
+
     # What came of a step.
 
     def commit(self, batch: ScheduledBatch, tokens: np.ndarray) -> list[CommittedToken]:

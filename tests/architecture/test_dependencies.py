@@ -16,6 +16,7 @@ IMPORT_NAMES = {
     "grpcio": "grpc",
     "grpcio-health-checking": "grpc_health",
     "grpcio-reflection": "grpc_reflection",
+    "huggingface-hub": "huggingface_hub",
     "prometheus-client": "prometheus_client",
     "protobuf": "google",
 }  # distribution -> top-level module, where they differ

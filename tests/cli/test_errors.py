@@ -104,7 +104,7 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str]):
 
 
 def test_unexpected_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def broken(name: str) -> None:
+    def broken(name: str, **options: object) -> None:
         raise KeyError("spam\neggs")
 
     monkeypatch.setattr("jaxserve.checkpoint.open.resolve_model", broken)

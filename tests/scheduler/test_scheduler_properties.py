@@ -96,7 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.engine.requests)
     @rule(
-        what=st.sampled_from(["abort", "stop string", "expire", "drop the prefix cache"]),
+        what=st.sampled_from(["abort", "stop string", "expire", "drop the prefix cache", "forget"]),
         which=st.integers(0, 2**16),
         now=st.sampled_from([0.5, 1.0, 1.5]),
     )
@@ -105,6 +105,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.expire(now)
         elif what == "drop the prefix cache":
             self.engine.scheduler.pool.drop_prefix_cache()
+        elif what == "forget":
+            self.engine.scheduler.forget_computed()
+            assert self.engine.scheduler.pool.num_held == self.engine.scheduler.pool.num_cached == 0
         else:
             request_id = f"r{which % len(self.engine.requests)}"
             unfinished = request_id not in self.engine.reasons

@@ -164,6 +164,9 @@ class FakeEngine:
         self._set_idle()
         return events
 
+    def update_params(self, params: object) -> None:
+        self._on_one_thread()
+
     def has_unfinished(self) -> bool:
         return bool(self._live)
 
