@@ -190,6 +190,10 @@ class GGUFCheckpoint:
 
     def _read_piece(self, piece: Piece, part: list[range]) -> np.ndarray:
         """Part ``part`` of a piece's box."""
+        if piece.is_transposed:
+            *outer, rows, columns = piece.shape
+            stored = piece._replace(shape=(*outer, columns, rows), is_transposed=False)
+            return self._read_piece(stored, [*part[:-2], part[-1], part[-2]]).swapaxes(-1, -2)
         tensor, axis = self.tensors[piece.tensor], piece.interleaved_axis
         raw = self._raw_rows(tensor)
         coordinates = [np.arange(r.start, r.stop) for r in part]
@@ -199,7 +203,10 @@ class GGUFCheckpoint:
         if len(tensor.shape) == 1:  # its blocks run across the parameter's axes: small, so all of it
             values = self._dequantize(tensor, raw).ravel()[piece.first_row :][: math.prod(piece.shape)]
             return values.reshape(piece.shape)[np.ix_(*coordinates)]
-        rows = np.ravel_multi_index(np.ix_(*coordinates[:-1]), piece.shape[:-1]).ravel() + piece.first_row
+        if piece.rows_apart is not None:
+            rows = (coordinates[0][:, None] * piece.rows_apart + coordinates[1]).ravel() + piece.first_row
+        else:
+            rows = np.ravel_multi_index(np.ix_(*coordinates[:-1]), piece.shape[:-1]).ravel() + piece.first_row
         block = self._block_types[tensor.type_id]
         first = part[-1].start // block.block_size
         last = -(-part[-1].stop // block.block_size)

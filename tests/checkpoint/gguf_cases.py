@@ -3,12 +3,13 @@
 Tensors are made from canonical parameters the way llama.cpp's converter makes them from a Hugging Face model's.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from jaxserve.config import ModelConfig, MoEConfig, RopeConfig
+from jaxserve.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxserve.model.params import named_leaves, param_specs
 from tests.text.metadata import EOS, gguf_metadata
 
@@ -27,6 +28,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, np.ndarray] = field(default_factory=dict)  # tensors that are no parameters
     unstacked: bool = False  # one tensor an expert
+    joint_kv: bool = False  # k_up and v_up in one tensor, as in older files of DeepSeek
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**{**BASE, "family": self.arch, **self.config})
@@ -48,7 +50,11 @@ class Case:
         for name, x in params.items():
             if name in TOP:
                 out[TOP[name]] = x
-            else:
+            elif self.joint_kv and name.endswith(".k_up"):
+                layer = name.split(".")[1]
+                heads = np.concatenate([x, params[f"layers.{layer}.v_up"]], axis=1)
+                out[f"blk.{layer}.attn_kv_b.weight"] = heads.reshape(-1, heads.shape[-1])
+            elif not (self.joint_kv and name.endswith(".v_up")):
                 _, layer, parameter = name.split(".")
                 stored = split(self, parameter, x)
                 out |= {f"blk.{layer}.{tensor}": np.ascontiguousarray(a) for tensor, a in stored.items()}
@@ -69,6 +75,10 @@ def split(case: Case, parameter: str, x: np.ndarray) -> dict[str, np.ndarray]:
         return {name: x}
     if parameter in ("q_norm", "k_norm", "sinks"):
         return {f"attn_{parameter}.weight": x.reshape(-1)}
+    if parameter == "q_up":
+        return {f"attn_q{'_b' if case.model_config().mla.q_lora_rank else ''}.weight": x.reshape(-1, x.shape[-1])}  # type: ignore[union-attr]
+    if parameter == "k_up":
+        return {"attn_k_b.weight": x.swapaxes(1, 2)}
     if parameter in ("qkv", "qkv_bias"):
         kind = "bias" if parameter == "qkv_bias" else "weight"
         q, k, v = x[:, : N // K], x[:, N // K], x[:, N // K + 1]
@@ -122,6 +132,11 @@ PLAIN = {
     "correction_bias": "exp_probs_b.bias",
     "shared_down": "ffn_down_shexp.weight",
     "mlp_post_norm": "post_ffw_norm.weight",
+    "q_down": "attn_q_a.weight",
+    "q_down_norm": "attn_q_a_norm.weight",
+    "kv_down": "attn_kv_a_mqa.weight",
+    "kv_down_norm": "attn_kv_a_norm.weight",
+    "v_up": "attn_v_b.weight",
 }
 
 BASE_KEYS: dict[str, Any] = {
@@ -161,6 +176,7 @@ def vector(values: tuple[float, ...]) -> np.ndarray:
 GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "embed_scale": D**0.5}
 BIASED: dict[str, Any] = {"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True}
 PLAIN_LN: dict[str, Any] = {**BIASED, "norm": "layer", "mlp": "plain", "activation": "gelu_tanh"}
+MLA: dict[str, Any] = {"num_kv_heads": N, "tie_word_embeddings": False}
 MOE_KEYS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16}
 YARN_KEYS = {
     "rope.scaling.type": "yarn",
@@ -388,5 +404,61 @@ CASES: dict[str, Case] = {
             ),
             "moe_layers": (False, True, True),
         },
+    ),
+    "deepseek2, V3": Case(
+        arch="deepseek2",
+        keys=MOE_KEYS
+        | YARN_KEYS
+        | {"rope.scaling.yarn_log_multiplier": 0.125, "attention.head_count_kv": 1}
+        | {"attention.q_lora_rank": 20, "attention.kv_lora_rank": 12, "rope.dimension_count": 4}
+        | {"attention.key_length": 16, "attention.value_length": 12}
+        | {"attention.key_length_mla": 14, "attention.value_length_mla": 6}
+        | {"expert_shared_count": 1, "leading_dense_block_count": 1, "expert_weights_scale": 2.5}
+        | {"expert_weights_norm": True, "expert_gating_func": 2}
+        | {"expert_group_count": 2, "expert_group_used_count": 1},
+        config=MLA
+        | {
+            "family": "deepseek_v3",
+            "head_dim": 14,
+            "mla": MLAConfig(q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=4, v_head_dim=6),
+            "attn_scale": 14**-0.5 * (1 + 0.125 * math.log(4)) ** 2,
+            "ropes": (
+                RopeConfig(
+                    theta=5000.0,
+                    rotary_dim=4,
+                    interleaved=True,
+                    scaling="yarn",
+                    factor=4.0,
+                    original_max_position_embeddings=16,
+                ),
+            ),
+            "moe": moe(
+                scoring="sigmoid",
+                norm_topk_prob=True,
+                correction_bias=True,
+                shared_intermediate_size=16,
+                routed_scaling_factor=2.5,
+                num_groups=2,
+                topk_group=1,
+                group_score="top2",
+            ),
+            "moe_layers": (False, True),
+        },
+    ),
+    "deepseek2, V2 Lite as it was": Case(
+        arch="deepseek2",
+        keys=MOE_KEYS
+        | {"attention.kv_lora_rank": 12, "rope.dimension_count": 4, "attention.head_count_kv": N}
+        | {"attention.key_length": 14, "attention.value_length": 6, "expert_shared_count": 2},
+        config=MLA
+        | {
+            "family": "deepseek_v2",
+            "head_dim": 14,
+            "mla": MLAConfig(q_lora_rank=None, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=4, v_head_dim=6),
+            "attn_scale": 14**-0.5,
+            "ropes": (RopeConfig(theta=5000.0, rotary_dim=4, interleaved=True),),
+            "moe": moe(shared_intermediate_size=32, group_score="max"),
+        },
+        joint_kv=True,
     ),
 }

@@ -142,6 +142,10 @@ def test_reading_what_is_not_there_is_an_error(tmp_path):
         ("phi3, longrope", {"rope.scaling.factor": 4.0}, "factor=4.0 together with tensor 'rope_factors_long.weight'"),
         ("glm4moe", {"nextn_predict_layers": 0}, r"'blk.3.attn_norm.weight' is missing, expected shape \(32,\)"),
         ("glm4moe", {"nextn_predict_layers": 4}, "num_layers=0 must be at least 1"),
+        ("deepseek2, V3", {"attention.head_count_kv": 4}, "head_count_kv=4 is not 1"),
+        ("deepseek2, V3", {"attention.key_length": 14}, "attention.key_length=14 is not 16"),
+        ("deepseek2, V3", {"attention.key_length_mla": 4}, "key_length_mla=4 is not more than rope.dimension_count=4"),
+        ("deepseek2, V3", {"attention.kv_lora_rank": None}, "deepseek2.attention.kv_lora_rank is missing"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0 must be a positive number"),
     ],
 )
@@ -163,6 +167,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, name, changes, comp
         ("mixtral, one tensor an expert", "blk.1.ffn_up.3.weight"),
         ("phi3, longrope", "rope_factors_long.weight"),
         ("glm4moe", "blk.1.exp_probs_b.bias"),
+        ("deepseek2, V3", "blk.1.attn_k_b.weight"),
     ],
 )
 def test_a_missing_tensor_is_named(tmp_path, name, tensor):

@@ -39,7 +39,7 @@ def test_greedy_tokens(name):
         pytest.skip(f"the model is not here: python scripts/fetch_models.py {name}")
     prompts = json.loads((DATA / REFERENCES[name]).read_text())["prompts"]
     params = [SamplingParams(temperature=0, max_tokens=len(p["new_token_ids"]), ignore_eos=True) for p in prompts]
-    options = {"max_model_len": 1024, "max_num_seqs": 8, "prefill_sizes": (128,), "decode_sizes": (8,)}
+    options = {"max_model_len": 1024, "max_num_seqs": 8, "prefill_sizes": (128,)}
     with (
         GGUFCheckpoint(path) as checkpoint,
         Engine.from_params(checkpoint.config, checkpoint, dtype="float32", **options) as engine,
