@@ -9,7 +9,7 @@ from jaxserve.checkpoint import CheckpointError, GGUFCheckpoint
 from jaxserve.checkpoint.gguf_families import FAMILIES, GGUFFamily
 from jaxserve.model.params import check_params, num_params
 from tests.checkpoint.gguf_cases import CASES, Case, D, F, H, K, N
-from tests.checkpoint.tiny_gguf import write
+from tests.checkpoint.tiny_gguf import read_params, write
 
 
 def open_case(tmp_path, case: Case, **changes) -> tuple[GGUFCheckpoint, dict[str, np.ndarray]]:
@@ -42,7 +42,7 @@ def test_config_and_parameters(tmp_path, name):
             ends = [np.sort(rng.choice(n + 1, 2, replace=False)) for n in array.shape]
             part = tuple(slice(int(a), int(b)) for a, b in ends)
             np.testing.assert_array_equal(checkpoint.read(parameter, part), array[part], err_msg=f"{parameter} {part}")
-    check_params(checkpoint.load_params(), checkpoint.config)
+    check_params(read_params(checkpoint), checkpoint.config)
 
 
 def test_every_architecture_has_a_case():
