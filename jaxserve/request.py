@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 
@@ -160,9 +160,10 @@ class Usage:
     cached_tokens: int  # prompt tokens whose KV came from the prefix cache at first admission
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One output token of one request, or its end. The last event of a request has ``finish_reason`` and ``usage``.
+
+    A tuple, made in a third of a frozen dataclass's time: a step makes one for each of its sequences.
 
     ``text`` is what became final with this token: it may be empty (half a character, a possible stop string) and may
     hold text of earlier tokens. The texts of a request's events concatenated are its completion's text.

@@ -5,7 +5,6 @@ PagedAttention's (Kwon et al., SOSP 2023, arXiv 2309.06180), whose measure of me
 """
 
 import os
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.bench.environment import environment
+from jaxserve.bench.environment import command_line, environment
 from jaxserve.bench.workload import WorkItem, length_varied
 from jaxserve.config import ModelConfig
 from jaxserve.engine.engine import Engine
@@ -128,18 +127,8 @@ def run(
         )
     workload = length_varied(**workload_options, vocab_size=config.vocab_size)
     rows = compare(config, params, workload, max_model_len=max_model_len, on_progress=on_progress, **options)
-    about = environment() | {"model": Path(model).name, "command": _command(model, set_options)}
+    about = environment() | {"model": Path(model).name, "command": command_line("batching", model, set_options)}
     return [asdict(row) | workload_options | about for row in rows]
-
-
-def _command(model: str, options: dict[str, Any]) -> str:
-    """The command line that asks for these options. No path: the file's name stands for it, and a cache is no part."""
-    words = [
-        f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
-        for name, value in options.items()
-        if name != "compilation_cache_dir"
-    ]
-    return shlex.join(["jaxserve", "bench", "batching", Path(model).name, *words])
 
 
 def compare(

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +14,12 @@ import jaxserve
 
 
 def environment() -> dict[str, Any]:
-    """``device`` in words, ``versions`` by name, and the source's ``commit``. No host name, no path."""
+    """``device`` in words, its ``driver``, ``versions`` by name, and the source's ``commit``. No host name, no path."""
     names = ("jax", "jaxlib", "numpy")
     versions = {"jaxserve": jaxserve.__version__, "python": platform.python_version()}
     return {
         "device": device_in_words(),
+        "driver": driver_version(),
         "versions": versions | {name: version(name) for name in names},
         "commit": source_commit(),
     }
@@ -31,6 +33,28 @@ def device_in_words() -> str:
     # What this process may use, which in a container is less than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores}-core {platform.machine().replace('_', '-')} CPU"
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver, where jax runs on it."""
+    if jax.local_devices()[0].platform != "gpu":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def command_line(benchmark: str, model: str, options: dict[str, Any]) -> str:
+    """The command line that asks for these options. No path: the file's name stands for it, and a cache is no part."""
+    words = [
+        f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for name, value in options.items()
+        if name != "compilation_cache_dir"
+    ]
+    return shlex.join(["jaxserve", "bench", benchmark, Path(model).name, *words])
 
 
 def source_commit() -> str | None:

@@ -1,4 +1,4 @@
-"""The tables that people read: a few of the rows' figures, each mode a column."""
+"""The tables that people read: a few of the rows' figures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,3 +76,62 @@ def _table(first: Mapping[str, Any], second: Mapping[str, Any], figures: Sequenc
         values = ["none waited" if x is None else format(x, form) for x in (a, b)]
         table.add_row(label, *values, f"{a / b:.2f}" if a is not None and b else "-")
     return table
+
+
+# workload -> (column, key of the row, format); a figure that a row does not have is a dash.
+ENGINE_FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "latency": (("TTFT ms", "ttft_ms", ".2f"), ("p99", "ttft_ms_p99", ".2f")),
+    "decode": (
+        ("TPOT ms", "tpot_ms", ".2f"),
+        ("step p50", "step_ms_p50", ".2f"),
+        ("p99", "step_ms_p99", ".2f"),
+        ("tokens/s", "output_tokens_per_s", ",.0f"),
+    ),
+    "prefill": (("tokens/s", "prompt_tokens_per_s", ",.0f"),),
+    "throughput": (
+        ("tokens/s", "output_tokens_per_s", ",.0f"),
+        ("requests/s", "requests_per_s", ".2f"),
+        ("ITL p50", "itl_ms_p50", ".2f"),
+        ("p99", "itl_ms_p99", ".2f"),
+    ),
+}
+ENGINE_COMMON = (
+    ("% roof", "roofline_percent", ".1f"),
+    ("GB/s", "gb_per_s", ",.0f"),
+    ("TFLOP/s", "tflop_per_s", ",.1f"),
+    ("host ms", "host_ms_p50", ".3f"),
+    ("dispatch", "dispatch_ms_p50", ".3f"),
+)
+
+
+def print_engine(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """The rows of ``bench.engine.run``: a table for each workload, and what they were measured on and how."""
+    console = console or Console()
+    row = rows[0]
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    driver = f", driver {row['driver']}" if row["driver"] else ""
+    ceilings = row["ceilings"]
+    lines = (
+        f"{row['model']}, {row['dtype']}, {row['device']}{driver}",
+        f"{versions}, commit {row['commit'] or 'unknown'}",
+        f"measured ceilings: {ceilings['read_gb_per_s']:,.0f} GB/s of reading, {ceilings['tflop_per_s']:,.2f} TFLOP/s "
+        f"in {ceilings['dtype']}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    for start in (r for r in rows if r["workload"] == "start"):
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in start["stages_s"].items())
+        console.print(f"start {start['start_s']:.1f} s: {stages}", highlight=False, soft_wrap=True)
+    for workload, figures in ENGINE_FIGURES.items():
+        measured = [r for r in rows if r["workload"] == workload]
+        if not measured:
+            continue
+        table = Table(title=workload, title_justify="left")
+        columns = (("batch", "batch_size", "d"), ("prompt", "prompt_len", "d"), *figures, *ENGINE_COMMON)
+        present = [c for c in columns if c[1] in measured[0]]
+        for name, _, _ in present:
+            table.add_column(name, justify="right")
+        for r in measured:
+            table.add_row(*("-" if r[key] is None else format(r[key], form) for _, key, form in present))
+        console.print(table)
+    console.print(f"$ {row['command']}", highlight=False, soft_wrap=True)

@@ -49,6 +49,14 @@ class SamplingOptions:
         return sampling_params_from(self.set_fields())
 
 
+def parse_sizes(name: str, text: str) -> tuple[int, ...]:
+    """``"64,256"`` as numbers. ValueError naming the option."""
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise ValueError(f'{name}: {text!r} is not a list of sizes as "64,256"') from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How to build an engine: the keywords of ``Engine.from_pretrained``. Unset is left to the engine's default."""
@@ -67,6 +75,9 @@ class EngineOptions:
     ] = None
     page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None
     prefill_sizes: Annotated[str | None, typer.Option(help='Prompt tokens in a step, as "64,256".')] = None
+    decode_sizes: Annotated[
+        str | None, typer.Option(help='Sequences that decode in a step, as "1,8"; the last is --max-num-seqs.')
+    ] = None
     max_num_waiting: Annotated[int | None, typer.Option(help="Requests queued, at most.")] = None
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no prefixes.")] = False
     compilation_cache_dir: Annotated[Path | None, typer.Option(help="Keep compiled steps here between starts.")] = None
@@ -78,11 +89,9 @@ class EngineOptions:
         values.pop("platform", None)
         if values.pop("no_prefix_caching"):
             values["prefix_caching"] = False
-        if "prefill_sizes" in values:
-            try:
-                values["prefill_sizes"] = tuple(int(size) for size in values["prefill_sizes"].split(","))
-            except ValueError:
-                raise ValueError(f'prefill_sizes: {self.prefill_sizes!r} is not a list of sizes as "64,256"') from None
+        for name in ("prefill_sizes", "decode_sizes"):
+            if name in values:
+                values[name] = parse_sizes(name, values[name])
         return values
 
 

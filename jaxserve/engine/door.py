@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxserve.config import ModelConfig
 from jaxserve.request import Request, RequestError, SamplingParams
+from jaxserve.step_io import SAMPLINGS, Sampling
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 Prompt = str | Sequence[int]
@@ -20,6 +21,7 @@ class Door:
         max_model_len: tokens of prompt and output together.
         tokenizer: None where prompts are token ids only.
         check: the scheduler's limits on a whole request; raises RequestError.
+        samplings: what the engine compiled samplers for.
     """
 
     def __init__(
@@ -28,11 +30,15 @@ class Door:
         max_model_len: int,
         tokenizer: Tokenizer | None,
         check: Callable[[Request], None],
+        samplings: Sequence[Sampling] = SAMPLINGS,
     ):
         self._vocab_size = model_config.vocab_size
         self._max_model_len = max_model_len
         self._tokenizer = tokenizer
         self._check = check
+        if not samplings or set(samplings) - set(SAMPLINGS):
+            raise ValueError(f"samplings={tuple(samplings)} must be some of {', '.join(SAMPLINGS)}")
+        self._best_sampling = max(map(SAMPLINGS.index, samplings))
         ends = (*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))
         self._eos_token_ids = tuple(dict.fromkeys(ends))
 
@@ -47,6 +53,7 @@ class Door:
     ) -> Request:
         """See ``Engine.make_request``."""
         limit = self._max_model_len
+        self._check_sampling(params)
         ids = self._prompt_ids(prompt)
         room = limit - len(ids)
         if room < 1:
@@ -73,6 +80,21 @@ class Door:
         )
         self._check(request)
         return request
+
+    def _check_sampling(self, params: SamplingParams) -> None:
+        asks = {
+            "logprobs": "any" if params.logprobs else "greedy",
+            "min_tokens": "any" if params.min_tokens else "greedy",
+            "top_k": "any" if params.top_k > 0 and params.temperature > 0 else "greedy",
+            "top_p": "any" if params.top_p < 1 and params.temperature > 0 else "greedy",
+            "temperature": "random" if params.temperature > 0 else "greedy",
+        }
+        for name, sampling in asks.items():
+            if SAMPLINGS.index(sampling) > self._best_sampling:
+                best = SAMPLINGS[self._best_sampling]
+                raise RequestError(
+                    name, f"{getattr(params, name)} needs sampling {sampling!r}, this engine has {best!r}"
+                )
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -16,10 +17,14 @@ from jaxserve.engine import plan
 from jaxserve.engine.door import Door, Prompt
 from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.output import RequestOutput
+from jaxserve.engine.step_times import StepTimes
+from jaxserve.execution.dummy import dummy_params
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import Progress, Runner
+from jaxserve.execution.step import StageParams
 from jaxserve.model.params import Params, ParamSource, TreeSource
 from jaxserve.parallel.mesh import parallel_config
+from jaxserve.parallel.placed import placed_config
 from jaxserve.request import (
     Completion,
     EngineStats,
@@ -31,6 +36,7 @@ from jaxserve.request import (
 )
 from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs, choose_sampling
 from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.step_io import Sampling, StepOutputs
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -51,6 +57,8 @@ class Engine:
         cls,
         name_or_path: str | Path,
         *,
+        load_format: Literal["auto", "dummy"] = "auto",
+        skip_tokenizer_init: bool = False,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         mesh: Mesh | ParallelConfig | str | None = None,
         compilation_cache_dir: str | Path | None = None,
@@ -61,6 +69,9 @@ class Engine:
 
         Args:
             name_or_path: see ``jaxserve.checkpoint.resolve``.
+            load_format: "dummy" makes random weights on the device instead of loading any, and no tokenizer:
+                ``name_or_path`` is then a ``config.json``, its folder, or a name of ``checkpoint.shapes.SHAPES``.
+            skip_tokenizer_init: no tokenizer: prompts are token ids, and completions have no text.
             compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
                 this process; None leaves the process' own setting.
             on_progress: called with (stage, done, total) while loading, compiling and warming up.
@@ -73,9 +84,20 @@ class Engine:
         from jaxserve.checkpoint.gguf import GGUFCheckpoint
         from jaxserve.checkpoint.resolve import resolve_model
 
+        if load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format={load_format!r} is not one of auto, dummy")
+        if load_format == "dummy":
+            return cls.from_shape(
+                name_or_path,
+                dtype=dtype,
+                mesh=mesh,
+                compilation_cache_dir=compilation_cache_dir,
+                on_progress=on_progress,
+                **options,
+            )
         checkpoint = GGUFCheckpoint(resolve_model(name_or_path))
         try:
-            tokenizer = checkpoint.tokenizer()
+            tokenizer = None if skip_tokenizer_init else checkpoint.tokenizer()
             resolved = plan.resolve_mesh(mesh, checkpoint.config)
             params = TreeSource(
                 checkpoint.load_params(np.dtype(plan.resolve_dtype(dtype, resolved))), checkpoint.config
@@ -95,10 +117,37 @@ class Engine:
             checkpoint.close()
 
     @classmethod
+    def from_shape(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        mesh: Mesh | ParallelConfig | str | None = None,
+        on_progress: Progress | None = None,
+        **options: Any,
+    ) -> Self:
+        """An engine with random weights and no tokenizer: ``from_pretrained`` with ``load_format="dummy"``."""
+        from jaxserve.checkpoint.shapes import read_shape
+
+        config = read_shape(name_or_path)
+        resolved = plan.resolve_mesh(mesh, config)
+        tensor = resolved.shape["tensor"]
+        placed = dummy_params(
+            placed_config(config, tensor, config.max_position_embeddings),
+            resolved,
+            plan.resolve_dtype(dtype, resolved),
+            on_tensor=(lambda done, total: on_progress("dummy weights", done, total)) if on_progress else None,
+        )
+        name = options.pop("model_name", Path(name_or_path).stem)
+        return cls(
+            config, placed, None, model_name=name, mesh=resolved, dtype=dtype, on_progress=on_progress, **options
+        )
+
+    @classmethod
     def from_params(
         cls,
         model_config: ModelConfig,
-        params: Params | ParamSource,
+        params: Params | ParamSource | StageParams,
         tokenizer: Tokenizer | None = None,
         **options: Any,
     ) -> Self:
@@ -111,7 +160,7 @@ class Engine:
     def __init__(
         self,
         model_config: ModelConfig,
-        params: Params | ParamSource,
+        params: Params | ParamSource | StageParams,
         tokenizer: Tokenizer | None = None,
         *,
         model_name: str = "model",
@@ -123,6 +172,8 @@ class Engine:
         memory_fraction: float | None = None,
         page_size: int = 16,
         prefill_sizes: Sequence[int] | None = None,
+        decode_sizes: Sequence[int] | None = None,
+        samplings: Sequence[Sampling] | None = None,
         max_prefill_rows: int | None = None,
         max_num_waiting: int = 1024,
         prefix_caching: bool = True,
@@ -135,7 +186,8 @@ class Engine:
         """
         Args:
             model_config: the model; its ``eos_token_ids`` and the tokenizer's end a generation.
-            params: canonical ``Params`` of numpy or jax arrays, in any dtype; or where to read them from, part by part.
+            params: canonical ``Params`` of numpy or jax arrays, in any dtype; or where to read them from, part by part;
+                or ``StageParams`` that lie on ``mesh`` in ``dtype`` already.
             mesh: devices to run on: a ``jax.sharding.Mesh`` with axes ("stage", "tensor"), a ``ParallelConfig``, or
                 text such as "stage=2,tensor=2"; None is one device.
             dtype: of weights, activations and KV; "auto" is float32 on CPUs, bfloat16 elsewhere.
@@ -144,6 +196,9 @@ class Engine:
             num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
             page_size: tokens a page.
             prefill_sizes: ascending padded sizes of the prompt part of a step; the last is the token budget.
+            decode_sizes: ascending padded sizes of the decode part of a step, the last equal to ``max_num_seqs``.
+            samplings: what requests may ask of sampling, each a sampler more to compile (``step_io.SAMPLINGS``; None is
+                everything). ("greedy",) refuses every request that is not greedy.
             max_prefill_rows: sequences at most that have a prompt chunk in one step.
             max_num_waiting: requests that may wait; more are refused with QueueFullError.
             lookahead: steps dispatched before the last one is read.
@@ -166,24 +221,27 @@ class Engine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             prefill_sizes=prefill_sizes,
+            decode_sizes=decode_sizes,
             max_num_waiting=max_num_waiting,
             lookahead=lookahead,
             batching=batching,
             **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
         )
-        placed_config = plan.placed_config(model_config, self.parallel_config, self.scheduler_config)
-        source = TreeSource(params, model_config) if isinstance(params, Params) else params
-        placed = place_params(
-            source,
-            model_config,
-            placed_config,
-            resolved,
-            jnp_dtype,
-            on_parameter=(lambda done, total: on_progress("load", done, total)) if on_progress else None,
-        )
+        samplings = tuple(plan.defaults(resolved)["samplings"] if samplings is None else samplings)
+        to_place = placed_config(model_config, self.parallel_config.tensor, self.scheduler_config.max_model_len)
+        placed = params
+        if not isinstance(placed, StageParams):
+            placed = place_params(
+                TreeSource(placed, model_config) if isinstance(placed, Params) else placed,
+                model_config,
+                to_place,
+                resolved,
+                jnp_dtype,
+                on_parameter=(lambda done, total: on_progress("load", done, total)) if on_progress else None,
+            )
         if num_pages is None:
             num_pages = plan.num_pages_that_fit(
-                placed_config, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction
+                to_place, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction
             )
         self.cache_config = CacheConfig(
             num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
@@ -195,7 +253,9 @@ class Engine:
             )
         self._dims = plan.step_dims(self.scheduler_config, self.cache_config)
         self._scheduler = Scheduler(self.cache_config, self.scheduler_config, self._dims)
-        self._door = Door(model_config, self.scheduler_config.max_model_len, tokenizer, self._scheduler.check)
+        self._door = Door(
+            model_config, self.scheduler_config.max_model_len, tokenizer, self._scheduler.check, samplings
+        )
         self._outputs: dict[str, RequestOutput] = {}  # unfinished requests
         self._in_flight: deque[tuple[ScheduledBatch, jax.Array]] = deque()  # dispatched steps, oldest first
         self._events: list[TokenEvent] = []  # for the next ``step``
@@ -204,14 +264,14 @@ class Engine:
         self._closed = False
         self._failure: BaseException | None = None
         self._runner = Runner(
-            placed_config,
+            to_place,
             placed,
             self.cache_config,
             self._dims,
             all_buckets(self.scheduler_config),
             resolved,
             jnp_dtype,
-            plan.defaults(resolved)["samplings"],
+            samplings,
             on_progress,
         )
 
@@ -330,26 +390,36 @@ class Engine:
         """Whether ``step`` has anything to do: requests, steps in flight, or events to hand out."""
         return self._scheduler.has_unfinished() or bool(self._in_flight) or bool(self._events)
 
-    def step(self, on_dispatch: Callable[[EngineStats], None] | None = None) -> list[TokenEvent]:
+    def step(
+        self,
+        on_dispatch: Callable[[EngineStats], None] | None = None,
+        on_times: Callable[[StepTimes], None] | None = None,
+    ) -> list[TokenEvent]:
         """Schedules and dispatches one step, and returns the events of the one before it (of itself at lookahead 0).
 
         ``on_dispatch`` is called with the figures of the moment the device spends its time in: after a dispatch, before
-        what the step before ended is freed.
+        what the step before ended is freed. ``on_times`` is called last, with what the step did.
         """
-        self._step(on_dispatch)
+        self._step(on_dispatch, on_times)
         events, self._events = self._events, []
         return events
 
-    def _step(self, on_dispatch: Callable[[EngineStats], None] | None = None) -> None:
+    def _step(
+        self,
+        on_dispatch: Callable[[EngineStats], None] | None = None,
+        on_times: Callable[[StepTimes], None] | None = None,
+    ) -> None:
         self._check_usable()
         # A step cut short would leave the scheduler and the device with different ideas of what is in the pages.
         with interrupts_held():
             try:
                 with self._runner.compile_counter.watch():
-                    self._advance(on_dispatch)
+                    times = self._advance(on_dispatch)
             except BaseException as error:
                 self._failure = error
                 raise
+        if on_times is not None:
+            on_times(times)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -357,22 +427,34 @@ class Engine:
         if self._failure is not None:
             raise RuntimeError(f"the engine failed in an earlier step, make a new one: {self._failure!r}")
 
-    def _advance(self, on_dispatch: Callable[[EngineStats], None] | None) -> None:
+    def _advance(self, on_dispatch: Callable[[EngineStats], None] | None) -> StepTimes:
+        clock = [time.perf_counter()]  # at the ends of schedule, build, dispatch, wait, commit
         for request_id in self._scheduler.expire(time.monotonic()):
             self._emit(self._outputs.pop(request_id).on_end("deadline"))
         batch = self._scheduler.schedule()
+        clock.append(time.perf_counter())
         if batch is not None:
             buffer, inputs = build_inputs(batch, self._scheduler.slots, self._dims)
-            handle = self._runner.dispatch(batch.bucket, buffer, choose_sampling(inputs))
-            self._in_flight.append((batch, handle))
+            asked = choose_sampling(inputs)
+            clock.append(time.perf_counter())
+            self._in_flight.append((batch, self._runner.dispatch(batch.bucket, buffer, asked)))
             self._num_steps += 1
             if on_dispatch is not None:
                 on_dispatch(self.stats())
+            clock.append(time.perf_counter())
+        else:
+            clock += clock[-1:] * 2
         if len(self._in_flight) > (self.scheduler_config.lookahead if batch is not None else 0):
-            self._commit(*self._in_flight.popleft())
+            read, handle = self._in_flight.popleft()
+            outputs = self._runner.read(handle)
+            clock.append(time.perf_counter())
+            self._commit(read, outputs)
+            clock.append(time.perf_counter())
+        else:
+            clock += clock[-1:] * 2
+        return StepTimes(batch, *(end - start for start, end in pairwise(clock)))
 
-    def _commit(self, batch: ScheduledBatch, handle: jax.Array) -> None:
-        outputs = self._runner.read(handle)
+    def _commit(self, batch: ScheduledBatch, outputs: StepOutputs) -> None:
         for token in self._scheduler.commit(batch, outputs.tokens):
             event = self._outputs[token.request_id].on_token(token, outputs)
             if event.finish_reason:

@@ -20,10 +20,20 @@ class RequestOutput:
             IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
         )
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._is_plain = tokenizer is None and params.logprobs is None  # ids are all there is to tell
 
     def on_token(self, token: CommittedToken, outputs: StepOutputs) -> TokenEvent:
         """The event of a committed token; it may end the request by a stop string before the scheduler would."""
         reason, stop_reason = token.finish_reason, token.stop_reason
+        if self._is_plain:
+            return TokenEvent(
+                request_id=token.request_id,
+                index=token.index,
+                token_id=token.token,
+                finish_reason=reason,
+                stop_reason=stop_reason,
+                usage=self.usage() if reason else None,
+            )
         # A token that ends the request is part of its ids, and of its text only on demand.
         silent = reason == "stop" and not self._params.include_stop_str_in_output
         text = self._detokenizer.add(token.token) if self._detokenizer and not silent else ""

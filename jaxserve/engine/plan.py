@@ -10,7 +10,6 @@ from jaxserve.cache.pages import page_bytes
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, state_shape
 from jaxserve.execution.step import StageParams
-from jaxserve.parallel import placed
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
 from jaxserve.step_io import SAMPLINGS, StepDims
@@ -60,7 +59,7 @@ def resolve_dtype(dtype: str, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(DTYPES[dtype])
 
 
-def decode_sizes(max_num_seqs: int, growth: int) -> tuple[int, ...]:
+def default_decode_sizes(max_num_seqs: int, growth: int) -> tuple[int, ...]:
     """1, growth, growth ** 2, ... up to and including ``max_num_seqs``."""
     sizes, size = [], 1
     while size < max_num_seqs:
@@ -76,6 +75,7 @@ def scheduler_config(
     max_model_len: int | None,
     max_num_seqs: int | None,
     prefill_sizes: Sequence[int] | None,
+    decode_sizes: Sequence[int] | None = None,
     **options,
 ) -> SchedulerConfig:
     """Limits with the platform's defaults for what is None; ``options`` are the other ``SchedulerConfig`` fields."""
@@ -95,14 +95,9 @@ def scheduler_config(
         max_model_len=max_model_len,
         max_num_seqs=seqs,
         prefill_sizes=tuple(platform["prefill_sizes"] if prefill_sizes is None else prefill_sizes),
-        decode_sizes=decode_sizes(seqs, platform["growth"]),
+        decode_sizes=default_decode_sizes(seqs, platform["growth"]) if decode_sizes is None else tuple(decode_sizes),
         **options,
     )
-
-
-def placed_config(config: ModelConfig, parallel: ParallelConfig, scheduler: SchedulerConfig) -> ModelConfig:
-    """The model that an engine's devices compute."""
-    return placed.placed_config(config, parallel.tensor, scheduler.max_model_len)
 
 
 def num_pages_that_fit(

@@ -103,7 +103,7 @@ def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled
 
 class Runner:
     """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns, and for each
-    one sampler for everything in ``samplings``, which must have "any".
+    one sampler for everything in ``samplings``; no step may ask more than the last of them in ``SAMPLINGS``' order.
 
     One thread at a time may use it. ``dispatch`` returns before the device is done; ``read`` waits.
 

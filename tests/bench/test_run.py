@@ -26,7 +26,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_row_has_every_key_and_is_a_line_of_json(rows: list[dict[str, Any]]):
     keys = {field.name for field in fields(BatchingRow)}
-    keys |= {"seed", "max_prompt", "max_output", "model", "device", "versions", "commit", "command"}
+    keys |= {"seed", "max_prompt", "max_output", "model", "device", "driver", "versions", "commit", "command"}
     for row in rows:
         line = json.dumps(row)
         assert "\n" not in line and json.loads(line) == row and set(row) == keys

@@ -316,3 +316,18 @@ def test_parameters_that_do_not_fit_are_refused():
         Engine.from_params(tiny.CONFIG, replace(params, head=None))
     with pytest.raises(ValueError, match=r"params.layers.4.attn_norm is not a parameter"):
         Engine.from_params(tiny.CONFIG, replace(params, layers=params.layers + params.layers[:1]))
+
+
+def test_sampling_that_was_not_compiled_is_refused():
+    with tiny.engine(samplings=("greedy",), max_num_seqs=4, decode_sizes=(2, 4)) as engine:
+        assert engine.scheduler_config.decode_sizes == (2, 4)
+        assert len(engine.generate([PROMPT], GREEDY)[0].token_ids) == 12
+        for field, value in {"temperature": 0.5, "logprobs": 3, "min_tokens": 2}.items():
+            with pytest.raises(RequestError, match=f"{field}: {value} needs sampling '.*', this engine has 'greedy'"):
+                engine.make_request(PROMPT, replace(GREEDY, **{field: value}))
+
+
+@pytest.mark.parametrize("samplings", [(), ("greedy", "lucky")])
+def test_unknown_samplings_are_named(samplings: tuple[Any, ...]):
+    with pytest.raises(ValueError, match=r"samplings=.* must be some of greedy, random, any"):
+        tiny.engine(samplings=samplings)

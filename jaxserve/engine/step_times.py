@@ -1,0 +1,25 @@
+"""What one ``Engine.step`` did and where the host's time went."""
+
+from typing import NamedTuple
+
+from jaxserve.scheduler.batch import ScheduledBatch
+
+
+class StepTimes(NamedTuple):
+    """Seconds of the host by part of one step, and the batch it dispatched (None: it only read one).
+
+    ``wait_s`` and ``commit_s`` are of the step that was read, with lookahead the one before. What the device has no
+    part in is ``host_s``; while a step is in flight it costs nothing.
+    """
+
+    batch: ScheduledBatch | None
+    schedule_s: float
+    build_s: float  # the step's inputs, in numpy
+    dispatch_s: float  # the copy to the device, and the runtime's calls
+    wait_s: float  # until the outputs are there
+    commit_s: float  # tokens into sequences and events
+
+    @property
+    def host_s(self) -> float:
+        """Schedule, build and commit."""
+        return self.schedule_s + self.build_s + self.commit_s
