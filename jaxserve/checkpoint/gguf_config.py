@@ -34,7 +34,7 @@ SCALES = {
 }  # metadata key -> float field of ``ModelConfig``; 0 or absent leaves the field's default
 SCORINGS = {1: "softmax", 2: "sigmoid", 3: "softmax_topk"}  # expert_gating_func
 
-OTHER_KEYS = {"attention.key_length", "attention.value_length"}
+HEAD_KEYS = {"attention.key_length", "attention.value_length"}
 MLA_KEYS = {
     "attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla",
     LOG_MULTIPLIER,
@@ -85,16 +85,16 @@ def read_config(family: GGUFFamily, header: GGUFHeader, read_vector: Callable[[s
         raise CheckpointError(f"tensor {TOP_TENSORS['embed']!r} is missing")
     defaults = {"vocab_size": embedding.shape[0], "attention.head_count_kv": keys.values.get("attention.head_count")}
     sizes = {name: keys.size(key, defaults.get(key)) for key, name in SIZES.items()}
-    for key in ("block_count", "expert_count"):  # every one has a tensor: nothing is made for more than there are
-        if keys.values.get(key, 0) > len(tensors):
-            keys.refuse(key, f"cannot be: the file has only {len(tensors)} tensors")
+    if sizes["num_layers"] > len(tensors):  # nothing is made for more layers than there can be
+        keys.refuse("block_count", f"cannot be: the file has only {len(tensors)} tensors")
     nextn = keys.size("nextn_predict_layers", 0, least=0)  # layers that draft tokens: not part of the decoder
     sizes["num_layers"] -= nextn
     fields: dict[str, Any] = {**sizes, **family.flags}
     fields |= _optional_flags(family, header) | _scales(family, keys, sizes)
     if family.latent:
         head_dim, fields["mla"] = _mla(keys, sizes)
-        fields |= {"num_kv_heads": sizes["num_heads"], "attn_scale": head_dim**-0.5 * score_scale(keys)}
+        fields["num_kv_heads"] = sizes["num_heads"]
+        fields.setdefault("attn_scale", head_dim**-0.5 * score_scale(keys))
     else:
         head_dim = _head_dim(keys, sizes)
     windows = _windows(family, keys, sizes["num_layers"])
@@ -145,7 +145,7 @@ def read_layout(family: GGUFFamily, config: ModelConfig, header: GGUFHeader) -> 
 
 
 def _check_keys(family: GGUFFamily, keys: Keys) -> None:
-    known = {*SIZES, *SCALES, NORM_EPS[family.flags.get("norm", "rms")], *OTHER_KEYS}
+    known = {*SIZES, *SCALES, NORM_EPS[family.flags.get("norm", "rms")], *HEAD_KEYS}
     known |= set() if family.flags.get("ropes") == () else ROPE_KEYS
     known |= set() if family.full_every is None else WINDOW_KEYS
     known |= MLA_KEYS if family.latent else set()
