@@ -19,7 +19,7 @@ from jaxserve.bench.environment import command_line, environment
 from jaxserve.bench.workload import WorkItem, length_varied
 from jaxserve.config import ModelConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.model.params import Params
+from jaxserve.model.params import Params, ParamSource
 from jaxserve.request import EngineStats, SamplingParams
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -111,8 +111,7 @@ def run(
             every request.
         options: as for ``compare``.
     """
-    from jaxserve.checkpoint.gguf import GGUFCheckpoint
-    from jaxserve.checkpoint.resolve import resolve_model
+    from jaxserve.checkpoint.open import open_checkpoint
 
     workload_options = {"num_requests": num_requests, "seed": seed, "max_prompt": max_prompt, "max_output": max_output}
     set_options = workload_options | ({"max_model_len": max_model_len} if max_model_len is not None else {}) | options
@@ -120,20 +119,17 @@ def run(
         max_model_len = max_prompt + max_output
     if max_prompt + max_output > max_model_len:
         raise ValueError(f"max_prompt={max_prompt} and max_output={max_output} are more than {max_model_len=}")
-    with GGUFCheckpoint(resolve_model(model)) as checkpoint:
+    with open_checkpoint(model) as checkpoint:
         config = checkpoint.config
-        params = checkpoint.load_params(
-            on_tensor=(lambda done, total: on_progress("load", done, total)) if on_progress else None
-        )
-    workload = length_varied(**workload_options, vocab_size=config.vocab_size)
-    rows = compare(config, params, workload, max_model_len=max_model_len, on_progress=on_progress, **options)
+        workload = length_varied(**workload_options, vocab_size=config.vocab_size)
+        rows = compare(config, checkpoint, workload, max_model_len=max_model_len, on_progress=on_progress, **options)
     about = environment() | {"model": Path(model).name, "command": command_line("batching", model, set_options)}
     return [asdict(row) | workload_options | about for row in rows]
 
 
 def compare(
     config: ModelConfig,
-    params: Params,
+    params: Params | ParamSource,
     workload: Sequence[WorkItem],
     *,
     max_model_len: int,
@@ -156,7 +152,8 @@ def compare(
     Prefix caching is off, and so are end-of-sequence tokens: every request generates its ``num_output_tokens``.
 
     Args:
-        params: canonical ``Params``; each engine places its own copy, and is closed before the next is made.
+        params: canonical ``Params`` or where to read them from; each engine places its own copy, and is closed before
+            the next is made.
         num_pages: of the allocation pair; None is what ``max_num_seqs // 4`` sequences of ``max_model_len`` take.
         prefill_sizes: None is 64 only on a CPU, where each size costs seconds of compiling, else the engine's default.
         options: further keywords of ``Engine.from_params``, for all four.

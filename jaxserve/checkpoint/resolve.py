@@ -1,4 +1,4 @@
-"""From what a user types to a checkpoint file."""
+"""From what a user types to a checkpoint's file or folder."""
 
 import importlib.metadata
 from pathlib import Path
@@ -16,6 +16,9 @@ class PackagedModel(NamedTuple):
     pattern: str  # of the file's path inside the distribution
 
 
+HF_CONFIG = "config.json"  # marks a Hugging Face folder
+ORBAX_CONFIG = "jaxserve.json"  # marks a folder of our own format
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 MODELS: dict[str, PackagedModel] = {
@@ -24,7 +27,10 @@ MODELS: dict[str, PackagedModel] = {
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """The ``.gguf`` file of a known name, of a path, or of a folder that holds exactly one.
+    """The ``.gguf`` file of a known name, of a path, or of a folder that holds exactly one; or the folder itself where
+    it is a checkpoint of another format (``ORBAX_CONFIG`` or ``HF_CONFIG`` lies in it).
+
+    A Hugging Face folder that holds a ``.gguf`` file and no safetensors is taken for that file.
 
     Raises:
         CheckpointError: nothing there; the message lists the known names, or the command that installs a known one.
@@ -44,16 +50,28 @@ def resolve_model(name_or_path: str | Path) -> Path:
     except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a NUL
         raise unknown from None
     if is_dir:
-        files = sorted(p for p in path.glob("*.gguf") if p.is_file())
-        if len(files) != 1:
-            found = ", ".join(p.name for p in files) or "none"
-            raise CheckpointError(f"the folder {path} must hold exactly one .gguf file, it holds: {found}")
-        return files[0]
+        return _in_folder(path)
     if not is_file:
         raise unknown
     if path.suffix != ".gguf":
-        raise CheckpointError(f"{path} is not a .gguf file")
+        hint = ": give the folder that it lies in" if path.name == HF_CONFIG or path.suffix == ".safetensors" else ""
+        raise CheckpointError(f"{path} is not a .gguf file{hint}")
     return path
+
+
+def _in_folder(path: Path) -> Path:
+    if (path / ORBAX_CONFIG).is_file():
+        return path
+    files = sorted(p for p in path.glob("*.gguf") if p.is_file())
+    is_hf = (path / HF_CONFIG).is_file()
+    if is_hf and (len(files) != 1 or any(path.glob("*.safetensors"))):
+        return path
+    if len(files) != 1:
+        found = ", ".join(p.name for p in files) or "none"
+        raise CheckpointError(
+            f"the folder {path} must hold {HF_CONFIG} and safetensors, or exactly one .gguf file, it holds: {found}"
+        )
+    return files[0]
 
 
 def _locate(name: str, model: PackagedModel) -> Path:

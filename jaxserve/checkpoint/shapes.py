@@ -1,11 +1,13 @@
 """Models known by their shapes alone, for engines with random weights: a ``config.json``, or a name of the table."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.config import ModelConfig, RopeConfig
+from jaxserve.checkpoint.hf_config import read_hf_config
+from jaxserve.checkpoint.json_file import read_json
+from jaxserve.checkpoint.resolve import HF_CONFIG
+from jaxserve.config import ModelConfig
 
 _LLAMA_3 = {
     "model_type": "llama",
@@ -14,6 +16,7 @@ _LLAMA_3 = {
     "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
+    "eos_token_id": None,  # random weights end nothing
 }
 # name -> the keys of a Hugging Face config.json that give the model's shapes.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,49 +49,9 @@ def read_shape(name_or_path: str | Path) -> ModelConfig:
     """
     name = str(name_or_path)
     if name in SHAPES:
-        return plain_llama_config(SHAPES[name], name)
+        return read_hf_config(SHAPES[name], name)
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
+    path = path / HF_CONFIG if path.is_dir() else path
     if not path.is_file():
-        raise CheckpointError(f"{name}: no config.json, nor one of {', '.join(SHAPES)}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path.name}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path.name}: not a JSON object")
-    return plain_llama_config(values, path.name)
-
-
-def plain_llama_config(values: dict[str, Any], name: str) -> ModelConfig:
-    """``ModelConfig`` of a llama without rope scaling."""
-
-    def get(key: str, kind: type, default: Any = None) -> Any:
-        value = values.get(key, default)
-        if value is None or isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
-            raise CheckpointError(f"{name}: {key}={value!r} is not a {kind.__name__}")
-        return kind(value)
-
-    if values.get("model_type") != "llama":
-        raise CheckpointError(f"{name}: model_type={values.get('model_type')!r} is not llama")
-    if values.get("rope_scaling") is not None:
-        raise CheckpointError(f"{name}: rope_scaling={values['rope_scaling']!r} is not implemented yet")
-    heads, width = get("num_attention_heads", int), get("hidden_size", int)
-    try:
-        return ModelConfig(
-            vocab_size=get("vocab_size", int),
-            hidden_size=width,
-            intermediate_size=get("intermediate_size", int),
-            num_layers=get("num_hidden_layers", int),
-            num_heads=heads,
-            num_kv_heads=get("num_key_value_heads", int, heads),
-            head_dim=get("head_dim", int, width // heads),
-            max_position_embeddings=get("max_position_embeddings", int, 2048),
-            tie_word_embeddings=get("tie_word_embeddings", bool, False),
-            norm_eps=get("rms_norm_eps", float, 1e-6),
-            ropes=(RopeConfig(theta=get("rope_theta", float, 10_000.0)),),
-        )
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+        raise CheckpointError(f"{name}: no {HF_CONFIG}, nor one of {', '.join(SHAPES)}")
+    return read_hf_config(read_json(path), path.name)

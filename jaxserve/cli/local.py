@@ -71,14 +71,19 @@ def chat(
         converse(answer, system=system, stats=stats)
 
 
-def info(model: Model, as_json: Json = False) -> None:
-    """What a checkpoint holds. Reads its metadata only."""
-    from jaxserve.checkpoint.gguf import GGUFCheckpoint
+def info(
+    model: Model,
+    context: Annotated[int | None, typer.Option(help="Tokens a sequence, for its KV cache. (default: longest)")] = None,
+    batch: Annotated[int, typer.Option(help="Such sequences.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds, and what its KV cache takes. Reads metadata only; a bare config.json will do."""
     from jaxserve.checkpoint.info import checkpoint_info
-    from jaxserve.checkpoint.resolve import resolve_model
+    from jaxserve.checkpoint.open import open_checkpoint
 
-    with GGUFCheckpoint(resolve_model(model)) as checkpoint:
-        values = dataclasses.asdict(checkpoint_info(checkpoint)) | dataclasses.asdict(checkpoint.config)
+    with open_checkpoint(model, allow_bare=True) as checkpoint:
+        facts = checkpoint_info(checkpoint, context_len=context, batch=batch)
+        values = dataclasses.asdict(facts) | dataclasses.asdict(checkpoint.config)
     if as_json:
         write_answer(json.dumps(values) + "\n")
     else:

@@ -14,7 +14,10 @@ from jaxserve.server.options import DEFAULT_TARGET
 
 Model = Annotated[
     str,
-    typer.Argument(help="A .gguf file, or a model's name: smollm2-135m-instruct is installed with the quickstart."),
+    typer.Argument(
+        help="A .gguf file, a Hugging Face folder, or a model's name: "
+        "smollm2-135m-instruct is installed with the quickstart."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]

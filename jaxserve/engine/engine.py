@@ -65,10 +65,10 @@ class Engine:
         on_progress: Progress | None = None,
         **options: Any,
     ) -> Self:
-        """An engine from a checkpoint: a known name, a GGUF file, or a folder with one.
+        """An engine from a checkpoint: a known name, a GGUF file, or a folder with one or in the Hugging Face layout.
 
         Args:
-            name_or_path: see ``jaxserve.checkpoint.resolve``.
+            name_or_path: see ``jaxserve.checkpoint.open_checkpoint``.
             load_format: "dummy" makes random weights on the device instead of loading any, and no tokenizer:
                 ``name_or_path`` is then a ``config.json``, its folder, or a name of ``checkpoint.shapes.SHAPES``.
             skip_tokenizer_init: no tokenizer: prompts are token ids, and completions have no text.
@@ -81,8 +81,7 @@ class Engine:
             CheckpointError: nothing is found under that name, or the file cannot be used; names the tensor or offset.
             ValueError: an option that does not fit the model or the memory, with both numbers.
         """
-        from jaxserve.checkpoint.gguf import GGUFCheckpoint
-        from jaxserve.checkpoint.resolve import resolve_model
+        from jaxserve.checkpoint.open import open_checkpoint
 
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format={load_format!r} is not one of auto, dummy")
@@ -95,26 +94,18 @@ class Engine:
                 on_progress=on_progress,
                 **options,
             )
-        checkpoint = GGUFCheckpoint(resolve_model(name_or_path))
-        try:
-            tokenizer = None if skip_tokenizer_init else checkpoint.tokenizer()
-            resolved = plan.resolve_mesh(mesh, checkpoint.config)
-            params = TreeSource(
-                checkpoint.load_params(np.dtype(plan.resolve_dtype(dtype, resolved))), checkpoint.config
-            )
+        with open_checkpoint(name_or_path) as checkpoint:
             return cls.from_params(
                 checkpoint.config,
-                params,
-                tokenizer,
+                checkpoint,
+                None if skip_tokenizer_init else checkpoint.tokenizer(),
                 model_name=checkpoint.model_name or str(name_or_path),
                 dtype=dtype,
-                mesh=resolved,
+                mesh=mesh,
                 compilation_cache_dir=compilation_cache_dir,
                 on_progress=on_progress,
                 **options,
             )
-        finally:
-            checkpoint.close()
 
     @classmethod
     def from_shape(

@@ -17,7 +17,13 @@ class RequestOutput:
         self.sequence = sequence
         self._params = params
         self._detokenizer = (
-            IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens) if tokenizer else None
+            IncrementalDetokenizer(
+                tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                continues_text=not all(map(tokenizer.is_special, sequence.request.prompt_token_ids)),
+            )
+            if tokenizer
+            else None
         )
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._is_plain = tokenizer is None and params.logprobs is None  # ids are all there is to tell

@@ -68,10 +68,16 @@ def test_info():
         tensor_bytes={"Q4_1": 66_355_200, "Q8_0": 30_081_024, "F32": 140_544},
         kv_bytes_per_token_f32=46_080,
         kv_bytes_per_token_bf16=23_040,
+        kv_context_len=8192,
+        kv_batch=1,
+        kv_bytes_f32=46_080 * 8192,
+        kv_bytes_bf16=23_040 * 8192,
         context_len=8192,
         vocab_size=49152,
         eos_token_ids=(2,),
+        sampling_defaults={},
         has_chat_template=True,
+        tokenizer_error=None,
     )
 
 

@@ -12,7 +12,7 @@ from jaxserve.model.params import num_params
 
 GOOD: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_a_folder_or_its_file(tmp_path: Path):
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"vocab_size": None}, "config.json: vocab_size=None is not a int"),
+        ({"vocab_size": None}, r"config\.json: vocab_size is missing"),
         ({"hidden_size": "32"}, "hidden_size='32'"),
         ({"model_type": "mamba"}, "model_type='mamba'"),
         ({"num_key_value_heads": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
@@ -48,5 +48,5 @@ def test_nothing_of_that_name(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"no-such: no config.json, nor one of llama-3.1-8b"):
         read_shape("no-such")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
         read_shape(tmp_path)

@@ -107,6 +107,6 @@ def test_unexpected_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsy
     def broken(name: str) -> None:
         raise KeyError("spam\neggs")
 
-    monkeypatch.setattr("jaxserve.checkpoint.resolve.resolve_model", broken)
+    monkeypatch.setattr("jaxserve.checkpoint.open.resolve_model", broken)
     assert run(["info", DEFAULT_MODEL]) == 1
     assert error_line(capsys).startswith("KeyError: ")

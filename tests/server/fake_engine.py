@@ -23,7 +23,8 @@ from jaxserve.request import (
     TokenEvent,
     Usage,
 )
-from jaxserve.text.tokenizer import BYTE_OF_CHAR, Tokenizer
+from jaxserve.text.decoding import BYTE_OF_CHAR
+from jaxserve.text.tokenizer import Tokenizer
 
 EOS_ID = 256
 CHAT_TEMPLATE = (

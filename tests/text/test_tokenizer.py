@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from jaxserve.text.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
-from jaxserve.text.tokenizer import BYTE_OF_CHAR, Tokenizer, TokenizerError
+from jaxserve.text.chat_template import ChatTemplateError
+from jaxserve.text.decoding import BYTE_OF_CHAR, TokenizerError
+from jaxserve.text.gguf_pre import PRE_TOKENIZERS
+from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
+from jaxserve.text.tokenizer import Tokenizer
 from tests.text.metadata import BOS, EOS, MERGES, SPACED, TEXTS, USER, gguf_metadata
 
 
@@ -37,6 +40,12 @@ def pieces(pre: str, text: str) -> list[str]:
         ("llama-bpe", "it'S 12345 (a)\r\n\n b", ["it", "'S", " ", "123", "45", " (", "a", ")\r\n\n", " b"]),
         ("llama-bpe", "!word  x", ["!word", " ", " x"]),
         ("qwen2", "it'S 123 (a)\n b", ["it", "'S", " ", "1", "2", "3", " (", "a", ")\n", " b"]),
+        ("qwen35", "q\u0323x\n1", ["q\u0323x", "\n", "1"]),
+        ("gpt-4o", "myHTTPServer's 1234/\n", ["my", "HTTPServer's", " ", "123", "4", "/\n"]),
+        ("tekken", "myHTTPServer's 12", ["my", "HTTPServer", "'s", " ", "1", "2"]),
+        ("deepseek-v3", "1234 日本x (a)\n", ["123", "4", " ", "日本", "x", " (", "a", ")\n"]),
+        ("deepseek-coder", "a b\n12日", ["a", " b", "\n", "1", "2", "日"]),
+        ("glm4", "it'S 12345", ["it", "'S", " ", "123", "45"]),
     ],
 )
 def test_text_is_split_as_the_model_was_trained(pre, text, expected):
@@ -66,7 +75,7 @@ def test_smollm_split_is_digits_then_gpt2(text):
 def test_qwen2_normalises_to_nfc_and_the_others_do_not(text):
     for pre in PRE_TOKENIZERS:
         tokenizer = tiny(pre)
-        expected = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+        expected = unicodedata.normalize("NFC", text) if PRE_TOKENIZERS[pre].nfc else text
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == expected
         assert tokenizer.min_num_tokens(text) <= len(tokenizer.encode(text))
 
@@ -117,9 +126,9 @@ def test_numeric_arrays_may_be_numpy():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
+        ({"model": "bert"}, "tokenizer.ggml.model 'bert' is not supported"),
         ({"model": None}, "tokenizer.ggml.model is missing"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre 'viking' is not supported"),
         ({"pre": None}, "tokenizer.ggml.pre is missing"),
         ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
         ({"tokens": "abc"}, "tokenizer.ggml.tokens must be an array of str"),
@@ -182,14 +191,52 @@ def backend_of(**vocab: int) -> tokenizers.Tokenizer:
 
 
 def test_backends_that_would_change_text_are_refused():
-    metaspace = backend_of()
-    metaspace.decoder = decoders.Metaspace()
-    with pytest.raises(TokenizerError, match=r"Metaspace.*only ByteLevel is"):
-        Tokenizer.from_backend(metaspace, eos_token_ids=(0,))
+    for decoder in (
+        decoders.WordPiece(),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("a", "b")]),
+        decoders.Sequence([decoders.Strip("a", 1, 0), decoders.Fuse()]),
+        decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)]),
+        decoders.Replace(tokenizers.Regex("a+"), "b"),
+    ):
+        backend = backend_of()
+        backend.decoder = decoder
+        with pytest.raises(TokenizerError, match="tokenizer decoder .* is not supported"):
+            Tokenizer.from_backend(backend, eos_token_ids=(0,))
+    backend.decoder = None
+    with pytest.raises(TokenizerError, match="has no decoder"):
+        Tokenizer.from_backend(backend, eos_token_ids=(0,))
     truncating = backend_of()
     truncating.enable_truncation(4)
     with pytest.raises(TokenizerError, match="truncates or pads"):
         Tokenizer.from_backend(truncating, eos_token_ids=(0,))
+
+
+def test_metaspace_decoders_strip_the_space_that_their_encoders_add():
+    backend = backend_of(**{"\u2581a": 0, "b": 1, "<0x0A>": 2})
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = Tokenizer.from_backend(backend, eos_token_ids=(1,))
+    assert tokenizer.decode([0, 0, 1]) == "a ab" == backend.decode([0, 0, 1])
+    assert tokenizer.decode([0, 0, 1], continues_text=True) == " a ab"
+    assert tokenizer.decode([2]) == "<0x0A>"  # not a byte: the decoder has no fallback to bytes
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    assert Tokenizer.from_backend(backend, eos_token_ids=(1,)).decode([0, 0]) == " a a"
+
+
+def test_ids_far_beyond_the_vocabulary_are_refused_before_a_table_is_made():
+    with pytest.raises(TokenizerError, match="token id 4000000000 in a vocabulary of 2 tokens"):
+        Tokenizer.from_backend(backend_of(a=0, b=4_000_000_000), eos_token_ids=(0,))
+
+
+def test_named_templates_are_chosen_by_tools():
+    options = {"chat_template": {"default": "plain", "tool_use": "{{ tools[0].name }}"}}
+    tokenizer = Tokenizer.from_backend(backend_of(), eos_token_ids=(0,), **options)
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.chat_template == "plain"
+    assert tokenizer.render_chat(messages) == "plain"
+    assert tokenizer.render_chat(messages, tools=[{"name": "f"}]) == "f"
+    only_rag = Tokenizer.from_backend(backend_of(), eos_token_ids=(0,), chat_template={"rag": "x"})
+    with pytest.raises(ChatTemplateError, match="no chat template 'default', only 'rag'"):
+        only_rag.render_chat(messages)
 
 
 def test_gaps_in_the_vocabulary_have_no_text():
