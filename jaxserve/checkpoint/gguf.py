@@ -2,17 +2,15 @@
 
 The header is read by ``gguf_header`` (the `gguf` package's reader believes every length it finds, and takes seconds
 over a large vocabulary); the `gguf` package knows the block formats. Tensor data stays memory-mapped and is
-dequantized one tensor at a time.
+dequantized in the parts that are read.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.gguf_config import read_config, read_family, read_layout
@@ -21,9 +19,6 @@ from jaxserve.checkpoint.gguf_layout import Piece, param_shape
 from jaxserve.checkpoint.mapped import drop_pages
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
-
-if TYPE_CHECKING:
-    from jaxserve.model.params import Params
 
 CHUNK_ELEMENTS = 2**18  # dequantized at once: temporaries stay in the cache, and small beside a tensor
 SAMPLING = {
@@ -143,29 +138,6 @@ class GGUFCheckpoint:
             out[tuple(slice(r.start - b.start, r.stop - b.start) for r, b in zip(part, box))] = values
         return out
 
-    def load_params(
-        self, dtype: npt.DTypeLike = np.float32, on_tensor: Callable[[int, int], None] | None = None
-    ) -> "Params":
-        """The parameter tree in the canonical layout of ``model.params``: numpy arrays of ``dtype``.
-
-        ``on_tensor(done, total)`` is called after each parameter.
-        """
-        import jax
-
-        from jaxserve.model.params import is_spec, named_leaves, param_specs
-
-        specs = param_specs(self.config)
-        named = list(named_leaves(specs))
-
-        def load(done: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-            values = np.array(self.read(name, tuple(slice(0, n) for n in shape)), dtype)
-            if on_tensor is not None:
-                on_tensor(done + 1, len(named))
-            return values
-
-        leaves = [load(i, name, spec.shape) for i, (name, spec) in enumerate(named)]
-        return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
-
     def _raw_rows(self, tensor: TensorInfo) -> np.ndarray:
         """A tensor's rows as they are stored: ``[rows, bytes of a row]`` u8."""
         data = self._data
@@ -195,6 +167,10 @@ class GGUFCheckpoint:
 
     def _read_piece(self, piece: Piece, part: list[range]) -> np.ndarray:
         """Part ``part`` of a piece's box."""
+        if piece.is_transposed:
+            *outer, rows, columns = piece.shape
+            stored = piece._replace(shape=(*outer, columns, rows), is_transposed=False)
+            return self._read_piece(stored, [*part[:-2], part[-1], part[-2]]).swapaxes(-1, -2)
         tensor, axis = self.tensors[piece.tensor], piece.interleaved_axis
         raw = self._raw_rows(tensor)
         coordinates = [np.arange(r.start, r.stop) for r in part]
@@ -204,7 +180,10 @@ class GGUFCheckpoint:
         if len(tensor.shape) == 1:  # its blocks run across the parameter's axes: small, so all of it
             values = self._dequantize(tensor, raw).ravel()[piece.first_row :][: math.prod(piece.shape)]
             return values.reshape(piece.shape)[np.ix_(*coordinates)]
-        rows = np.ravel_multi_index(np.ix_(*coordinates[:-1]), piece.shape[:-1]).ravel() + piece.first_row
+        if piece.rows_apart is not None:
+            rows = (coordinates[0][:, None] * piece.rows_apart + coordinates[1]).ravel() + piece.first_row
+        else:
+            rows = np.ravel_multi_index(np.ix_(*coordinates[:-1]), piece.shape[:-1]).ravel() + piece.first_row
         block = self._block_types[tensor.type_id]
         first = part[-1].start // block.block_size
         last = -(-part[-1].stop // block.block_size)

@@ -1,17 +1,17 @@
 """From a GGUF header to a ``ModelConfig``: every key of the architecture and every tensor is understood or refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.gguf_families import FAMILIES, OPTIONAL, TOP_TENSORS, GGUFFamily
+from jaxserve.checkpoint.gguf_families import FAMILIES, LAYER_TENSORS, OPTIONAL, TOP_TENSORS, GGUFFamily
 from jaxserve.checkpoint.gguf_header import GGUFHeader
 from jaxserve.checkpoint.gguf_keys import Keys, is_one_of, shown
 from jaxserve.checkpoint.gguf_layout import Piece, layout
-from jaxserve.checkpoint.gguf_rope import ROPE_KEYS, ROPE_TENSORS, read_ropes
-from jaxserve.config import ModelConfig, MoEConfig
+from jaxserve.checkpoint.gguf_rope import LOG_MULTIPLIER, ROPE_KEYS, ROPE_TENSORS, read_ropes, score_scale
+from jaxserve.config import MLAConfig, ModelConfig, MoEConfig
 
 SIZES = {
     "block_count": "num_layers",
@@ -34,7 +34,11 @@ SCALES = {
 }  # metadata key -> float field of ``ModelConfig``; 0 or absent leaves the field's default
 SCORINGS = {1: "softmax", 2: "sigmoid", 3: "softmax_topk"}  # expert_gating_func
 
-OTHER_KEYS = {"attention.key_length", "attention.value_length"}
+HEAD_KEYS = {"attention.key_length", "attention.value_length"}
+MLA_KEYS = {
+    "attention.q_lora_rank", "attention.kv_lora_rank", "attention.key_length_mla", "attention.value_length_mla",
+    LOG_MULTIPLIER,
+}  # fmt: skip
 WINDOW_KEYS = {"attention.sliding_window", "attention.sliding_window_pattern"}
 MOE_KEYS = {
     "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length",
@@ -81,30 +85,28 @@ def read_config(family: GGUFFamily, header: GGUFHeader, read_vector: Callable[[s
         raise CheckpointError(f"tensor {TOP_TENSORS['embed']!r} is missing")
     defaults = {"vocab_size": embedding.shape[0], "attention.head_count_kv": keys.values.get("attention.head_count")}
     sizes = {name: keys.size(key, defaults.get(key)) for key, name in SIZES.items()}
-    for key in ("block_count", "expert_count"):  # every one has a tensor: nothing is made for more than there are
-        if keys.values.get(key, 0) > len(tensors):
-            keys.refuse(key, f"cannot be: the file has only {len(tensors)} tensors")
+    if sizes["num_layers"] > len(tensors):  # nothing is made for more layers than there can be
+        keys.refuse("block_count", f"cannot be: the file has only {len(tensors)} tensors")
     nextn = keys.size("nextn_predict_layers", 0, least=0)  # layers that draft tokens: not part of the decoder
     sizes["num_layers"] -= nextn
-    head_dim = keys.size("attention.key_length", sizes["hidden_size"] // sizes["num_heads"])
-    if keys.size("attention.value_length", head_dim) != head_dim:
-        keys.refuse("attention.value_length", f"differs from the head dimension {head_dim}")
-    fields: dict[str, Any] = {
-        **sizes,
-        **family.flags,
-        **_optional_flags(family, header),
-        **_scales(family, keys, sizes),
-    }
+    fields: dict[str, Any] = {**sizes, **family.flags}
+    fields |= _optional_flags(family, header) | _scales(family, keys, sizes)
+    if family.latent:
+        head_dim, fields["mla"] = _mla(keys, sizes)
+        fields["num_kv_heads"] = sizes["num_heads"]
+        fields.setdefault("attn_scale", head_dim**-0.5 * score_scale(keys))
+    else:
+        head_dim = _head_dim(keys, sizes)
     windows = _windows(family, keys, sizes["num_layers"])
     if fields.get("ropes") != ():
         fields["ropes"], fields["layer_ropes"] = read_ropes(
             family, keys, header, read_vector, head_dim, sizes["max_position_embeddings"], windows
         )
-    fields["moe"], fields["moe_layers"] = _moe(family, keys, sizes)
+    fields["moe"], fields["moe_layers"] = _moe(family, keys, sizes, tensors)
     fields["norm_eps"] = keys.number(NORM_EPS[fields.get("norm", "rms")])
     try:
         return ModelConfig(
-            family=family.family,
+            family="deepseek_v2" if family.latent and _is_softmax(keys) else family.family,
             head_dim=head_dim,
             tie_word_embeddings=TOP_TENSORS["head"] not in tensors,
             eos_token_ids=_eos_token_ids(header.metadata),
@@ -143,9 +145,10 @@ def read_layout(family: GGUFFamily, config: ModelConfig, header: GGUFHeader) -> 
 
 
 def _check_keys(family: GGUFFamily, keys: Keys) -> None:
-    known = {*SIZES, *SCALES, NORM_EPS[family.flags.get("norm", "rms")], *OTHER_KEYS}
+    known = {*SIZES, *SCALES, NORM_EPS[family.flags.get("norm", "rms")], *HEAD_KEYS}
     known |= set() if family.flags.get("ropes") == () else ROPE_KEYS
     known |= set() if family.full_every is None else WINDOW_KEYS
+    known |= MLA_KEYS if family.latent else set()
     known |= MOE_KEYS if family.moe else set()
     for key, value in keys.values.items():
         if key not in known and not is_one_of(value, NEUTRAL.get(key, ())):
@@ -168,6 +171,41 @@ def _scales(family: GGUFFamily, keys: Keys, sizes: dict[str, int]) -> dict[str, 
     return scales
 
 
+def _head_dim(keys: Keys, sizes: dict[str, int]) -> int:
+    head_dim = keys.size("attention.key_length", sizes["hidden_size"] // sizes["num_heads"])
+    if keys.size("attention.value_length", head_dim) != head_dim:
+        keys.refuse("attention.value_length", f"differs from the head dimension {head_dim}")
+    return head_dim
+
+
+def _mla(keys: Keys, sizes: dict[str, int]) -> tuple[int, MLAConfig]:
+    """Dimensions of a query head, and the rest. Newer files give the size of a latent as that of a key, and of the one
+    key head that there is then."""
+    rank, rope = keys.size("attention.kv_lora_rank"), keys.size("rope.dimension_count")
+    is_absorbed = "attention.key_length_mla" in keys.values
+    suffix = "_mla" if is_absorbed else ""
+    q_dim, v_dim = keys.size(f"attention.key_length{suffix}"), keys.size(f"attention.value_length{suffix}")
+    expected = {"attention.head_count_kv": 1 if is_absorbed else sizes["num_heads"]}
+    if is_absorbed:
+        expected |= {"attention.key_length": rank + rope, "attention.value_length": rank}
+    for key, value in expected.items():
+        if keys.size(key, value) != value:
+            keys.refuse(key, f"is not {value}")
+    if q_dim <= rope:
+        keys.refuse(f"attention.key_length{suffix}", f"is not more than rope.dimension_count={rope}")
+    return q_dim, MLAConfig(
+        q_lora_rank=keys.size("attention.q_lora_rank", 0, least=0) or None,
+        kv_lora_rank=rank,
+        qk_nope_head_dim=q_dim - rope,
+        qk_rope_head_dim=rope,
+        v_head_dim=v_dim,
+    )
+
+
+def _is_softmax(keys: Keys) -> bool:
+    return keys.values.get("expert_gating_func", 1) in (0, 1)
+
+
 def _windows(family: GGUFFamily, keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer: by ``attention.sliding_window_pattern`` (a period, or a flag a layer), else the
     family's period."""
@@ -185,7 +223,9 @@ def _windows(family: GGUFFamily, keys: Keys, num_layers: int) -> tuple[int | Non
     return tuple(window if has else None for has in has_window)
 
 
-def _moe(family: GGUFFamily, keys: Keys, sizes: dict[str, int]) -> tuple[MoEConfig | None, tuple[bool, ...]]:
+def _moe(
+    family: GGUFFamily, keys: Keys, sizes: dict[str, int], tensors: Collection[str]
+) -> tuple[MoEConfig | None, tuple[bool, ...]]:
     num_experts = keys.size("expert_count", 0, least=0)
     if not family.moe or not num_experts:
         return None, ()
@@ -203,6 +243,10 @@ def _moe(family: GGUFFamily, keys: Keys, sizes: dict[str, int]) -> tuple[MoEConf
         shared = width * keys.size("expert_shared_count", 0, least=0)
     groups = keys.size("expert_group_count", 1, least=0) or 1
     dense = keys.size("leading_dense_block_count", 0, least=0)
+    if family.latent:
+        values["correction_bias"] = f"blk.{dense}.{LAYER_TENSORS['correction_bias'][0]}" in tensors
+        if _is_softmax(keys):
+            values["group_score"] = "max"
     moe = MoEConfig(
         num_experts=num_experts,
         num_experts_per_tok=keys.size("expert_used_count"),

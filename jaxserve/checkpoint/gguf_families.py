@@ -33,6 +33,7 @@ class GGUFFamily:
         attn_factor_is_whole: ``rope.scaling.attn_factor`` replaces YaRN's own factor instead of multiplying it.
         yarn_truncate: ``RopeConfig.truncate``.
         expert_ffn_is_ffn: experts are as wide as ``feed_forward_length`` where they have no length of their own.
+        latent: multi-head latent attention (``MLAConfig``).
         fused_gate_up: ``ffn_up`` holds gate rows, then up rows.
         tensors: our parameter -> tensor names of a layer, where they differ from ``LAYER_TENSORS``.
     """
@@ -53,6 +54,7 @@ class GGUFFamily:
     attn_factor_is_whole: bool = False
     yarn_truncate: bool = True
     expert_ffn_is_ffn: bool = False
+    latent: bool = False
     fused_gate_up: bool = False
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -227,6 +229,12 @@ _FAMILIES = (
         optional=("qkv_bias", "qk_norm"),
         moe=_NORMED | {"scoring": "sigmoid", "correction_bias": True},
         tensors={"mlp_norm": ("post_attention_norm.weight",)},
+    ),
+    GGUFFamily(
+        architecture="deepseek2",
+        family="deepseek_v3",  # or V2, which scores its experts by softmax
+        moe={"group_score": "top2"},
+        latent=True,
     ),
 )
 

@@ -11,13 +11,14 @@ from jaxserve.checkpoint.gguf_families import TOP_TENSORS, UNSTACKED_EXPERTS, GG
 from jaxserve.config import ModelConfig
 
 Shape = tuple[int, ...]
+LATENT = ("q_down", "q_down_norm", "q_up", "kv_down", "kv_down_norm", "k_up", "v_up")
 
 
 class Piece(NamedTuple):
     """A box of a parameter that one tensor holds.
 
     Elements follow each other in both alike, from element 0 of row ``first_row`` of the tensor (of a vector: from
-    element ``first_row``), but for rotary pairs.
+    element ``first_row``), but for what the last three fields say.
     """
 
     tensor: str
@@ -26,6 +27,8 @@ class Piece(NamedTuple):
     shape: Shape  # of the box
     first_row: int = 0
     interleaved_axis: int | None = None  # the axis of H, where the tensor has rotary pairs side by side
+    rows_apart: int | None = None  # of two indices of the first of three axes, where other rows lie between
+    is_transposed: bool = False  # the last two axes are the other way round in the tensor
 
 
 def param_shape(pieces: tuple[Piece, ...]) -> Shape:
@@ -77,18 +80,21 @@ def _layer(
 
     if config.pre_norm:
         yield from norm("attn_norm")
-    yield "qkv", _qkv(names("qkv"), (k, group, h, d), family.interleaved_rope)
-    if config.qkv_bias:
-        yield "qkv_bias", _qkv(names("qkv_bias"), (k, group, h), family.interleaved_rope)
-    if config.qk_norm == "head":
-        yield whole("q_norm", (h,))
-        yield whole("k_norm", (h,))
-    if config.qk_norm == "full":
-        yield whole("q_norm", (k, group, h), (k * group * h,))
-        yield whole("k_norm", (k, h), (k * h,))
-    if config.attn_sinks:
-        yield whole("sinks", (k, group), (k * group,))
-    yield whole("attn_out", (d, config.num_heads * h))
+    if config.mla is not None:
+        yield from _latent(family, config, layer, tensors)
+    else:
+        yield "qkv", _qkv(names("qkv"), (k, group, h, d), family.interleaved_rope)
+        if config.qkv_bias:
+            yield "qkv_bias", _qkv(names("qkv_bias"), (k, group, h), family.interleaved_rope)
+        if config.qk_norm == "head":
+            yield whole("q_norm", (h,))
+            yield whole("k_norm", (h,))
+        if config.qk_norm == "full":
+            yield whole("q_norm", (k, group, h), (k * group * h,))
+            yield whole("k_norm", (k, h), (k * h,))
+        if config.attn_sinks:
+            yield whole("sinks", (k, group), (k * group,))
+        yield whole("attn_out", (d, config.num_heads * h))
     if config.attn_out_bias:
         yield whole("attn_out_bias", (d,))
     if config.post_norm:
@@ -126,6 +132,34 @@ def _layer(
             yield whole("shared_gate", (1, d), (d,))
     if config.post_norm:
         yield whole("mlp_post_norm", (d,))
+
+
+def _latent(
+    family: GGUFFamily, config: ModelConfig, layer: int, tensors: Collection[str]
+) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """The projections of multi-head latent attention."""
+    mla, d, n = config.mla, config.hidden_size, config.num_heads
+    assert mla is not None
+    q_dim, rank = mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.kv_lora_rank
+    names = {p: f"blk.{layer}.{family.layer_tensors(p)[0]}" for p in LATENT}
+    if mla.q_lora_rank is None:
+        yield "q_up", _whole(f"blk.{layer}.attn_q.weight", (n, q_dim, d), (n * q_dim, d))
+    else:
+        yield "q_down", _whole(names["q_down"], (mla.q_lora_rank, d))
+        yield "q_down_norm", _whole(names["q_down_norm"], (mla.q_lora_rank,))
+        yield "q_up", _whole(names["q_up"], (n, q_dim, mla.q_lora_rank), (n * q_dim, mla.q_lora_rank))
+    yield "kv_down", _whole(names["kv_down"], (rank + mla.qk_rope_head_dim, d))
+    yield "kv_down_norm", _whole(names["kv_down_norm"], (rank,))
+    k_shape, v_shape = (n, mla.qk_nope_head_dim, rank), (n, mla.v_head_dim, rank)
+    if (joint := f"blk.{layer}.attn_kv_b.weight") in tensors:  # files made before April 2025: k rows, then v, a head
+        rows = k_shape[1] + v_shape[1]
+        piece = Piece(joint, (n * rows, rank), (0, 0, 0), k_shape, rows_apart=rows)
+        yield "k_up", (piece,)
+        yield "v_up", (piece._replace(shape=v_shape, first_row=k_shape[1]),)
+    else:
+        yield "k_up", (Piece(names["k_up"], (n, rank, k_shape[1]), (0, 0, 0), k_shape, is_transposed=True),)
+        yield "v_up", _whole(names["v_up"], v_shape)
+    yield "attn_out", _whole(f"blk.{layer}.{family.layer_tensors('attn_out')[0]}", (d, n * mla.v_head_dim))
 
 
 def _whole(name: str, shape: Shape, tensor_shape: Shape | None = None) -> tuple[Piece, ...]:
@@ -166,14 +200,14 @@ def _experts(names: tuple[str, ...], shape: Shape, tensors: Collection[str]) -> 
     """``[E, 2, rows, columns]`` of two names, ``[E, rows, columns]`` of one: a tensor has all experts, or one."""
     blk, layer, first = names[0].split(".", 2)
     if names[0] in tensors or f"{blk}.{layer}.{UNSTACKED_EXPERTS[first].format(e=0)}" not in tensors:
-        return _stacked(names, shape, 1) if len(names) > 1 else _whole(names[0], shape)
-    rows, columns = shape[-2:]
-    box = (*(1 for _ in shape[:-2]), rows, columns)
+        return _stacked(names, shape, 1) if len(shape) == 4 else _whole(names[0], shape)
+    *outer, rows, columns = shape
+    box = (*(1 for _ in outer), rows, columns)
     return tuple(
         Piece(
             f"{blk}.{layer}.{UNSTACKED_EXPERTS[name.split('.', 2)[2]].format(e=e)}",
             (rows, columns),
-            (e, i, 0, 0) if len(names) > 1 else (e, 0, 0),
+            (e, i, 0, 0) if len(shape) == 4 else (e, 0, 0),
             box,
         )
         for e in range(shape[0])

@@ -23,6 +23,7 @@ ROPE_KEYS = {
     "rope.scaling.finetuned", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # of latent attention: 0.1 mscale_all_dim
 TYPES = ("none", "linear", "yarn", "longrope")
 
 
@@ -74,6 +75,7 @@ def _read_rope(
     values: dict[str, Any] = {
         "theta": keys.number("rope.freq_base", 10_000.0),
         "rotary_dim": None if rotary_dim == head_dim else rotary_dim,
+        "interleaved": family.latent,  # whose files keep the order of the weights, which is this one
     }
 
     def factors(name: str) -> tuple[float, ...]:
@@ -133,6 +135,8 @@ def _yarn(family: GGUFFamily, keys: Keys, factor: float, original_len: int, attn
         if keys.number(key, 1.0, zero=True) != 1:
             keys.refuse(key, "is not supported, only 1 is")
     own = 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1
+    if keys.number(LOG_MULTIPLIER, 0.0, zero=True):  # the factor is on the scores instead: ``score_scale``
+        own = 1.0
     whole = family.attn_factor_is_whole and "rope.scaling.attn_factor" in keys.values
     return {
         "factor": factor,
@@ -142,3 +146,11 @@ def _yarn(family: GGUFFamily, keys: Keys, factor: float, original_len: int, attn
         "truncate": family.yarn_truncate,
         "attention_factor": attn_factor if whole else own * attn_factor,
     }
+
+
+def score_scale(keys: Keys) -> float:
+    """What YaRN multiplies the scores of latent attention by (DeepSeek-V2, whose mscale equals its mscale_all_dim)."""
+    factor = keys.number("rope.scaling.factor", 1.0, zero=True)
+    if keys.values.get("rope.scaling.type") != "yarn" or factor <= 1:
+        return 1.0
+    return (1 + keys.number(LOG_MULTIPLIER, 0.0, zero=True) * math.log(factor)) ** 2

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.checkpoint import CheckpointError, GGUFCheckpoint
-from tests.checkpoint.tiny_gguf import weights, write
+from tests.checkpoint.gguf_cases import CASES
+from tests.checkpoint.tiny_gguf import read_params, weights, write
 
 HUGE = 2**60
 FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -40,7 +41,7 @@ def load_all(path: Path, data: bytes) -> str | None:
     try:
         with GGUFCheckpoint(path) as checkpoint:
             checkpoint.tokenizer()
-            checkpoint.load_params()
+            read_params(checkpoint)
     except CheckpointError as e:
         assert str(e).startswith(f"{path}: ") and "\n" not in str(e)
         return str(e).removeprefix(f"{path}: ")
@@ -87,6 +88,34 @@ def test_any_flipped_bytes_are_an_error_or_a_valid_file(content, data_start, tmp
     place = st.one_of(st.integers(0, len(content) - 1), st.integers(0, data_start - 1), st.integers(0, 40))
     for at, value in data.draw(st.lists(st.tuples(place, st.integers(0, 255)), min_size=1, max_size=3)):
         changed[at] = value
+    load_all(tmp_path / "m.gguf", bytes(changed))
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Valid files with experts, latents, windows, and factors of rotary frequencies."""
+    path, names = tmp_path_factory.mktemp("gguf") / "m.gguf", ("deepseek2, V3", "gpt-oss", "phi3, longrope", "gemma3")
+    files = []
+    for case in (CASES[name] for name in (*names, "mixtral, one tensor an expert", "olmo3", "glm4moe")):
+        tensors = case.tensors(case.params())
+        files.append(write(path, arch=case.arch, arch_keys=case.arch_keys(), tensors=tensors).read_bytes())
+    return files
+
+
+@settings(FUZZ, max_examples=300)
+@given(data=st.data())
+def test_other_architectures_survive_changed_keys(contents, tmp_path, data):
+    """What most files of an architecture have in common is before their tokenizer: the keys that make its config."""
+    content = data.draw(st.sampled_from(contents))
+    changed = bytearray(content)
+    end = content.index(b"tokenizer.ggml.model")
+    if data.draw(st.booleans()):
+        at, value = data.draw(st.integers(24, end)), data.draw(st.sampled_from([0, 1, 3, 2**31, 2**32 - 1]))
+        changed[at : at + 4] = value.to_bytes(4, "little")
+    else:
+        infos = content.index(b"token_embd.weight")
+        place = st.one_of(st.integers(24, end), st.integers(infos, min(infos + 3000, len(content) - 1)))
+        changed[data.draw(place)] = data.draw(st.integers(0, 255))
     load_all(tmp_path / "m.gguf", bytes(changed))
 
 

@@ -14,6 +14,7 @@ from jaxserve.checkpoint import DEFAULT_MODEL, CheckpointInfo, GGUFCheckpoint, c
 from jaxserve.config import ModelConfig, RopeConfig
 from jaxserve.model.params import Params, check_params
 from jaxserve.text.detokenizer import IncrementalDetokenizer
+from tests.checkpoint.tiny_gguf import read_params
 
 REFERENCE = Path(__file__).parents[1] / "data" / "smollm2_greedy.json"
 
@@ -25,7 +26,7 @@ def checkpoint() -> GGUFCheckpoint:
 
 @cache
 def params() -> Params:
-    return checkpoint().load_params()
+    return read_params(checkpoint())
 
 
 @cache

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 
+from jaxserve.checkpoint import GGUFCheckpoint
+from jaxserve.model.params import Params, is_spec, named_leaves, param_specs
 from tests.text.metadata import gguf_metadata
 
 V, D, F, LAYERS, N, K, H = 266, 32, 32, 2, 4, 2, 8
@@ -77,3 +80,10 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def read_params(checkpoint: GGUFCheckpoint) -> Params:
+    """Every parameter, read whole."""
+    specs = param_specs(checkpoint.config)
+    leaves = [checkpoint.read(name, tuple(slice(0, n) for n in spec.shape)) for name, spec in named_leaves(specs)]
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)

@@ -14,7 +14,7 @@ from jaxserve.cli.app import run
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 2048,
 }  # fmt: skip
 
 

@@ -32,14 +32,30 @@ def test_the_reference_is_of_this_file(name):
     assert min(min(p["gaps"]) for p in reference["prompts"]) > 1e-3
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_greedy_tokens(name):
+def model_file(name: str) -> Path:
     path = models_folder() / SPLIT_MODELS[name].file_name
     if not path.is_file():
         pytest.skip(f"the model is not here: python scripts/fetch_models.py {name}")
+    return path
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_prompts_become_the_same_ids(name):
+    with GGUFCheckpoint(model_file(name)) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+    for prompt in json.loads((DATA / REFERENCES[name]).read_text())["prompts"]:
+        if prompt["messages"] is None:
+            assert tokenizer.encode(prompt["text"]) == prompt["prompt_token_ids"], prompt["name"]
+        else:
+            assert tokenizer.encode_chat(prompt["messages"]) == prompt["prompt_token_ids"], prompt["name"]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_greedy_tokens(name):
+    path = model_file(name)
     prompts = json.loads((DATA / REFERENCES[name]).read_text())["prompts"]
     params = [SamplingParams(temperature=0, max_tokens=len(p["new_token_ids"]), ignore_eos=True) for p in prompts]
-    options = {"max_model_len": 1024, "max_num_seqs": 8, "prefill_sizes": (128,), "decode_sizes": (8,)}
+    options = {"max_model_len": 1024, "max_num_seqs": 8, "prefill_sizes": (128,)}
     with (
         GGUFCheckpoint(path) as checkpoint,
         Engine.from_params(checkpoint.config, checkpoint, dtype="float32", **options) as engine,
