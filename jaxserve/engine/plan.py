@@ -27,8 +27,8 @@ CPU = {
 ACCELERATOR = {
     "max_num_seqs": 256,
     "growth": 2,
-    "prefill_sizes": (128, 512, 2048),
-    "max_prefill_rows": 16,
+    "prefill_sizes": (128, 512, 1024, 2048, 8192),
+    "max_prefill_rows": 64,
     "memory_fraction": 0.88,
     "samplings": SAMPLINGS,
 }

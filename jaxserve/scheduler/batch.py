@@ -10,6 +10,9 @@ from jaxserve.request import Request
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.step_io import Bucket, Sampling, StepDims, StepInputs, new_inputs
 
+# What a step costs besides its tokens, in tokens: reading the weights takes as long as multiplying some 220 (an 8B
+# model in bfloat16 on an H100); with the rest of a step about this many.
+STEP_TOKENS = 256
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
@@ -35,6 +38,31 @@ def choose_bucket(config: SchedulerConfig, num_decode_rows: int, num_prefill_tok
     tokens = _smallest(config.prefill_sizes, num_prefill_tokens)
     decode_rows = config.decode_sizes[-1] if num_decode_rows else 0
     return Bucket(decode_rows, tokens, min(config.max_prefill_rows, tokens))
+
+
+def prefill_size(sizes: tuple[int, ...], num_tokens: int) -> int:
+    """The first of the steps that read ``num_tokens`` prompt tokens at the least cost.
+
+    A step costs its padded size and ``STEP_TOKENS`` more. So 4,096 tokens are two steps of 2,048 and not one of 8,192,
+    and 1,900 are one of 2,048.
+    """
+    size, _ = _cheapest_cut(sizes, num_tokens)
+    return size
+
+
+def _cheapest_cut(sizes: tuple[int, ...], num_tokens: int) -> tuple[int, int]:
+    """(size of the first step, cost of all)."""
+    within = [size for size in sizes if size <= num_tokens]
+    padded = next((size for size in sizes if size >= num_tokens), None)
+    options = []
+    if padded is not None:
+        options.append((padded + STEP_TOKENS, padded))
+    if within:
+        left = num_tokens - within[-1]
+        rest = _cheapest_cut(sizes, left)[1] if left else 0
+        options.append((within[-1] + STEP_TOKENS + rest, within[-1]))
+    cost, size = min(options, key=lambda option: (option[0], -option[1]))  # of equals the fewer steps
+    return size, cost
 
 
 def choose_sampling(inputs: StepInputs) -> Sampling:

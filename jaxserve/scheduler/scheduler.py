@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.cache.pool import PagePool, extend_digests
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import FinishReason, QueueFullError, Request, RequestError
-from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket
+from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, prefill_size
 from jaxserve.scheduler.sequence import NO_SLOT, Sequence
 from jaxserve.step_io import StepDims
 
@@ -226,13 +226,11 @@ class Scheduler:
                     break
                 decode.append(_advance(sequence, 1))
 
-        budget = self.config.prefill_sizes[-1]
-        for sequence in in_prompt:
-            budget -= self._advance_prompt(sequence, budget, prefill)
-
+        wanted = sum(s.num_uncomputed for s in in_prompt)  # prompt tokens
+        budget, max_rows = self.config.prefill_sizes[-1], self.config.max_prefill_rows
         # After a preemption the pages are wanted by those who run, and the victim may have a token in flight.
         if self._num_preemptions == preemptions:
-            while forms_static_batch or (not static and budget > 0 and len(prefill) < self.config.max_prefill_rows):
+            while forms_static_batch or (not static and wanted < budget and len(in_prompt) < max_rows):
                 sequence = self._admit_head()
                 if sequence is None:
                     break
@@ -240,25 +238,28 @@ class Scheduler:
                 if sequence.num_uncomputed == 1:
                     decode.append(_advance(sequence, 1))
                 else:
-                    budget -= self._advance_prompt(sequence, budget, prefill)
+                    in_prompt.append(sequence)
+                    wanted += sequence.num_uncomputed
+
+        num_prefill_tokens = 0
+        if in_prompt:
+            in_prompt = in_prompt[:max_rows]
+            wanted = min(sum(s.num_uncomputed for s in in_prompt), budget)
+            budget = min(wanted, prefill_size(self.config.prefill_sizes, wanted))
+            for sequence in in_prompt:
+                num_tokens = min(sequence.num_uncomputed, budget - num_prefill_tokens)
+                if num_tokens:
+                    prefill.append(_advance(sequence, num_tokens))
+                    num_prefill_tokens += num_tokens
 
         self._num_active_rows = len(decode) + len(prefill)
         if not self._num_active_rows:
             return None
-        num_prefill_tokens = self.config.prefill_sizes[-1] - budget
         num_decode_rows = len(decode)
         if static and not num_prefill_tokens:  # rows of finished sequences stay, idle
             num_decode_rows = max(num_decode_rows, self._static_batch_size)
         bucket = choose_bucket(self.config, num_decode_rows, num_prefill_tokens)
         return ScheduledBatch(bucket, (*decode, *prefill), len(decode))
-
-    def _advance_prompt(self, sequence: Sequence, budget: int, prefill: list[ScheduledRow]) -> int:
-        """Give ``sequence`` the next chunk of its prompt if there is room; returns the chunk's tokens."""
-        num_tokens = min(sequence.num_uncomputed, budget)
-        if num_tokens == 0 or len(prefill) == self.config.max_prefill_rows:
-            return 0
-        prefill.append(_advance(sequence, num_tokens))
-        return num_tokens
 
     def _admit_head(self) -> Sequence | None:
         """Admit the head of the queue, or None: if it does not fit, nobody behind it is asked, so it cannot starve."""

@@ -15,6 +15,7 @@ from jaxserve.scheduler.batch import (
     all_buckets,
     build_inputs,
     choose_bucket,
+    prefill_size,
 )
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -62,6 +63,29 @@ def test_all_buckets():
 )
 def test_choose_bucket(num_decode_rows, num_prefill_tokens, expected):
     assert choose_bucket(CONFIG, num_decode_rows, num_prefill_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"),
+    [
+        (1, [128]),
+        (128, [128]),
+        (129, [512]),  # two steps of 128 cost more than the padding
+        (600, [512, 128]),
+        (1024, [512, 512]),
+        (1600, [2048]),
+        (3000, [2048, 512, 512]),
+        (4096, [2048, 2048]),
+        (7000, [8192]),
+        (8192, [8192]),
+    ],
+)
+def test_prompts_are_cut_where_padding_costs_more(num_tokens, expected):
+    sizes, found = (128, 512, 2048, 8192), []
+    while num_tokens > 0:
+        found.append(prefill_size(sizes, num_tokens))
+        num_tokens -= found[-1]
+    assert found == expected
 
 
 def test_every_choice_is_a_known_bucket():

@@ -48,6 +48,22 @@ def commit(scheduler: Scheduler, batch: ScheduledBatch, *tokens: int) -> list[Co
     return scheduler.commit(batch, packed)
 
 
+def test_a_prompt_is_cut_where_padding_costs_more_than_a_step():
+    scheduler = make_scheduler(prefill_sizes=(512, 2048), num_pages=2000, max_model_len=4000)
+    scheduler.add(make_request("a", [5] * 700, 3))
+    scheduler.add(make_request("b", [5] * 500, 3))
+    batch = next_batch(scheduler)  # 1,200 tokens: three steps of 512 cost as much as one of 2,048
+    assert shape(batch) == [("a", 0, 700, True), ("b", 0, 500, True)] and batch.bucket[1] == 2048
+    scheduler = make_scheduler(prefill_sizes=(512, 2048), num_pages=2000, max_model_len=4000)
+    scheduler.add(make_request("a", [5] * 700, 3))
+    scheduler.add(make_request("b", [5] * 300, 3))
+    batch = next_batch(scheduler)
+    assert shape(batch) == [("a", 0, 512, False)] and batch.bucket[1] == 512
+    commit(scheduler, batch)
+    batch = next_batch(scheduler)  # b was admitted with the first step, and waits for its turn
+    assert shape(batch) == [("a", 512, 188, True), ("b", 0, 300, True)] and batch.bucket[1] == 512
+
+
 def test_a_prompt_in_chunks_then_one_token_a_step():
     scheduler = make_scheduler(prefill_sizes=(2, 4))
     scheduler.add(make_request("a", [5] * 6, 3))
