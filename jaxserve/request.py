@@ -1,8 +1,8 @@
 """What a user asks for and what comes back, as frozen values. Imports nothing of jax."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
@@ -12,16 +12,11 @@ MAX_SEED = 2**64 - 1
 
 
 NOT_IMPLEMENTED: dict[str, float | None] = {
-    "n": 1,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "logit_bias": None,
-    "allowed_token_ids": None,
-    "bad_words": None,
     "prompt_logprobs": None,
-    "truncate_prompt_tokens": None,
 }  # SamplingParams field -> the one value that is taken, because it changes nothing
+
+MAX_LOGIT_BIAS = 100.0  # as OpenAI's API: more than any two logits differ by
+MAX_PENALTY = 2.0
 
 
 class RequestError(ValueError):
@@ -40,8 +35,9 @@ class QueueFullError(RuntimeError):
 class SamplingParams:
     """Everything a request may ask. A field that is not implemented yet is refused by name, never ignored.
 
-    Logit order: ``min_tokens`` suppression, temperature, ``top_k``, ``top_p`` over what ``top_k`` kept (renormalised),
-    ``min_p``. Log-probabilities are of the raw distribution, before all of these.
+    Logit order: what may not be sampled (``allowed_token_ids``, ``bad_words``, ``min_tokens``), ``logit_bias``,
+    penalties, temperature, ``top_k``, ``top_p`` over what ``top_k`` kept (renormalised), ``min_p``. Log-probabilities
+    are of the raw distribution, before all of these.
 
     Attributes:
         max_tokens: output tokens at most; None means up to the engine's ``max_model_len``.
@@ -58,6 +54,16 @@ class SamplingParams:
         ignore_eos: end-of-sequence does not end the generation.
         logprobs: log-probabilities of the k best tokens and the sampled one; 0 the sampled one's only; None none.
         skip_special_tokens: leave special tokens out of the text (not out of the ids).
+        n: completions of the one prompt, told apart by their ``choice``; choice ``k`` has the seed ``seed + k``.
+        presence_penalty: subtracted from the logit of a token that the output has, in [-2, 2].
+        frequency_penalty: subtracted once for each time that the output has the token, in [-2, 2].
+        repetition_penalty: the logit of a token that prompt or output has is divided by it where positive, multiplied
+            where negative, before the other two penalties; more than 0, 1 is off (CTRL, Keskar et al. 2019).
+        logit_bias: token id to what is added to its logit, in [-100, 100].
+        allowed_token_ids: no other can be sampled; end-of-sequence only if it is among them.
+        bad_words: texts that the output does not have: each as tokens, with and without a space before it. Of several
+            tokens the last cannot be sampled after the others.
+        truncate_prompt_tokens: only so many of the prompt's last tokens are read.
     """
 
     max_tokens: int | None = None
@@ -73,15 +79,14 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
-    # Names the field knows that are not implemented yet: only the neutral value is taken (see NOT_IMPLEMENTED).
     n: int = 1
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str, ...] | None = None
-    prompt_logprobs: int | None = None
+    bad_words: tuple[str, ...] = ()
+    prompt_logprobs: int | None = None  # not implemented yet, see NOT_IMPLEMENTED
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self):
@@ -90,21 +95,23 @@ class SamplingParams:
             same = value is None if neutral is None else isinstance(value, Real) and value == neutral
             if not same:
                 raise RequestError(name, f"{value!r}: not implemented yet, leave it unset")
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words"):
             value = getattr(self, name)
             if value is None or isinstance(value, str):
                 value = (value,) if value is not None else ()
             if not isinstance(value, Iterable):
                 raise RequestError(name, f"{value!r} is not a sequence")
             object.__setattr__(self, name, tuple(value))
-        for name in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
+        optional = ("max_tokens", "seed", "logprobs", "truncate_prompt_tokens")
+        for name in ("min_tokens", "top_k", "n", *optional):
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "seed", "logprobs"):
+            if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise RequestError(name, f"{value!r} is not an integer")
             object.__setattr__(self, name, int(value))
-        for name in ("temperature", "top_p", "min_p"):
+        penalties = ("presence_penalty", "frequency_penalty")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", *penalties):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise RequestError(name, f"{value!r} is not a finite number")
@@ -130,12 +137,48 @@ class SamplingParams:
             raise RequestError("seed", f"{self.seed} must be in [0, {MAX_SEED}]")
         if self.logprobs is not None and self.logprobs < 0:
             raise RequestError("logprobs", f"{self.logprobs} must be at least 0")
+        if self.n < 1:
+            raise RequestError("n", f"{self.n} must be at least 1")
+        for name in penalties:
+            if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
+                raise RequestError(name, f"{getattr(self, name)} must be in [{-MAX_PENALTY:g}, {MAX_PENALTY:g}]")
+        if self.repetition_penalty <= 0:
+            raise RequestError("repetition_penalty", f"{self.repetition_penalty} must be more than 0")
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
+            raise RequestError("truncate_prompt_tokens", f"{self.truncate_prompt_tokens} must be at least 1")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise RequestError("stop", "every stop must be a non-empty string")
-        for i in self.stop_token_ids:
-            if isinstance(i, bool) or not isinstance(i, Integral) or i < 0:
-                raise RequestError("stop_token_ids", f"{i!r} is not a token id")
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        if any(not isinstance(s, str) or not s.strip() for s in self.bad_words):
+            raise RequestError("bad_words", "every word must be a string of more than spaces")
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise RequestError("allowed_token_ids", "0 tokens are allowed, at least 1 must be")
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+
+
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise RequestError(name, f"{values!r} is not a sequence")
+    values = tuple(values)
+    for i in values:
+        if isinstance(i, bool) or not isinstance(i, Integral) or i < 0:
+            raise RequestError(name, f"{i!r} is not a token id")
+    return tuple(int(i) for i in values)
+
+
+def _logit_bias(values: Any) -> dict[int, float]:
+    if not isinstance(values, Mapping):
+        raise RequestError("logit_bias", f"{values!r} does not map token ids to numbers")
+    ids = _token_ids("logit_bias", values)
+    for i, bias in zip(ids, values.values(), strict=True):
+        if isinstance(bias, bool) or not isinstance(bias, Real) or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            limits = f"[{-MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
+            raise RequestError("logit_bias", f"{bias!r} of token {i} is not a number in {limits}")
+    return {i: float(bias) for i, bias in zip(ids, values.values(), strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +194,37 @@ class Request:
     priority: int = 0  # lower is served first
     deadline: float | None = None  # time.monotonic() seconds
     arrival: float = 0.0  # time.monotonic() seconds
+    bad_sequences: tuple[tuple[int, ...], ...] = ()  # the params' bad_words as tokens, none empty
+    choice: int = 0  # of the params' n completions the one that this is
+    group_id: str | None = None  # request_id of the request whose choice this is; None where n is 1
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether its tokens depend on more than the step's inputs say: see ``constraint_io``."""
+        p = self.params
+        return bool(
+            p.presence_penalty
+            or p.frequency_penalty
+            or p.repetition_penalty != 1
+            or p.logit_bias
+            or p.allowed_token_ids
+            or self.bad_sequences
+        )
+
+    def choices(self) -> list["Request"]:
+        """One request for each of the params' ``n`` completions; their ids are no user's."""
+        if self.params.n == 1:
+            return [self]
+        return [
+            replace(
+                self,
+                request_id=f"{self.request_id}\0{k}",
+                group_id=self.request_id,
+                choice=k,
+                seed=(self.seed + k) & MAX_SEED,
+            )
+            for k in range(self.params.n)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +235,8 @@ class Usage:
 
 
 class TokenEvent(NamedTuple):
-    """One output token of one request, or its end. The last event of a request has ``finish_reason`` and ``usage``.
+    """One output token of one request, or its end. The last event of each choice of a request (there is one, or
+    ``n``) has ``finish_reason`` and the choice's ``usage``.
 
     A tuple, made in a third of a frozen dataclass's time: a step makes one for each of its sequences.
 
@@ -179,6 +254,13 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop id or stop string that ended it, None for end-of-sequence
     usage: Usage | None = None
+    choice: int = 0  # which of the request's n completions
+    num_open: int = 0  # choices of the request that go on after this event; counted where ``finish_reason`` is set
+
+    @property
+    def ends_request(self) -> bool:
+        """No event of the request comes after this one."""
+        return self.finish_reason is not None and self.num_open == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +284,7 @@ class Completion:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
+    choice: int = 0  # which of the request's n completions
 
 
 @dataclass(frozen=True, kw_only=True)

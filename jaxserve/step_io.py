@@ -64,14 +64,16 @@ class StepInputs(NamedTuple):
     min_len: Array  # [B] i32, while kv_len < min_len the row's stop_ids are suppressed; 0 = off
     stop_ids: Array  # [B, NS] i32, padding -1
     num_logprobs: Array  # [B] i32, -1 = none asked, 0 = the sampled token's only
+    constrained: Array  # [B] i32, 1 where the slot's constraints on the device (``constraint_io``) hold for the row
     temperature: Array  # [B] f32, 0 = greedy
     top_p: Array  # [B] f32, 1 = off
     min_p: Array  # [B] f32, 0 = off
 
 
-# What a step's rows ask of sampling, each more than the one before: the best token; temperature and min_p; anything.
-Sampling = Literal["greedy", "random", "any"]
-SAMPLINGS: tuple[Sampling, ...] = ("greedy", "random", "any")
+# What a step's rows ask of sampling, each more than the one before: the best token; temperature and min_p; anything of
+# their inputs; penalties, biases and tokens that may not be sampled, which are the device's own (``constraint_io``).
+Sampling = Literal["greedy", "random", "any", "constrained"]
+SAMPLINGS: tuple[Sampling, ...] = ("greedy", "random", "any", "constrained")
 
 
 class StepOutputs(NamedTuple):

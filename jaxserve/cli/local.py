@@ -35,7 +35,7 @@ def generate(
     params = sampling.params()
     with open_engine(model, engine) as e:
         inputs = [chat_prompt(e, [{"role": "user", "content": p}]) for p in prompt] if chat else prompt
-        if len(inputs) == 1 and not as_json:
+        if len(inputs) == params.n == 1 and not as_json:
             watch = StreamStats()
             for text in stream_text(e, inputs[0], params, watch):
                 write_answer(text)
@@ -46,7 +46,8 @@ def generate(
         start = time.perf_counter()
         completions = e.generate(inputs, params)
         seconds = time.perf_counter() - start
-        for number, (text, completion) in enumerate(zip(prompt, completions)):
+        texts = [text for text in prompt for _ in range(params.n)]
+        for number, (text, completion) in enumerate(zip(texts, completions, strict=True)):
             if as_json:
                 values = {"prompt": text} | dataclasses.asdict(completion)
                 write_answer(json.dumps(values, ensure_ascii=False) + "\n")
@@ -62,7 +63,7 @@ def chat(
     model: Model, sampling: SamplingOptions, engine: EngineOptions, system: System = None, stats: Stats = False
 ) -> None:
     """Talk to a model on this machine, line by line. /exit leaves, Ctrl-C stops an answer."""
-    params = sampling.params()
+    params = sampling.one_answer().params()
     with open_engine(model, engine) as e:
 
         def answer(messages: list[Message], watch: StreamStats) -> Generator[str]:

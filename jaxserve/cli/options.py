@@ -24,6 +24,13 @@ System = Annotated[str | None, typer.Option(help="A system message before the co
 Stats = Annotated[bool, typer.Option("--stats", help="Print time to first token and tokens/s on stderr.")]
 
 
+FIELD_OF_OPTION = {
+    "stop_token_id": "stop_token_ids",
+    "allowed_token_id": "allowed_token_ids",
+    "bad_word": "bad_words",
+}  # options that are repeated, in the singular
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """One request's sampling. Unset (None, empty) is left to the engine's or server's default."""
@@ -39,17 +46,48 @@ class SamplingOptions:
     stop_token_id: Annotated[list[int] | None, typer.Option(help="A token id that ends it; may be repeated.")] = None
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="End-of-sequence does not end the text.")] = False
     logprobs: Annotated[int | None, typer.Option(help="Log-probabilities of the k best tokens (with --json).")] = None
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Completions of each prompt.")] = None
+    presence_penalty: Annotated[float | None, typer.Option(help="Off the logits of tokens of the output.")] = None
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same for each time they occur.")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="1.1 makes repeating prompt or output rarer.")] = None
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID:BIAS", help="Added to a token's logit, as 42:-3.5; may be repeated.")
+    ] = None
+    allowed_token_id: Annotated[list[int] | None, typer.Option(help="The only ids allowed; may be repeated.")] = None
+    bad_word: Annotated[list[str] | None, typer.Option(help="The text does not have it; may be repeated.")] = None
+    truncate_prompt_tokens: Annotated[int | None, typer.Option(help="Read the prompt's last tokens only.")] = None
 
     def set_fields(self) -> dict[str, Any]:
         """The fields that were set, under the names of ``SamplingParams``."""
         # By identity: 0 is a temperature, and equal to False.
         values = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
-        if "stop_token_id" in values:
-            values["stop_token_ids"] = values.pop("stop_token_id")
+        for option, name in FIELD_OF_OPTION.items():
+            if option in values:
+                values[name] = values.pop(option)
+        if "logit_bias" in values:
+            values["logit_bias"] = parse_logit_bias(values["logit_bias"])
         return values
+
+    def one_answer(self) -> "SamplingOptions":
+        """Itself. ValueError where it asks for several answers."""
+        if self.n is not None and self.n != 1:
+            raise ValueError(f"n: {self.n} answers, a conversation takes 1")
+        return self
 
     def params(self) -> SamplingParams:
         return sampling_params_from(self.set_fields())
+
+
+def parse_logit_bias(texts: list[str]) -> dict[int, float]:
+    """``["42:-3.5"]`` as ids and numbers. ValueError naming the option."""
+    found: dict[int, float] = {}
+    for text in texts:
+        token, _, bias = text.partition(":")
+        try:
+            found[int(token)] = float(bias)
+        except ValueError:
+            raise ValueError(f'logit_bias: {text!r} is not a token id and a number as "42:-3.5"') from None
+    return found
 
 
 def parse_sizes(name: str, text: str) -> tuple[int, ...]:

@@ -36,7 +36,8 @@ def generate(
     """Stream a continuation of a prompt."""
     with connect(address.server) as client:
         arguments = {"request_id": request_id, "timeout_s": address.timeout} | sampling.set_fields()
-        show(client.generate(prompt, **arguments), as_json=as_json, stats=stats)
+        chunks = client.generate(prompt, **arguments)
+        show(chunks, as_json=as_json, stats=stats, num_choices=sampling.n or 1)
 
 
 @app.command()
@@ -52,7 +53,8 @@ def chat(
 ) -> None:
     """Stream the answer to one message, or talk line by line."""
     with connect(address.server) as client:
-        arguments = {"request_id": request_id, "timeout_s": address.timeout} | sampling.set_fields()
+        fields = sampling.one_answer().set_fields()
+        arguments = {"request_id": request_id, "timeout_s": address.timeout} | fields
         if prompt is None:
             converse(partial(answer, client, arguments), system=system, stats=stats)
             return
@@ -125,33 +127,39 @@ def connect(server: str) -> "Client":
     return Client(server)
 
 
-def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool) -> None:
-    """Writes a stream's text as it comes, or all of it as one line of JSON at its end."""
+def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool, num_choices: int = 1) -> None:
+    """Writes a stream's text as it comes; or at its end, as JSON or where there are several choices, each by itself."""
     watch = StreamStats()
-    text: list[str] = []
-    token_ids: list[int] = []
-    logprobs: list[Any] = []
-    last = None
-    for last in chunks:
-        watch.add(len(last.token_ids))
-        watch.prompt_tokens = last.usage and last.usage.prompt_tokens
-        if as_json:
-            text.append(last.text)
-            token_ids += last.token_ids
-            logprobs += [dataclasses.asdict(entry) for entry in last.logprobs]
+    live = num_choices == 1 and not as_json
+    choices: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        watch.add(len(chunk.token_ids))
+        watch.prompt_tokens = chunk.usage and chunk.usage.prompt_tokens
+        if live:
+            write_answer(chunk.text)
         else:
-            write_answer(last.text)
-    if as_json and last is not None:
-        values = dataclasses.asdict(last) | {
-            "text": "".join(text),
-            "token_ids": token_ids,
-            "logprobs": logprobs or None,
-        }
-        del values["index"]  # of the last chunk
-        write_answer(json.dumps(values, ensure_ascii=False))
-    write_answer("\n")
+            choices.setdefault(chunk.choice, []).append(chunk)
+    if live:
+        write_answer("\n")
+    for number, (_, of_choice) in enumerate(sorted(choices.items())):
+        if as_json:
+            write_answer(json.dumps(_whole(of_choice), ensure_ascii=False) + "\n")
+        else:
+            write_answer(("\n" if number else "") + "".join(chunk.text for chunk in of_choice) + "\n")
     if stats:
         note(watch.line())
+
+
+def _whole(chunks: "list[Chunk]") -> dict[str, Any]:
+    """One choice's chunks as one mapping."""
+    logprobs = [dataclasses.asdict(entry) for chunk in chunks for entry in chunk.logprobs]
+    values = dataclasses.asdict(chunks[-1]) | {
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": [i for chunk in chunks for i in chunk.token_ids],
+        "logprobs": logprobs or None,
+    }
+    del values["index"]  # of the last chunk
+    return values
 
 
 def answer(client: "Client", arguments: dict[str, Any], messages: list[Message], watch: StreamStats) -> Generator[str]:

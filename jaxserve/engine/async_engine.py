@@ -77,7 +77,7 @@ class AsyncEngine:
     Args:
         engine_factory: builds the engine. It is called in the engine thread, so a server can answer while it loads.
         slow_reader_timeout_s: a stream whose reader takes nothing for this long while events are pending is aborted,
-            and raises ``SlowReaderError``. Pending events are bounded by the request's ``max_total_len``.
+            and raises ``SlowReaderError``. Pending events are bounded by the request's ``max_total_len`` times ``n``.
         observer: called with (request, event) once for every event, on the loop that streams the request.
     """
 
@@ -277,7 +277,7 @@ class AsyncEngine:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]] = {}
         for event in events:
             stream = self._streams[event.request_id]
-            if event.finish_reason is not None:
+            if event.ends_request:
                 del self._streams[event.request_id]
             by_loop.setdefault(stream.loop, []).append((stream, event))
         for loop, deliveries in by_loop.items():

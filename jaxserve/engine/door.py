@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxserve.config import ModelConfig
+from jaxserve.engine.constraints import CONSTRAINTS, bad_sequences, check_constraints
 from jaxserve.request import Request, RequestError, SamplingParams
 from jaxserve.step_io import SAMPLINGS, Sampling
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
@@ -54,7 +55,7 @@ class Door:
         """See ``Engine.make_request``."""
         limit = self._max_model_len
         self._check_sampling(params)
-        ids = self._prompt_ids(prompt)
+        ids = self._prompt_ids(prompt, params.truncate_prompt_tokens)
         room = limit - len(ids)
         if room < 1:
             raise RequestError("prompt", f"{len(ids)} tokens leave no room for output in max_model_len={limit}")
@@ -67,6 +68,8 @@ class Door:
             if i >= self._vocab_size:
                 raise RequestError("stop_token_ids", f"{i} is not below the vocabulary's {self._vocab_size}")
         stop_ids = (*(() if params.ignore_eos else self._eos_token_ids), *params.stop_token_ids)
+        sequences = bad_sequences(params.bad_words, self._tokenizer, self._vocab_size)
+        check_constraints(params, sequences, stop_ids, self._vocab_size)
         request = Request(
             request_id=secrets.token_hex(8) if request_id is None else request_id,
             prompt_token_ids=ids,
@@ -77,12 +80,14 @@ class Door:
             priority=priority,
             deadline=deadline,
             arrival=time.monotonic(),
+            bad_sequences=sequences,
         )
         self._check(request)
         return request
 
     def _check_sampling(self, params: SamplingParams) -> None:
         asks = {
+            **{name: "constrained" for name, neutral in CONSTRAINTS.items() if getattr(params, name) not in neutral},
             "logprobs": "any" if params.logprobs else "greedy",
             "min_tokens": "any" if params.min_tokens else "greedy",
             "top_k": "any" if params.top_k > 0 and params.temperature > 0 else "greedy",
@@ -96,9 +101,10 @@ class Door:
                     name, f"{getattr(params, name)} needs sampling {sampling!r}, this engine has {best!r}"
                 )
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def _prompt_ids(self, prompt: Prompt, at_most: int | None) -> tuple[int, ...]:
+        """``prompt``'s token ids, the last ``at_most``."""
         if isinstance(prompt, str):
-            ids = self._encode(prompt)
+            ids = self._encode(prompt, cut=at_most is not None)
         else:
             for i, token in enumerate(prompt):
                 integer = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
@@ -107,15 +113,15 @@ class Door:
             ids = tuple(int(token) for token in prompt)
         if not ids:
             raise RequestError("prompt", "is empty")
-        return ids
+        return ids if at_most is None else ids[-at_most:]
 
-    def _encode(self, prompt: str) -> tuple[int, ...]:
+    def _encode(self, prompt: str, *, cut: bool) -> tuple[int, ...]:
         if self._tokenizer is None:
             raise RequestError("prompt", "this engine has no tokenizer; give token ids")
         limit = self._max_model_len
         try:
             # Refused before it is tokenized: 10 MB of text take seconds, their least number of tokens does not.
-            if (least := self._tokenizer.min_num_tokens(prompt)) > limit:
+            if not cut and (least := self._tokenizer.min_num_tokens(prompt)) > limit:
                 raise RequestError("prompt", f"at least {least} tokens do not fit in max_model_len={limit}")
             return tuple(self._tokenizer.encode(prompt))
         except UnicodeEncodeError as error:

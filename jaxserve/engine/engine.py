@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
+from jaxserve.constraint_io import ConstraintDims
 from jaxserve.engine import plan
 from jaxserve.engine.door import Door, Prompt
 from jaxserve.engine.interrupts import interrupts_held
@@ -28,13 +29,15 @@ from jaxserve.parallel.placed import placed_config
 from jaxserve.request import (
     Completion,
     EngineStats,
+    FinishReason,
     QueueFullError,
     Request,
+    RequestError,
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
 )
-from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs, choose_sampling
+from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs, choose_sampling, slot_loads
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.step_io import Sampling, StepOutputs
 from jaxserve.text.tokenizer import Tokenizer
@@ -232,7 +235,7 @@ class Engine:
             )
         if num_pages is None:
             num_pages = plan.num_pages_that_fit(
-                to_place, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction
+                to_place, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction, samplings
             )
         self.cache_config = CacheConfig(
             num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
@@ -247,7 +250,9 @@ class Engine:
         self._door = Door(
             model_config, self.scheduler_config.max_model_len, tokenizer, self._scheduler.check, samplings
         )
-        self._outputs: dict[str, RequestOutput] = {}  # unfinished requests
+        self._constraint_dims = ConstraintDims.of(self._dims, model_config.vocab_size)
+        self._outputs: dict[str, RequestOutput] = {}  # unfinished sequences, by their own request ids
+        self._groups: dict[str, dict[int, str]] = {}  # requests of several choices: the unfinished ones' own ids
         self._in_flight: deque[tuple[ScheduledBatch, jax.Array]] = deque()  # dispatched steps, oldest first
         self._events: list[TokenEvent] = []  # for the next ``step``
         self._inboxes: dict[str, deque[TokenEvent]] = {}  # requests of ``generate`` and ``stream``
@@ -271,7 +276,8 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Completes every prompt (text or token ids), batched together, and returns them in the prompts' order.
+        """Completes every prompt (text or token ids), batched together, and returns them in the prompts' order,
+        a prompt's ``n`` choices one after another.
 
         Args:
             prompts: one prompt or a sequence of them.
@@ -286,7 +292,7 @@ class Engine:
         if len(params) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(params)} SamplingParams")
         requests = [self.make_request(p, s) for p, s in zip(listed, params, strict=True)]
-        completions: dict[str, Completion] = {}
+        completions: dict[str, list[Completion]] = {}
         waiting = deque(requests)
         inboxes = {r.request_id: deque[TokenEvent]() for r in requests}
         collected: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests}
@@ -307,12 +313,12 @@ class Engine:
                     events = collected[request.request_id]
                     events.extend(inbox)
                     inbox.clear()
-                    if events[-1].finish_reason:
-                        completions[request.request_id] = _completion(request, events)
+                    if any(e.ends_request for e in events[-1:]):
+                        completions[request.request_id] = _completions(request, events)
         finally:
             for request in requests:
                 self._drop(request.request_id)
-        return [completions[r.request_id] for r in requests]
+        return [c for r in requests for c in completions[r.request_id]]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Events of one request as its tokens appear. Closing the iterator aborts it; streams may be interleaved."""
@@ -324,7 +330,7 @@ class Engine:
                 while inbox:
                     event = inbox.popleft()
                     yield event
-                    if event.finish_reason:
+                    if event.ends_request:
                         return
                 self._step()
         finally:
@@ -366,16 +372,27 @@ class Engine:
         """
         self._check_usable()
         with interrupts_held():
-            sequence = self._scheduler.add(request)
-            self._outputs[request.request_id] = RequestOutput(sequence, self.tokenizer)
+            choices = request.choices()
+            if request.request_id in self._groups or self._scheduler.get(request.request_id):
+                raise RequestError("request_id", f"{request.request_id!r} is already in use")
+            for sequence in self._scheduler.add_group(choices):
+                self._outputs[sequence.request_id] = RequestOutput(sequence, self.tokenizer)
+            if request.params.n > 1:
+                self._groups[request.request_id] = {choice.choice: choice.request_id for choice in choices}
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and frees its pages; its last event comes with the next ``step``. False if unknown."""
         with interrupts_held():
-            if not self._scheduler.abort(request_id):
-                return False
-            self._emit(self._outputs.pop(request_id).on_end("abort"))
-            return True
+            own_ids = tuple(self._groups[request_id].values()) if request_id in self._groups else (request_id,)
+            ended = [self._end(own_id, "abort") for own_id in own_ids]
+            return any(ended)
+
+    def _end(self, own_id: str, reason: FinishReason) -> bool:
+        """Ends one sequence; False if unknown."""
+        if not self._scheduler.finish(own_id, reason):
+            return False
+        self._emit(self._outputs.pop(own_id).on_end(reason))
+        return True
 
     def has_unfinished(self) -> bool:
         """Whether ``step`` has anything to do: requests, steps in flight, or events to hand out."""
@@ -427,6 +444,8 @@ class Engine:
         if batch is not None:
             buffer, inputs = build_inputs(batch, self._scheduler.slots, self._dims)
             asked = choose_sampling(inputs)
+            for load in slot_loads(batch, self._constraint_dims):
+                self._runner.load_constraints(load)
             clock.append(time.perf_counter())
             self._in_flight.append((batch, self._runner.dispatch(batch.bucket, buffer, asked)))
             self._num_steps += 1
@@ -455,6 +474,11 @@ class Engine:
             self._emit(event)
 
     def _emit(self, event: TokenEvent) -> None:
+        if event.finish_reason and (group := self._groups.get(event.request_id)):
+            del group[event.choice]
+            event = event._replace(num_open=len(group))
+            if not group:
+                del self._groups[event.request_id]
         inbox = self._inboxes.get(event.request_id)
         (self._events if inbox is None else inbox).append(event)
 
@@ -525,6 +549,11 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [cast(Prompt, p) for p in prompts]
 
 
+def _completions(request: Request, events: list[TokenEvent]) -> list[Completion]:
+    """The request's choices in order, from all its events."""
+    return [_completion(request, [e for e in events if e.choice == k]) for k in range(request.params.n)]
+
+
 def _completion(request: Request, events: list[TokenEvent]) -> Completion:
     last = events[-1]
     assert last.finish_reason is not None and last.usage is not None
@@ -541,4 +570,5 @@ def _completion(request: Request, events: list[TokenEvent]) -> Completion:
         stop_reason=last.stop_reason,
         logprobs=logprobs,
         cached_tokens=last.usage.cached_tokens,
+        choice=last.choice,
     )

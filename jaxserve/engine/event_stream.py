@@ -13,8 +13,9 @@ class SlowReaderError(RuntimeError):
 class EventStream:
     """One request's pending events. Every method runs on ``loop``'s thread.
 
-    ``pending`` holds at most the events of the whole request, so ``max_total_len`` bounds it. It is one list and not a
-    queue: a reader takes all of it, so a slow one costs fewer and larger messages instead of a backlog of small ones.
+    ``pending`` holds at most the events of the whole request, so ``max_total_len`` times ``n`` bounds it. It is one
+    list and not a queue: a reader takes all of it, so a slow one costs fewer and larger messages instead of a backlog
+    of small ones.
 
     ``drop`` is called once if the stream ends (closed, or its reader too slow) before the request's last event came.
     """
@@ -45,7 +46,7 @@ class EventStream:
 
     def put(self, event: TokenEvent) -> None:
         """Adds an event; ignored once the stream is closed."""
-        self._got_last |= event.finish_reason is not None
+        self._got_last |= event.ends_request
         if self._closed or self._error is not None:
             return
         if not self.pending:

@@ -14,6 +14,8 @@ class RequestOutput:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer | None):
         params = sequence.request.params
+        self._request_id = sequence.request.group_id or sequence.request_id
+        self._choice = sequence.request.choice
         self.sequence = sequence
         self._params = params
         self._detokenizer = (
@@ -33,12 +35,13 @@ class RequestOutput:
         reason, stop_reason = token.finish_reason, token.stop_reason
         if self._is_plain:
             return TokenEvent(
-                request_id=token.request_id,
+                request_id=self._request_id,
                 index=token.index,
                 token_id=token.token,
                 finish_reason=reason,
                 stop_reason=stop_reason,
                 usage=self.usage() if reason else None,
+                choice=self._choice,
             )
         # A token that ends the request is part of its ids, and of its text only on demand.
         silent = reason == "stop" and not self._params.include_stop_str_in_output
@@ -58,7 +61,7 @@ class RequestOutput:
             ids, values = outputs.top_ids[token.row, :k], outputs.top_logprobs[token.row, :k]
             top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return TokenEvent(
-            request_id=token.request_id,
+            request_id=self._request_id,
             index=token.index,
             token_id=token.token,
             text=text,
@@ -67,18 +70,20 @@ class RequestOutput:
             finish_reason=reason,
             stop_reason=stop_reason,
             usage=self.usage() if reason else None,
+            choice=self._choice,
         )
 
     def on_end(self, reason: FinishReason) -> TokenEvent:
         """The event that ends the request without a token; text that was held back comes with it."""
         text = self._stops.add(self._detokenizer.flush())[0] + self._stops.flush() if self._detokenizer else ""
         return TokenEvent(
-            request_id=self.sequence.request_id,
+            request_id=self._request_id,
             index=self.sequence.num_output_tokens,
             token_id=None,
             text=text,
             finish_reason=reason,
             usage=self.usage(),
+            choice=self._choice,
         )
 
     def usage(self) -> Usage:

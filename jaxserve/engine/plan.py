@@ -12,7 +12,7 @@ from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, s
 from jaxserve.execution.step import StageParams
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
-from jaxserve.step_io import SAMPLINGS, StepDims
+from jaxserve.step_io import SAMPLINGS, Sampling, StepDims
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # A compiled step costs seconds on a CPU, and padding costs little there beside reading the weights.
@@ -22,7 +22,7 @@ CPU = {
     "prefill_sizes": (64, 256),
     "max_prefill_rows": 4,
     "memory_fraction": 0.1,
-    "samplings": ("any",),
+    "samplings": ("constrained",),
 }
 ACCELERATOR = {
     "max_num_seqs": 256,
@@ -108,6 +108,7 @@ def num_pages_that_fit(
     dtype: jnp.dtype,
     page_size: int,
     memory_fraction: float | None,
+    samplings: Sequence[Sampling],
 ) -> int:
     """Pages in ``memory_fraction`` of the memory: on a CPU of the machine's, else of each device's, less what is in
     use (the parameters) and the compiler's figure for the largest step's workspace. Never more than
@@ -125,7 +126,7 @@ def num_pages_that_fit(
     else:
         stats = [d.memory_stats() for d in mesh.local_devices]
         free = min(int(s["bytes_limit"] * fraction) - s["bytes_in_use"] for s in stats)
-        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size)
+        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings)
     fit = room // per_page
     if fit < one_sequence:
         raise ValueError(
@@ -142,16 +143,19 @@ def _workspace_bytes(
     mesh: Mesh,
     dtype: jnp.dtype,
     page_size: int,
+    samplings: Sequence[Sampling],
 ) -> int:
-    """Temporary memory of the largest step and of its sampler on one device, from the compiler."""
+    """Memory of the largest step and of its sampler beside parameters and pages, on one device, from the compiler."""
     few = CacheConfig(num_pages=16, page_size=page_size)
     dims = step_dims(scheduler, few)
     largest = max(all_buckets(scheduler), key=lambda b: (b.num_tokens, b.num_rows))
     state = state_shape(config, few, dims, mesh, dtype)
     lowered = lower_step(config, params, state, dims, largest, mesh)
+    asked = max(samplings, key=SAMPLINGS.index)
     analyses = [
-        compile_step(x, mesh).memory_analysis() for x in (lowered, lower_sampler(config, dims, largest, mesh, "any"))
+        compile_step(x, mesh).memory_analysis() for x in (lowered, lower_sampler(config, dims, largest, mesh, asked))
     ]
+    # The constraints of all slots are among the sampler's outputs.
     return sum(a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses if a is not None)
 
 

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.cache.pages import kv_pages_shape
 from jaxserve.config import CacheConfig, ModelConfig
+from jaxserve.constraint_io import ConstraintDims, new_slot, slot_buffer_size
 from jaxserve.execution.compile_counter import CompileCounter
+from jaxserve.execution.constraints import Constraints, constraints_shape, load
 from jaxserve.execution.step import (
     DeviceState,
     StageParams,
@@ -79,17 +82,34 @@ def lower_step(
 def lower_sampler(
     config: ModelConfig, dims: StepDims, bucket: Bucket, mesh: Mesh, asked: Sampling
 ) -> jax.stages.Lowered:
-    """The sampler of one bucket's logits, lowered; the last tokens donated."""
+    """The sampler of one bucket's logits, lowered; the last tokens and the constraints, if it reads them, donated."""
 
     def shape(dtype: jnp.dtype | type, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, specs.REPLICATED))
 
-    sampler = jax.jit(make_sampler(mesh, bucket, dims, asked), donate_argnums=(0,))
+    sampler = jax.jit(make_sampler(mesh, bucket, dims, asked), donate_argnums=(0, 1))
     return sampler.lower(
         shape(jnp.int32, dims.num_slots),
+        held_shape(ConstraintDims.of(dims, config.vocab_size), mesh) if asked == "constrained" else None,
         shape(jnp.float32, bucket.num_rows, config.vocab_size),
         shape(jnp.int32, buffer_size(bucket, dims)),
     )
+
+
+def held_shape(dims: ConstraintDims, mesh: Mesh) -> Constraints:
+    """``Constraints`` of sharded ``ShapeDtypeStruct``s."""
+    sharding = NamedSharding(mesh, specs.REPLICATED)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), constraints_shape(dims))
+
+
+def lower_load(dims: ConstraintDims, mesh: Mesh) -> jax.stages.Lowered:
+    """``constraints.load``, lowered, the constraints donated."""
+    held = held_shape(dims, mesh)
+    buffer = jax.ShapeDtypeStruct((slot_buffer_size(dims),), jnp.int32, sharding=held.seen.sharding)
+    function = jax.jit(
+        partial(load, dims=dims), donate_argnums=(0,), out_shardings=jax.tree.map(lambda s: s.sharding, held)
+    )
+    return function.lower(held, buffer)
 
 
 def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
@@ -132,11 +152,14 @@ class Runner:
         self._samplings = tuple(samplings)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
         self._samplers: dict[tuple[Bucket, Sampling], jax.stages.Compiled] = {}
+        self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
         self._compile(buckets, on_progress)
-        self._state = jax.jit(
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._state_shape),
-            out_shardings=jax.tree.map(lambda s: s.sharding, self._state_shape),
-        )()
+        self._state = _zeros(self._state_shape)
+        self._held: Constraints | None = None
+        if "constrained" in self._samplings:
+            self._held = _zeros(held_shape(self._constraint_dims, mesh))
+            self._load = compile_step(lower_load(self._constraint_dims, mesh), mesh)
+            self.load_constraints(new_slot(self._constraint_dims)[0])
         self._warm_up(buckets, on_progress)
         self.compile_counter.count = 0
 
@@ -182,9 +205,16 @@ class Runner:
             asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
         inputs = jax.device_put(buffer, self._replicated)
         state, logits = self._compiled[bucket](self._params, self._state, inputs)
-        last_tokens, packed = self._samplers[bucket, asked](state.last_tokens, logits, inputs)
+        held = self._held if asked == "constrained" else None
+        last_tokens, held, packed = self._samplers[bucket, asked](state.last_tokens, held, logits, inputs)
         self._state = state.replace(last_tokens=last_tokens)
+        if held is not None:
+            self._held = held
         return packed
+
+    def load_constraints(self, buffer: np.ndarray) -> None:
+        """A slot's constraints (``constraint_io.pack_slot``), for the steps dispatched from now on."""
+        self._held = self._load(self._held, jax.device_put(buffer, self._replicated))
 
     def read(self, handle: jax.Array) -> StepOutputs:
         """Waits for a dispatched step and copies its outputs to the host."""
@@ -205,6 +235,14 @@ class Runner:
     def close(self) -> None:
         """Frees the device's memory; the runner cannot be used afterwards."""
         self.compile_counter.close()
-        for x in jax.tree.leaves(self._state):
+        for x in jax.tree.leaves((self._state, self._held)):
             x.delete()
-        del self._params, self._state, self._compiled, self._samplers
+        del self._params, self._state, self._held, self._compiled, self._samplers
+
+
+def _zeros[T](shapes: T) -> T:
+    """Arrays of zeros where a tree has ``ShapeDtypeStruct``s."""
+    return jax.jit(
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+        out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
+    )()

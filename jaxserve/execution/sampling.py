@@ -48,12 +48,16 @@ def largest_threshold(keys: jax.Array, enough: Callable[[jax.Array], jax.Array])
     return lax.while_loop(unresolved, halve, (low, high, jnp.ones(keys.shape[0], bool)))[0]
 
 
+# Samplings that look at every field of the inputs; of "constrained" rows the logits are changed before.
+LOOKS_AT_ALL: tuple[Sampling, ...] = ("any", "constrained")
+
+
 def kept(scaled: jax.Array, inputs: StepInputs, asked: Sampling = "any") -> jax.Array:
     """Mask [B, V] of what ``top_k``, ``top_p`` and ``min_p`` leave of the tempered logits ``scaled`` [B, V]."""
     top = jnp.max(scaled, axis=1, keepdims=True)
     weight = jnp.exp(scaled - top)  # [B, V], probabilities up to a factor
     keep = weight >= inputs.min_p[:, None]
-    if asked != "any":
+    if asked not in LOOKS_AT_ALL:
         return keep
 
     def with_thresholds() -> jax.Array:
@@ -87,7 +91,7 @@ def sample(logits: jax.Array, inputs: StepInputs, asked: Sampling = "any") -> ja
     """One token id ``[B]`` i32 a row from ``logits`` [B, V] f32, as the rows' parameters ask."""
     if asked == "greedy":
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
-    if asked == "any":
+    if asked in LOOKS_AT_ALL:
         logits = without_suppressed(logits, inputs)
     greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
 
@@ -136,5 +140,5 @@ def top_logprobs(
     def none() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((b, k), jnp.float32), jnp.zeros((b, k), jnp.int32)
 
-    values, ids = lax.cond(jnp.any(num_logprobs > 0), best, none) if asked == "any" else none()
+    values, ids = lax.cond(jnp.any(num_logprobs > 0), best, none) if asked in LOOKS_AT_ALL else none()
     return chosen[:, 0], ids, values

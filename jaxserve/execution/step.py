@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.cache.pages import KVPages
 from jaxserve.config import ModelConfig
-from jaxserve.execution import sampling
+from jaxserve.execution import constraints, sampling
+from jaxserve.execution.constraints import Constraints
 from jaxserve.model import decoder, layers
 from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import ArraySpec, LayerParams, Params, is_spec, param_specs
@@ -156,15 +157,21 @@ def make_step(
 
 def make_sampler(
     mesh: Mesh, bucket: Bucket, dims: StepDims, asked: Sampling
-) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """``sampler(last_tokens [R], logits [B, V], buffer) -> (last_tokens, packed outputs [B, 2 + 2 * KL] i32)``.
+) -> Callable[[jax.Array, Constraints | None, jax.Array, jax.Array], tuple[jax.Array, Constraints | None, jax.Array]]:
+    """``sampler(last_tokens [R], held, logits [B, V], buffer) -> (last_tokens, held, packed [B, 2 + 2 * KL] i32)``.
 
-    The outputs are for ``step_io.unpack_outputs``. Every device computes the same.
+    ``held`` are the slots' constraints where ``asked`` is "constrained", else None; ``packed`` is for
+    ``step_io.unpack_outputs``. Every device computes the same.
     """
 
-    def sampler(last_tokens: jax.Array, logits: jax.Array, buffer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def sampler(
+        last_tokens: jax.Array, held: Constraints | None, logits: jax.Array, buffer: jax.Array
+    ) -> tuple[jax.Array, Constraints | None, jax.Array]:
         inputs = unpack_inputs(buffer, bucket, dims)
-        tokens = sampling.sample(logits, inputs, asked)  # [B]
+        changed = logits if held is None else constraints.constrain(logits, held, inputs)
+        tokens = sampling.sample(changed, inputs, asked)  # [B]
+        if held is not None:
+            held = constraints.record(held, tokens, inputs)
         chosen, top_ids, top = sampling.top_logprobs(logits, tokens, inputs.num_logprobs, dims.max_logprobs, asked)
         slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
         last_tokens = last_tokens.at[slots].set(tokens, mode="drop")
@@ -172,6 +179,7 @@ def make_sampler(
         def bits(v: jax.Array) -> jax.Array:
             return lax.bitcast_convert_type(v, jnp.int32)
 
-        return last_tokens, jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
+        packed = jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
+        return last_tokens, held, packed
 
-    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(), P(), P()), out_specs=(P(), P()), check_vma=False)
+    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 4, out_specs=(P(),) * 3, check_vma=False)

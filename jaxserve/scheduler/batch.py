@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.constraint_io import FLOAT32_MAX, FLOAT32_TINY, ConstraintDims, pack_slot
 from jaxserve.request import Request
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.step_io import Bucket, Sampling, StepDims, StepInputs, new_inputs
@@ -14,8 +15,6 @@ from jaxserve.step_io import Bucket, Sampling, StepDims, StepInputs, new_inputs
 # model in bfloat16 on an H100); with the rest of a step about this many.
 STEP_TOKENS = 256
 INT32_MAX = 2**31 - 1
-FLOAT32_MAX = float(np.finfo(np.float32).max)
-FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def all_buckets(config: SchedulerConfig) -> list[Bucket]:
@@ -67,6 +66,8 @@ def _cheapest_cut(sizes: tuple[int, ...], num_tokens: int) -> tuple[int, int]:
 
 def choose_sampling(inputs: StepInputs) -> Sampling:
     """The least that gives every row of a step what it asks for. Padding rows ask for nothing."""
+    if (inputs.constrained & inputs.does_sample).any():
+        return "constrained"
     if (
         (inputs.num_logprobs > 0).any()
         or (inputs.kv_lens < inputs.min_len).any()
@@ -97,6 +98,7 @@ class ScheduledBatch:
     bucket: Bucket
     rows: tuple[ScheduledRow, ...]
     num_decode_rows: int
+    constrained: tuple[Sequence, ...] = ()  # given a slot just now, which the step's sampler must know (``slot_loads``)
 
     def row_index(self, i: int) -> int:
         """Row of the step's arrays ([B]) that ``rows[i]`` occupies: the prefill region starts after the padding."""
@@ -117,6 +119,7 @@ class SlotArrays:
         self.min_len = np.zeros(num_slots, np.int32)
         self.stop_ids = np.full((num_slots, dims.max_stop_ids), -1, np.int32)  # [R, NS]
         self.num_logprobs = np.full(num_slots, -1, np.int32)
+        self.constrained = np.zeros(num_slots, np.int32)
         self.temperature = np.zeros(num_slots, np.float32)
         self.top_p = np.ones(num_slots, np.float32)
         self.min_p = np.zeros(num_slots, np.float32)
@@ -134,6 +137,7 @@ class SlotArrays:
             # No output is longer than max_total_len, and min_tokens alone may exceed an int32.
             self.min_len[slot] = min(len(request.prompt_token_ids) + params.min_tokens, request.max_total_len)
             self.stop_ids[slot, : len(request.stop_token_ids)] = request.stop_token_ids
+        self.constrained[slot] = request.is_constrained
         self.num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         # A float64 that rounds to inf, or top_p to 0, would turn logits into NaN or keep no token at all.
         self.temperature[slot] = min(params.temperature, FLOAT32_MAX)
@@ -145,8 +149,14 @@ class SlotArrays:
 
 
 PER_SLOT_FIELDS = (
-    "page_table", "top_k", "seed", "min_len", "stop_ids", "num_logprobs", "temperature", "top_p", "min_p"
+    "page_table", "top_k", "seed", "min_len", "stop_ids", "num_logprobs", "constrained", "temperature",
+    "top_p", "min_p",
 )  # fmt: skip
+
+
+def slot_loads(batch: ScheduledBatch, dims: ConstraintDims) -> list[np.ndarray]:
+    """What the device must be told of slots before ``batch``. Call it when ``build_inputs`` is called."""
+    return [pack_slot(s.slot, s.request, s.tokens, dims) for s in batch.constrained]
 
 
 def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tuple[np.ndarray, StepInputs]:

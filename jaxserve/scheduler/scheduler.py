@@ -119,6 +119,7 @@ class Scheduler:
         self._next_number = 0
         # A running sequence soon needs a page more: admitting into the last ones would only preempt again.
         self._watermark = 0 if cache.allocation == "static" else max(1, cache.num_pages // 100)
+        self._constrained: list[Sequence] = []  # admitted since the last batch
         self._static_batch_size = 0
         self._num_active_rows = 0
         self._num_preemptions = 0
@@ -129,14 +130,27 @@ class Scheduler:
 
     def add(self, request: Request) -> Sequence:
         """Queue ``request``. RequestError if it can never be served, QueueFullError if too many wait."""
-        self.check(request)
-        if request.request_id in self._sequences:
-            raise RequestError("request_id", f"{request.request_id!r} is already in use")
-        if len(self._waiting) >= self.config.max_num_waiting:
+        return self.add_group([request])[0]
+
+    def add_group(self, requests: list[Request]) -> list[Sequence]:
+        """Queue requests of one prompt, all or none (errors as of ``add``).
+
+        The first computes the prompt, the others wait until its full pages can be shared.
+        """
+        for request in requests:
+            self.check(request)
+            if request.request_id in self._sequences:
+                raise RequestError("request_id", f"{request.request_id!r} is already in use")
+        if len(self._waiting) + len(requests) > self.config.max_num_waiting:
             raise QueueFullError(
-                f"{len(self._waiting)} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
+                f"{len(self._waiting)} requests are waiting, {len(requests)} more would be over "
+                f"max_num_waiting={self.config.max_num_waiting}"
             )
-        sequence = Sequence(request, self._next_number)
+        first = self._queue(requests[0], None)
+        return [first, *(self._queue(request, first) for request in requests[1:])]
+
+    def _queue(self, request: Request, shares_with: Sequence | None) -> Sequence:
+        sequence = Sequence(request, self._next_number, shares_with)
         self._next_number += 1
         self._sequences[request.request_id] = sequence
         if request.deadline is not None:
@@ -197,6 +211,8 @@ class Scheduler:
                 f"{len(request.stop_token_ids)} stop ids, end-of-sequence included, are more than the "
                 f"{self.dims.max_stop_ids} that min_tokens={request.params.min_tokens} can hold back",
             )
+        if request.params.n > self.config.max_num_waiting:
+            raise RequestError("n", f"{request.params.n} is more than max_num_waiting={self.config.max_num_waiting}")
         if (request.params.logprobs or 0) > self.dims.max_logprobs:
             raise RequestError(
                 "logprobs", f"{request.params.logprobs} is more than max_logprobs={self.dims.max_logprobs}"
@@ -259,13 +275,16 @@ class Scheduler:
         if static and not num_prefill_tokens:  # rows of finished sequences stay, idle
             num_decode_rows = max(num_decode_rows, self._static_batch_size)
         bucket = choose_bucket(self.config, num_decode_rows, num_prefill_tokens)
-        return ScheduledBatch(bucket, (*decode, *prefill), len(decode))
+        constrained, self._constrained = tuple(self._constrained), []
+        return ScheduledBatch(bucket, (*decode, *prefill), len(decode), constrained)
 
     def _admit_head(self) -> Sequence | None:
         """Admit the head of the queue, or None: if it does not fit, nobody behind it is asked, so it cannot starve."""
         if not self._waiting or not self._free_slots or self._waiting[0].num_in_flight:
             return None
         sequence = self._waiting[0]
+        if not self._prompt_is_shared(sequence):
+            return None
         if self.cache.allocation == "static":
             num_pages = self.dims.max_pages_per_seq
         else:
@@ -284,9 +303,23 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
             self._prompt_tokens += sequence.prompt_len
         self.slots.assign(sequence.slot, sequence.request, sequence.pages)
+        if sequence.request.is_constrained:
+            self._constrained.append(sequence)
         del self._waiting[0]
         insort(self._running, sequence, key=_by_order)
         return sequence
+
+    def _prompt_is_shared(self, sequence: Sequence) -> bool:
+        """Whether the sequence that ``sequence`` shares its prompt with has, or will never have, its full pages."""
+        first = sequence.shares_with
+        if first is None or first.status != "running" or not self.cache.prefix_caching:
+            return True
+        num_pages = (first.prompt_len - 1) // self.cache.page_size
+        if first.num_computed < num_pages * self.cache.page_size:
+            return False
+        # These are of steps before this one. A page with the prompt's last token may be this step's own.
+        self._register_full_pages(first, num_pages)
+        return True
 
     def _grow(self, sequence: Sequence) -> bool:
         """See to it that the next token has a page; False if this took the pages of ``sequence`` itself."""
@@ -373,13 +406,14 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.num_registered = 0
 
-    def _register_full_pages(self, sequence: Sequence) -> None:
-        """Offer the pages that are full of known tokens to the prefix index.
+    def _register_full_pages(self, sequence: Sequence, at_most: int | None = None) -> None:
+        """Offer the pages (the first ``at_most``) that are full of known tokens to the prefix index.
 
         Some may be written by a step still in flight: whoever matches them reads them in a later one.
         """
         first = sequence.num_registered
         last = min(sequence.num_computed, len(sequence.tokens)) // self.cache.page_size
+        last = last if at_most is None else min(last, at_most)
         if last <= first or not self.cache.prefix_caching:
             return
         extend_digests(sequence.digests, sequence.tokens, self.cache.page_size)

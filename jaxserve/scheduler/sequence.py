@@ -16,6 +16,7 @@ class Sequence:
 
     Attributes:
         number: order of ``Scheduler.add``; breaks ties.
+        shares_with: the sequence that computes the prompt for this one too; None for one by itself.
         order: sort key, best first: lower priority value, earlier arrival, lower number.
         tokens: prompt and committed output token ids.
         num_computed: tokens whose KV is in ``pages``, or will be once the dispatched steps have run.
@@ -31,6 +32,7 @@ class Sequence:
 
     request: Request
     number: int
+    shares_with: "Sequence | None" = None
     order: tuple[int, float, int] = field(init=False)
     tokens: list[int] = field(init=False)
     num_computed: int = 0

@@ -65,6 +65,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     usage: Usage | None = None
+    choice: int = 0
 
 
 # Requests: wire to engine.
@@ -171,10 +172,18 @@ def detokenize_request(token_ids: Sequence[int], skip_special_tokens: bool | Non
 # Answers: engine to wire.
 
 
-def generate_chunk(events: Sequence[TokenEvent]) -> pb.GenerateChunk:
-    """One chunk of one request's consecutive events (at least one)."""
+def generate_chunks(events: Sequence[TokenEvent]) -> list[pb.GenerateChunk]:
+    """One chunk for each choice of one request's consecutive events."""
+    choices: dict[int, list[TokenEvent]] = {}
+    for event in events:
+        choices.setdefault(event.choice, []).append(event)
+    return [_generate_chunk(of_choice) for of_choice in choices.values()]
+
+
+def _generate_chunk(events: Sequence[TokenEvent]) -> pb.GenerateChunk:
     first, last = events[0], events[-1]
-    chunk = pb.GenerateChunk(request_id=first.request_id, index=first.index, text="".join(e.text for e in events))
+    text = "".join(e.text for e in events)
+    chunk = pb.GenerateChunk(request_id=first.request_id, index=first.index, text=text, choice=first.choice)
     for event in events:
         if event.token_id is None:
             continue
@@ -262,6 +271,7 @@ def read_chunk(message: pb.GenerateChunk) -> Chunk:
         )
         if message.HasField("usage")
         else None,
+        choice=message.choice,
     )
 
 

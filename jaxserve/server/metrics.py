@@ -40,7 +40,9 @@ class ServerMetrics:
     def __init__(self, stats: Callable[[], EngineStats | None]):
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(stats))
-        self._last_token_at: dict[str, float] = {}  # unfinished requests that have a token, monotonic seconds
+        self._last_token_at: dict[
+            tuple[str, int], float
+        ] = {}  # unfinished choices that have a token, monotonic seconds
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"jaxserve:{name}", text, registry=self.registry, buckets=buckets)
@@ -56,15 +58,16 @@ class ServerMetrics:
     def observe(self, request: Request, event: TokenEvent) -> None:
         """Records one delivered event."""
         now = time.monotonic()
+        choice = (request.request_id, event.choice)
         if event.token_id is not None:
-            last = self._last_token_at.get(request.request_id)
+            last = self._last_token_at.get(choice)
             if last is None:
                 self._first_token.observe(now - request.arrival)
             else:
                 self._inter_token.observe(now - last)
-            self._last_token_at[request.request_id] = now
+            self._last_token_at[choice] = now
         if event.finish_reason is not None:
-            self._last_token_at.pop(request.request_id, None)
+            self._last_token_at.pop(choice, None)
             self._finished[event.finish_reason].inc()
             if event.finish_reason in ("stop", "length"):  # an aborted request says nothing of the usual length
                 self._request.observe(now - request.arrival)

@@ -61,14 +61,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else time.monotonic() + remaining_s
         finish_reason = None
+        started = False
         try:
             # Tokenizing may take long, and the event loop has other streams to serve.
             engine_request = await asyncio.to_thread(self._read_request, request, deadline)
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
                 async for events in batches:
-                    if events[0].index == 0:  # by themselves: grpc would send them again after a first write given up
+                    if not started:  # by themselves: grpc would send them again after a first write given up
+                        started = True
                         await context.send_initial_metadata(())
-                    await self._write(context, codec.generate_chunk(events))
+                    for chunk in codec.generate_chunks(events):
+                        await self._write(context, chunk)
                     finish_reason = events[-1].finish_reason
         except SlowReaderError as error:
             await _abort_unread(context, error)
@@ -148,7 +151,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._tokenizer(engine, "prompt")
             self._check_bytes("prompt", prompt)
         elif isinstance(prompt, list):
-            prompt = self._encode_chat(engine, prompt)
+            prompt = self._encode_chat(engine, prompt, cut=params.truncate_prompt_tokens is not None)
         return engine.make_request(
             prompt,
             params,
@@ -161,7 +164,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         engine = self._engine.engine
         prompt = codec.read_prompt(message)
         if isinstance(prompt, list):
-            return self._encode_chat(engine, prompt)
+            return self._encode_chat(engine, prompt, cut=False)
         assert isinstance(prompt, str)
         tokenizer = self._tokenizer(engine, "prompt")
         self._check_bytes("prompt", prompt)
@@ -177,13 +180,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         skip_special_tokens = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
         return tokenizer.decode(message.token_ids, skip_special_tokens=skip_special_tokens)
 
-    def _encode_chat(self, engine: EngineCore, messages: list[dict[str, str]]) -> list[int]:
+    def _encode_chat(self, engine: EngineCore, messages: list[dict[str, str]], *, cut: bool) -> list[int]:
         tokenizer = self._tokenizer(engine, "messages")
         if tokenizer.chat_template is None:
             raise UnsupportedByModelError("messages", f"{engine.model_name} has no chat template: send text")
         contents = "".join(m["content"] for m in messages)
         self._check_bytes("messages", contents)
-        _check_fits(engine, tokenizer, "messages", contents)
+        if not cut:
+            _check_fits(engine, tokenizer, "messages", contents)
         try:
             return tokenizer.encode_chat(messages)
         except ChatTemplateError as error:

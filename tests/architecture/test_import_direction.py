@@ -7,6 +7,7 @@ ROOMS = {
     "jaxserve.config": "configs",
     "jaxserve.request": "configs",
     "jaxserve.step_io": "configs",
+    "jaxserve.constraint_io": "configs",
     "jaxserve.text": "host wing",
     "jaxserve.cache.pool": "host wing",
     "jaxserve.scheduler": "host wing",
