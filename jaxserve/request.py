@@ -175,7 +175,8 @@ def _logit_bias(values: Any) -> dict[int, float]:
         raise RequestError("logit_bias", f"{values!r} does not map token ids to numbers")
     ids = _token_ids("logit_bias", values)
     for i, bias in zip(ids, values.values(), strict=True):
-        if isinstance(bias, bool) or not isinstance(bias, Real) or not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+        number = isinstance(bias, Real) and not isinstance(bias, bool)
+        if not number or not -MAX_LOGIT_BIAS <= float(bias) <= MAX_LOGIT_BIAS:
             limits = f"[{-MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]"
             raise RequestError("logit_bias", f"{bias!r} of token {i} is not a number in {limits}")
     return {i: float(bias) for i, bias in zip(ids, values.values(), strict=True)}

@@ -4,6 +4,7 @@
 they sampled. Slots without constraints are stale and not read: ``StepInputs.constrained`` tells.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -114,7 +115,8 @@ def record(constraints: Constraints, tokens: jax.Array, inputs: StepInputs) -> C
     sampled = (inputs.constrained == 1) & (inputs.does_sample == 1)
     slots = jnp.where(sampled, inputs.slot_ids, constraints.seen.shape[0])  # [B]
     recent = constraints.recent.at[slots].get(mode="clip")
-    return constraints.replace(
+    return dataclasses.replace(
+        constraints,
         seen=constraints.seen.at[slots, tokens].add(2, mode="drop"),
         recent=constraints.recent.at[slots].set(jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1), mode="drop"),
     )

@@ -143,8 +143,8 @@ class Scheduler:
                 raise RequestError("request_id", f"{request.request_id!r} is already in use")
         if len(self._waiting) + len(requests) > self.config.max_num_waiting:
             raise QueueFullError(
-                f"{len(self._waiting)} requests are waiting, {len(requests)} more would be over "
-                f"max_num_waiting={self.config.max_num_waiting}"
+                f"{len(self._waiting)} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
+                + (f": no room for {len(requests)} more" if len(requests) > 1 else "")
             )
         first = self._queue(requests[0], None)
         return [first, *(self._queue(request, first) for request in requests[1:])]

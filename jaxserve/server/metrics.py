@@ -42,7 +42,7 @@ class ServerMetrics:
         self.registry.register(_EngineCollector(stats))
         self._last_token_at: dict[
             tuple[str, int], float
-        ] = {}  # unfinished choices that have a token, monotonic seconds
+        ] = {}  # unfinished choices with a token, monotonic seconds
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"jaxserve:{name}", text, registry=self.registry, buckets=buckets)

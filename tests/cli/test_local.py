@@ -55,6 +55,14 @@ def test_several_prompts_as_text(tiny: list[str], continuation, capsys: pytest.C
     assert capsys.readouterr().out == f"{continuation('hello')}\n\n{continuation('there')}\n"
 
 
+def test_several_choices(tiny: list[str], capsys: pytest.CaptureFixture[str]):
+    asked = ["--n=2", "--seed=3", "--max-tokens=5", "--ignore-eos", "--allowed-token-id=3", "--allowed-token-id=4"]
+    assert run(["generate", *tiny, "-p", "hello", "-p", "there", *asked, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(v["prompt"], v["choice"]) for v in lines] == [("hello", 0), ("hello", 1), ("there", 0), ("there", 1)]
+    assert all(set(v["token_ids"]) <= {3, 4} for v in lines)
+
+
 def test_bad_prompt_is_refused(tiny: list[str], capsys: pytest.CaptureFixture[str]):
     assert run(["generate", *tiny, "-p", ""]) == 2
     assert "error: prompt: is empty" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from jaxserve.cli.app import app
-from jaxserve.cli.options import EngineOptions, SamplingOptions, flatten_options
+from jaxserve.cli.options import FIELD_OF_OPTION, EngineOptions, SamplingOptions, flatten_options
 from jaxserve.engine.engine import Engine
 from jaxserve.request import SamplingParams
 from tests.cli.conftest import ENVIRONMENT
@@ -34,7 +34,19 @@ def test_sampling_options_are_sampling_params():
     assert options.params() == SamplingParams(
         stop=("a", "b"), stop_token_ids=(7,), ignore_eos=True, max_tokens=3, min_p=0.1
     )
-    assert {f.name for f in fields(SamplingOptions)} - {"stop_token_id"} < {f.name for f in fields(SamplingParams)}
+    assert {FIELD_OF_OPTION.get(f.name, f.name) for f in fields(SamplingOptions)} < {f.name for f in fields(SamplingParams)}
+
+
+def test_constraints_are_sampling_params():
+    options = SamplingOptions(
+        logit_bias=["42:-3.5", "7:1"], allowed_token_id=[1, 2], bad_word=["x y"], n=2, repetition_penalty=1.2
+    )
+    assert options.params() == SamplingParams(
+        logit_bias={42: -3.5, 7: 1.0}, allowed_token_ids=(1, 2), bad_words=("x y",), n=2, repetition_penalty=1.2
+    )
+    for text in ("42", "x:1", "42:", "42:x", ""):
+        with pytest.raises(ValueError, match=f"logit_bias: {text!r} is not"):
+            SamplingOptions(logit_bias=[text]).params()
 
 
 def test_engine_options_are_engine_keywords():

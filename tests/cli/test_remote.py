@@ -45,6 +45,16 @@ def test_generate_json(client):
     assert values["usage"] == {"prompt_tokens": 4, "completion_tokens": 3, "cached_tokens": 1}
 
 
+def test_several_choices(client):
+    arguments = ("generate", "-p", "once", "--max-tokens", "3", "--n", "2")
+    texts = [expected_text("once", 3 + k)[k:] for k in range(2)]
+    assert client(*arguments) == (0, f"{texts[0]}\n\n{texts[1]}\n", "")
+    values = [json.loads(line) for line in client(*arguments, "--json")[1].splitlines()]
+    assert [(v["choice"], v["text"], len(v["token_ids"])) for v in values] == [(0, texts[0], 3), (1, texts[1], 3)]
+    status, _, err = client("chat", "-p", "hi", "--n", "2")
+    assert status == 2 and "n: 2 answers, a conversation takes 1" in err
+
+
 def test_chat_uses_the_template(client):
     _, out, _ = client("chat", "-p", "hi", "--system", "be kind", "--max-tokens", "5")
     assert out == expected_text("system:be kind;user:hi;", 5) + "\n"

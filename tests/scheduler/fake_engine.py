@@ -7,6 +7,7 @@ history, or was not written yet, is found out.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -61,8 +62,9 @@ def make_request(
     priority: int = 0,
     arrival: float = 0.0,
     deadline: float | None = None,
+    **sampling: Any,
 ) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, seed=seed)
+    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, seed=seed, **sampling)
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
@@ -174,11 +176,13 @@ class FakeEngine:
         self.device = FakeDevice(self.dims)
         self.buckets = set(all_buckets(self.config))
 
-    def add(self, request: Request) -> None:
-        self.scheduler.add(request)
-        self.requests[request.request_id] = request
-        self.expected[request.request_id] = solo_tokens(request)
-        self.outputs[request.request_id] = []
+    def add(self, *requests: Request) -> None:
+        """One request, or several of one prompt."""
+        self.scheduler.add_group(list(requests))
+        for request in requests:
+            self.requests[request.request_id] = request
+            self.expected[request.request_id] = solo_tokens(request)
+            self.outputs[request.request_id] = []
 
     def end(self, request_id: str, reason: str) -> bool:
         """Abort (or end by a stop string) now; no token may come afterwards."""

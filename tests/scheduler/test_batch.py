@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.constraint_io import ConstraintDims, pack_slot
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler.batch import (
     ScheduledBatch,
@@ -15,7 +16,9 @@ from jaxserve.scheduler.batch import (
     all_buckets,
     build_inputs,
     choose_bucket,
+    choose_sampling,
     prefill_size,
+    slot_loads,
 )
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -129,6 +132,7 @@ def test_build_inputs_by_hand():
         "temperature": [0.5, 0, 0, 1, 0],
         "top_p": [0.25, 1, 1, 1, 1],
         "min_p": [0.125, 0, 0, 0, 0],
+        "constrained": [0, 0, 0, 0, 0],
     }
     for name, value in inputs._asdict().items():
         assert value.tolist() == expected[name], name
@@ -192,3 +196,30 @@ def test_256_decode_rows_take_less_than_a_millisecond():
         lambda: build_inputs(batch, scheduler.slots, scheduler.dims), timer=time.process_time, number=1, repeat=50
     )
     assert min(seconds) < 1e-3
+
+
+def test_constraints_are_sent_once_for_each_time_that_a_slot_is_taken():
+    cache = CacheConfig(num_pages=8, page_size=2, prefix_caching=False)
+    config = SchedulerConfig(max_model_len=8, max_num_seqs=2, prefill_sizes=(8,), decode_sizes=(2,))
+    dims = dims_of(cache, config)
+    scheduler = Scheduler(cache, config, dims)
+    scheduler.add(make_request("free", [5, 6], 5))
+    scheduler.add(make_request("bound", [7, 8], 5, presence_penalty=1.0))
+    of = ConstraintDims.of(dims, 100)
+    first = scheduler.schedule()
+    assert first is not None and [s.request_id for s in first.constrained] == ["bound"]
+    (load,) = slot_loads(first, of)
+    bound = scheduler.get("bound")
+    assert bound is not None
+    np.testing.assert_array_equal(load, pack_slot(bound.slot, bound.request, [7, 8], of))
+    inputs = build_inputs(first, scheduler.slots, dims)[1]
+    assert inputs.slot_ids[inputs.constrained == 1].tolist() == [bound.slot]
+    assert choose_sampling(inputs) == "constrained"
+    scheduler.commit(first, np.full(first.bucket.num_rows, 9, np.int32))
+    second = scheduler.schedule()
+    assert second is not None and second.constrained == () and slot_loads(second, of) == []
+    scheduler.forget_computed()  # preempts both; they come back with what they have said
+    scheduler.commit(second, np.full(second.bucket.num_rows, 4, np.int32))
+    third = scheduler.schedule()
+    assert third is not None and [s.request_id for s in third.constrained] == ["bound"]
+    np.testing.assert_array_equal(slot_loads(third, of)[0], pack_slot(bound.slot, bound.request, [7, 8, 9, 4], of))

@@ -314,6 +314,40 @@ def test_a_shared_prefix_is_computed_once():
     assert (stats.prompt_tokens, stats.generation_tokens, stats.num_active_rows) == (27, 1, 3)
 
 
+def test_a_group_computes_its_prompt_once():
+    scheduler = make_scheduler(prefix_caching=True, prefill_sizes=(8,))
+    scheduler.add_group([make_request(name, [5] * 13, 9, seed=i) for i, name in enumerate("abc")])
+    scheduler.add(make_request("behind", [6], 9))
+    first = next_batch(scheduler)
+    second = next_batch(scheduler)  # lookahead: nothing is committed yet
+    assert shape(first) == [("a", 0, 8, False)] and shape(second) == [("a", 8, 5, True)]
+    third = next_batch(scheduler)
+    assert shape(third) == [("a", 13, 1, True), ("b", 12, 1, True), ("c", 12, 1, True), ("behind", 0, 1, True)]
+    a, b, c = (scheduler.get(name) for name in "abc")
+    assert a is not None and b is not None and c is not None
+    assert a.pages[:3] == b.pages[:3] == c.pages[:3] and len({s.pages[3] for s in (a, b, c)}) == 3
+    assert [s.num_cached for s in (a, b, c)] == [0, 12, 12]
+
+
+def test_a_group_does_not_wait_for_who_is_gone_or_for_pages_that_are_not_kept():
+    scheduler = make_scheduler(prefix_caching=True, prefill_sizes=(8,))
+    scheduler.add_group([make_request(name, [5] * 13, 9) for name in "ab"])
+    next_batch(scheduler)
+    scheduler.abort("a")
+    assert shape(next_batch(scheduler)) == [("b", 8, 5, True)]  # the first page and the second are found
+    scheduler = make_scheduler(prefix_caching=False)
+    scheduler.add_group([make_request(name, [5] * 7, 9) for name in "ab"])
+    assert shape(next_batch(scheduler)) == [("a", 0, 7, True), ("b", 0, 7, True)]
+
+
+def test_a_group_is_queued_whole_or_not_at_all():
+    scheduler = make_scheduler(max_num_waiting=2)
+    scheduler.add(make_request("x", [5], 5))
+    with pytest.raises(QueueFullError, match="1 requests are waiting, max_num_waiting=2: no room for 2 more"):
+        scheduler.add_group([make_request(name, [5], 5) for name in "ab"])
+    assert scheduler.stats().num_waiting == 1 and scheduler.get("a") is None
+
+
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_abort_at_every_moment_of_a_life(lookahead):
     cache = CacheConfig(num_pages=6, page_size=2)

@@ -34,6 +34,7 @@ requests = st.fixed_dictionaries(
         "eos": st.sampled_from([False, False, True]),
         "stop_token_ids": st.sampled_from([(), (), (3,)]),
         "hold_back": st.booleans(),
+        "num_choices": st.sampled_from([1, 1, 1, 2, 3]),
         "seed": st.sampled_from([0, 1, 2**64 - 1]),
         "priority": st.sampled_from([0, 0, 0, 1, -1]),
         "arrival": st.sampled_from([0.0, 1.0, 2.0]),
@@ -79,11 +80,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, several):
         for values in several:
             min_tokens = values["max_tokens"] // 2 * values["hold_back"]
-            values = {name: value for name, value in values.items() if name != "hold_back"}
-            request = make_request(f"r{len(self.engine.requests)}", min_tokens=min_tokens, **values)
-            full = self.engine.scheduler.stats().num_waiting >= self.engine.config.max_num_waiting
+            first, num = len(self.engine.requests), values["num_choices"]
+            values = {name: value for name, value in values.items() if name not in ("hold_back", "num_choices", "seed")}
+            requests = [make_request(f"r{first + i}", min_tokens=min_tokens, seed=i, **values) for i in range(num)]
+            full = self.engine.scheduler.stats().num_waiting + num > self.engine.config.max_num_waiting
             try:
-                self.engine.add(request)
+                self.engine.add(*requests)
                 assert not full
             except QueueFullError:
                 assert full

@@ -1,7 +1,8 @@
 """An engine whose every answer is known by arithmetic: what the asyncio and gRPC layers are tested on.
 
 Token number ``i`` (from 0) of a prompt is a lower-case letter, ``expected_tokens``. Token ids are bytes, so a stream's
-text is known, too. One step gives one token to every live request. It holds one "page" a live request.
+text is known, too. Choice ``k`` of a request starts with token number ``k``. One step gives one token to every live
+request or choice. It holds one "page" a live one.
 """
 
 import itertools
@@ -41,6 +42,10 @@ def expected_tokens(prompt: str | Sequence[int], num_tokens: int) -> list[int]:
 
 def _token(prompt_ids: Sequence[int], index: int) -> int:
     return ord("a") + (sum(prompt_ids) + 7 * index) % 26
+
+
+def _name(request: Request) -> str:
+    return request.group_id or request.request_id
 
 
 def expected_text(prompt: str | Sequence[int], num_tokens: int) -> str:
@@ -139,16 +144,16 @@ class FakeEngine:
         self._on_one_thread()
         if len(self._live) >= self.scheduler_config.max_num_waiting:
             raise QueueFullError(f"the queue is full: {len(self._live)} requests")
-        self._live[request.request_id] = (request, 0)
+        self._live |= {choice.request_id: (choice, 0) for choice in request.choices()}
         self.requests.append(request)
         self.idle.clear()
 
     def abort(self, request_id: str) -> bool:
         self._on_one_thread()
-        if request_id not in self._live:
-            return False
-        self._end(request_id, "abort")
-        return True
+        own_ids = [own_id for own_id, (request, _) in self._live.items() if _name(request) == request_id]
+        for own_id in own_ids:
+            self._end(own_id, "abort")
+        return bool(own_ids)
 
     def step(self) -> list[TokenEvent]:
         self._on_one_thread()
@@ -156,9 +161,9 @@ class FakeEngine:
         if self.fail.is_set():
             raise RuntimeError("the device was lost")
         self.num_steps += 1
-        for request_id, (request, _) in list(self._live.items()):
+        for own_id, (request, _) in list(self._live.items()):
             if request.deadline is not None and time.monotonic() >= request.deadline:
-                self._end(request_id, "deadline")
+                self._end(own_id, "deadline")
         events, self._last_events = self._last_events, []
         events += [self._next_event(request, index) for request, index in list(self._live.values())]
         self._set_idle()
@@ -186,7 +191,7 @@ class FakeEngine:
         self.closed = True
 
     def _next_event(self, request: Request, index: int) -> TokenEvent:
-        token = _token(request.prompt_token_ids, index)
+        token = _token(request.prompt_token_ids, index + request.choice)
         num_tokens = index + 1
         self._num_tokens += 1
         reason: FinishReason | None = None
@@ -200,7 +205,7 @@ class FakeEngine:
             del self._live[request.request_id]
         k = request.params.logprobs
         return TokenEvent(
-            request_id=request.request_id,
+            request_id=_name(request),
             index=index,
             token_id=token,
             text=chr(token) * self._text_scale,
@@ -209,17 +214,24 @@ class FakeEngine:
             finish_reason=reason,
             stop_reason=token if reason == "stop" else None,
             usage=None if reason is None else self._usage(request, num_tokens),
+            choice=request.choice,
+            num_open=self._num_open(request),
         )
 
-    def _end(self, request_id: str, reason: FinishReason) -> None:
-        request, index = self._live.pop(request_id)
+    def _num_open(self, request: Request) -> int:
+        return sum(_name(other) == _name(request) for other, _ in self._live.values())
+
+    def _end(self, own_id: str, reason: FinishReason) -> None:
+        request, index = self._live.pop(own_id)
         self._last_events.append(
             TokenEvent(
-                request_id=request_id,
+                request_id=_name(request),
                 index=index,
                 token_id=None,
                 finish_reason=reason,
                 usage=self._usage(request, index),
+                choice=request.choice,
+                num_open=self._num_open(request),
             )
         )
         self._set_idle()

@@ -11,7 +11,8 @@ import pytest
 from jaxserve.request import MAX_SEED, NOT_IMPLEMENTED, RequestError, SamplingParams
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
-from tests.server.conftest import serving
+from tests.server.conftest import endless_engine, serving
+from tests.server.fake_engine import expected_tokens
 
 TAKEN = {
     "max_tokens": (1, 7),
@@ -27,6 +28,14 @@ TAKEN = {
     "ignore_eos": (False, True),
     "logprobs": (0, 5),
     "skip_special_tokens": (False, True),
+    "n": (1, 3),
+    "presence_penalty": (-2.0, 0.0, 2.0),
+    "frequency_penalty": (-2.0, 0.3),
+    "repetition_penalty": (1e-3, 1.0, 1.1, 50.0),
+    "logit_bias": ({0: 0.0}, {3: 1.5, 256: -100.0}),
+    "allowed_token_ids": ((0,), (1, 2, 2)),
+    "bad_words": ((), ("word",), (" word", "né")),
+    "truncate_prompt_tokens": (1, 8),
     **{name: (() if neutral is None else (neutral,)) for name, neutral in NOT_IMPLEMENTED.items()},
 }
 
@@ -44,15 +53,15 @@ REFUSED = {
     "ignore_eos": (),
     "logprobs": (-1,),
     "skip_special_tokens": (),
-    "n": (0, 2, -1),
-    "presence_penalty": (0.5, -0.5, math.nan),
-    "frequency_penalty": (0.5, math.nan),
-    "repetition_penalty": (0.0, 1.1, math.nan),
-    "logit_bias": ({3: 1.5}, {0: 0.0}),
-    "allowed_token_ids": ((), (1, 2)),
-    "bad_words": (("word",),),
+    "n": (0, -1),
+    "presence_penalty": (2.1, -2.1, math.nan),
+    "frequency_penalty": (2.1, -2.1, math.nan),
+    "repetition_penalty": (0.0, -1.0, math.nan, math.inf),
+    "logit_bias": ({3: 100.5}, {0: -101.0}, {3: math.nan}, {-1: 1.0}),
+    "allowed_token_ids": ((), (1, -2)),
+    "bad_words": (("",), ("a", " ")),
     "prompt_logprobs": (0, 1),
-    "truncate_prompt_tokens": (0, 8),
+    "truncate_prompt_tokens": (0, -1),
 }
 
 NOT_ON_THE_WIRE = {
@@ -83,6 +92,31 @@ async def test_every_taken_value_arrives_as_it_was_set():
                 assert s.engine.requests[-1].params == SamplingParams(**sampling), (name, value)
                 got = getattr(s.engine.requests[-1].params, name)
                 assert got == value and type(got) is type(value), (name, value)
+
+
+async def test_choices_are_told_apart():
+    async with serving() as s:
+        chunks = [chunk async for chunk in s.client.generate("a", n=3, max_tokens=5, request_id="r", logprobs=1)]
+        tokens = {k: [i for chunk in chunks if chunk.choice == k for i in chunk.token_ids] for k in range(3)}
+        assert tokens == {k: expected_tokens("a", 5 + k)[k:] for k in range(3)}
+        assert {chunk.request_id for chunk in chunks} == {"r"}
+        ends = [chunk for chunk in chunks if chunk.finish_reason]
+        assert sorted(chunk.choice for chunk in ends) == [0, 1, 2]
+        assert all(c.finish_reason == "length" and c.usage and c.usage.completion_tokens == 5 for c in ends)
+        assert await s.is_idle()
+
+
+async def test_a_dropped_stream_ends_all_its_choices():
+    async with serving(endless_engine()) as s:
+        async for chunk in s.client.generate("a", n=3):
+            if chunk.choice == 2:
+                break
+        assert await s.is_idle()
+        call = s.client.generate("a", n=2, request_id="r")
+        await anext(call)
+        await s.client.abort("r")
+        rest = [chunk async for chunk in call]
+        assert sorted(c.choice for c in rest if c.finish_reason == "abort") == [0, 1]
 
 
 async def test_a_single_stop_may_be_a_string():
