@@ -40,9 +40,7 @@ class ServerMetrics:
     def __init__(self, stats: Callable[[], EngineStats | None]):
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(stats))
-        self._last_token_at: dict[
-            tuple[str, int], float
-        ] = {}  # unfinished choices with a token, monotonic seconds
+        self._last_token_at: dict[tuple[str, int], float] = {}  # unfinished choices with a token, monotonic seconds
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"jaxserve:{name}", text, registry=self.registry, buckets=buckets)

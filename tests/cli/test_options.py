@@ -34,7 +34,9 @@ def test_sampling_options_are_sampling_params():
     assert options.params() == SamplingParams(
         stop=("a", "b"), stop_token_ids=(7,), ignore_eos=True, max_tokens=3, min_p=0.1
     )
-    assert {FIELD_OF_OPTION.get(f.name, f.name) for f in fields(SamplingOptions)} < {f.name for f in fields(SamplingParams)}
+    assert {FIELD_OF_OPTION.get(f.name, f.name) for f in fields(SamplingOptions)} < {
+        f.name for f in fields(SamplingParams)
+    }
 
 
 def test_constraints_are_sampling_params():

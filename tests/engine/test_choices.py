@@ -52,7 +52,7 @@ def test_choices_of_different_lengths_and_constraints(engine):
     completions = engine.generate([PROMPT], asked)
     assert len({len(c.token_ids) for c in completions}) > 1
     assert all(set(c.token_ids) <= {*allowed, tiny.EOS} for c in completions)
-    assert not engine.has_unfinished() and engine.stats().num_pages_held == 0
+    assert engine.stats().num_running == engine.stats().num_waiting == engine.stats().num_pages_held == 0
 
 
 def test_a_stream_goes_on_until_the_last_choice(engine):

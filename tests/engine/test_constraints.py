@@ -67,7 +67,8 @@ def expected() -> tuple[list[SamplingParams], list[list[int]]]:
     [
         {"lookahead": 0},
         {"lookahead": 1},
-        {"mesh": "stage=2,tensor=2", "num_pages": 24, "prefix_caching": False},
+        {"mesh": "stage=2,tensor=2"},
+        {"num_pages": 24, "prefix_caching": False},
     ],
     ids=str,
 )

@@ -102,9 +102,7 @@ def test_one_field(case, output):
 def test_two_fields(names):
     asked = request(**FIELDS[names[0]][0], **FIELDS[names[1]][0])
     held = load(empty(), pack_slot(0, asked, PROMPT + OUTPUT, DIMS))
-    assert_same(
-        constrain(logits(), held, step([0], [1], [1]))[0], constrained_logits(logits()[0], asked, OUTPUT)
-    )
+    assert_same(constrain(logits(), held, step([0], [1], [1]))[0], constrained_logits(logits()[0], asked, OUTPUT))
 
 
 def test_what_is_sampled_counts_at_the_next_step():

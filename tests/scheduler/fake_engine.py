@@ -64,7 +64,9 @@ def make_request(
     deadline: float | None = None,
     **sampling: Any,
 ) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, seed=seed, **sampling)
+    params = SamplingParams(
+        max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids, seed=seed, **sampling
+    )
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt),
