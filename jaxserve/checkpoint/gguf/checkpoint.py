@@ -92,11 +92,6 @@ class GGUFCheckpoint:
             tokenizer = tokenizer_from_gguf(self.metadata)
         except TokenizerError as e:
             raise CheckpointError(f"{self.path}: {e}") from None
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the embedding only {self.config.vocab_size} rows"
-            )
         return tokenizer
 
     def tensor_types(self) -> dict[str, int]:

@@ -100,11 +100,6 @@ class HFCheckpoint:
             tokenizer = tokenizer_from_folder(self.path, self.config.eos_token_ids)
         except TokenizerError as e:  # some name the file, some only what is wrong with it
             raise CheckpointError(str(e) if str(self.path) in str(e) else f"{self.path}: {e}") from None
-        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the embedding only {self.config.vocab_size} rows"
-            )
         return tokenizer
 
     def tensor_types(self) -> dict[str, int]:

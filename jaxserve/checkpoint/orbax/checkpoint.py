@@ -104,11 +104,6 @@ class OrbaxCheckpoint:
             tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, TokenizerError) as e:
             raise CheckpointError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
-                f"{self.config.vocab_size} rows"
-            )
         return tokenizer
 
     def tensor_types(self) -> dict[str, int]:
