@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.hf_writer import writable_tensors, write_safetensors
+from jaxserve.checkpoint.hf.writer import writable_tensors, write_safetensors
 from jaxserve.checkpoint.orbax import OrbaxCheckpoint
-from jaxserve.checkpoint.orbax_layout import MANIFEST, ZARR_DTYPES
-from jaxserve.checkpoint.orbax_writer import write_orbax
+from jaxserve.checkpoint.orbax.layout import MANIFEST, ZARR_DTYPES
+from jaxserve.checkpoint.orbax.writer import write_orbax
 from jaxserve.checkpoint.protocol import Checkpoint
 from jaxserve.checkpoint.unfinished import Plan, Progress
 

@@ -1,7 +1,7 @@
 """A flax ``nnx`` state as parameters, through a table of names: from a trainer into an engine without a file.
 
 A table says of each of our parameters which of the state's arrays hold it, and which of its axes lie where
-(``hf_layout`` has the notation). A ``nnx.Linear`` keeps its kernel ``[in, out]``, so a down projection is
+(``hf.layout`` has the notation). A ``nnx.Linear`` keeps its kernel ``[in, out]``, so a down projection is
 ``Source("blocks.{i}.mlp.down.kernel", "f d")``; separate q, k and v of a module that keeps heads apart are
 
     "qkv": (
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxserve.checkpoint.hf_layout import Piece, Recipe, Source, pieces, read_box
+from jaxserve.checkpoint.hf.layout import Piece, Recipe, Source, pieces, read_box
 from jaxserve.config import ModelConfig
 from jaxserve.model.params import named_leaves, param_specs
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.hf_config import read_hf_config
+from jaxserve.checkpoint.hf.config import read_hf_config
 from jaxserve.checkpoint.json_file import read_json
 from jaxserve.checkpoint.resolve import HF_CONFIG
 from jaxserve.config import ModelConfig

@@ -32,8 +32,9 @@ def generate(
     stats: Stats = False,
 ) -> None:
     """Answer prompts on this machine: one is streamed, several are batched. --json prints a line for each."""
-    params = sampling.params()
+    sampling.params()  # what is wrong in itself is told before anything is loaded
     with open_engine(model, engine) as e:
+        params = e.default_sampling_params(**sampling.set_fields())
         inputs = [chat_prompt(e, [{"role": "user", "content": p}]) for p in prompt] if chat else prompt
         if len(inputs) == params.n == 1 and not as_json:
             watch = StreamStats()
@@ -63,8 +64,9 @@ def chat(
     model: Model, sampling: SamplingOptions, engine: EngineOptions, system: System = None, stats: Stats = False
 ) -> None:
     """Talk to a model on this machine, line by line. /exit leaves, Ctrl-C stops an answer."""
-    params = sampling.one_answer().params()
+    sampling.one_answer().params()
     with open_engine(model, engine) as e:
+        params = e.default_sampling_params(**sampling.set_fields())
 
         def answer(messages: list[Message], watch: StreamStats) -> Generator[str]:
             return stream_text(e, chat_prompt(e, messages), params, watch)

@@ -59,7 +59,8 @@ def batching(model: Model, workload: WorkloadOptions, engine: EngineOptions, as_
     """Continuous against static batching, and a paged against a static cache, on one workload. --json prints a line for
     each of the four runs."""
     keywords = workload.keywords() | engine.keywords()
-    keywords.pop("prefix_caching", None)  # it is off in every mode
+    for decided in ("prefix_caching", "generation_config"):  # off in every mode; every request is greedy
+        keywords.pop(decided, None)
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         select_platform(engine.platform)

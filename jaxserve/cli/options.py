@@ -121,6 +121,9 @@ class EngineOptions:
     ] = None
     max_num_waiting: Annotated[int | None, typer.Option(help="Requests queued, at most.")] = None
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no prefixes.")] = False
+    generation_config: Annotated[
+        str | None, typer.Option(help="auto: sampling as the checkpoint recommends where unset; none: not so.")
+    ] = None
     compilation_cache_dir: Annotated[Path | None, typer.Option(help="Keep compiled steps here between starts.")] = None
     platform: Annotated[str | None, typer.Option(help="cpu, cuda or tpu. (default: the best there is)")] = None
 

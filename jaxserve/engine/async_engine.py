@@ -38,6 +38,7 @@ class EngineCore(Protocol):
     scheduler_config: SchedulerConfig
     parallel_config: ParallelConfig
     dtype: str
+    sampling_defaults: dict[str, Any]
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...

@@ -105,6 +105,11 @@ class Door:
         """``prompt``'s token ids, the last ``at_most``."""
         if isinstance(prompt, str):
             ids = self._encode(prompt, cut=at_most is not None)
+            # A tokenizer may have more tokens than the embedding has rows (Gemma 3; a padding token added later).
+            if ids and max(ids) >= self._vocab_size:
+                raise RequestError(
+                    "prompt", f"its token {max(ids)} is not below the model's vocabulary {self._vocab_size}"
+                )
         else:
             for i, token in enumerate(prompt):
                 integer = isinstance(token, (int, np.integer)) and not isinstance(token, bool)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ from jaxserve.request import (
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
+    sampling_params_from,
 )
 from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs, choose_sampling, slot_loads
 from jaxserve.scheduler.scheduler import Scheduler
@@ -52,6 +53,7 @@ class Engine:
 
     Attributes:
         model_name, model_config, cache_config, scheduler_config, parallel_config, dtype: what was resolved.
+        sampling_defaults: what ``default_sampling_params`` starts from.
         tokenizer: None where the engine was made without; prompts are then token ids and completions have no text.
     """
 
@@ -62,6 +64,7 @@ class Engine:
         *,
         load_format: Literal["auto", "dummy"] = "auto",
         skip_tokenizer_init: bool = False,
+        generation_config: Literal["auto", "none"] = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         mesh: Mesh | ParallelConfig | str | None = None,
         compilation_cache_dir: str | Path | None = None,
@@ -75,6 +78,8 @@ class Engine:
             load_format: "dummy" makes random weights on the device instead of loading any, and no tokenizer:
                 ``name_or_path`` is then a ``config.json``, its folder, or a name of ``checkpoint.shapes.SHAPES``.
             skip_tokenizer_init: no tokenizer: prompts are token ids, and completions have no text.
+            generation_config: "auto" takes the sampling that the checkpoint recommends (generation_config.json) as
+                ``sampling_defaults``, "none" does not.
             compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
                 this process; None leaves the process' own setting.
             on_progress: called with (stage, done, total) while loading, compiling and warming up.
@@ -88,6 +93,8 @@ class Engine:
 
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format={load_format!r} is not one of auto, dummy")
+        if generation_config not in ("auto", "none"):
+            raise ValueError(f"generation_config={generation_config!r} is not one of auto, none")
         if load_format == "dummy":
             return cls.from_shape(
                 name_or_path,
@@ -103,6 +110,7 @@ class Engine:
                 checkpoint,
                 None if skip_tokenizer_init else checkpoint.tokenizer(),
                 model_name=checkpoint.model_name or str(name_or_path),
+                sampling_defaults=checkpoint.sampling_defaults if generation_config == "auto" else {},
                 dtype=dtype,
                 mesh=mesh,
                 compilation_cache_dir=compilation_cache_dir,
@@ -158,6 +166,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         model_name: str = "model",
+        sampling_defaults: Mapping[str, Any] | None = None,
         mesh: Mesh | ParallelConfig | str | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         max_model_len: int | None = None,
@@ -182,6 +191,7 @@ class Engine:
             model_config: the model; its ``eos_token_ids`` and the tokenizer's end a generation.
             params: canonical ``Params`` of numpy or jax arrays, in any dtype; or where to read them from, part by part;
                 or ``StageParams`` that lie on ``mesh`` in ``dtype`` already.
+            sampling_defaults: fields of ``SamplingParams`` that a request has where it does not say otherwise.
             mesh: devices to run on: a ``jax.sharding.Mesh`` with axes ("stage", "tensor"), a ``ParallelConfig``, or
                 text such as "stage=2,tensor=2"; None is one device.
             dtype: of weights, activations and KV; "auto" is float32 on CPUs, bfloat16 elsewhere.
@@ -198,6 +208,13 @@ class Engine:
             lookahead: steps dispatched before the last one is read.
             batching, allocation: "static" is for comparison in benchmarks only.
         """
+        self.sampling_defaults = dict(sampling_defaults or {})
+        try:
+            self.default_sampling_params()
+        except RequestError as error:
+            raise ValueError(
+                f"the model's default {error}: start without its defaults (generation_config='none')"
+            ) from None
         if num_pages is not None and memory_fraction is not None:
             raise ValueError(f"num_pages={num_pages} and memory_fraction={memory_fraction}: give one of them")
         if compilation_cache_dir is not None:
@@ -271,6 +288,14 @@ class Engine:
             on_progress,
         )
 
+    def default_sampling_params(self, **fields: Any) -> SamplingParams:
+        """The model's own sampling with ``fields`` instead of what it says of them.
+
+        Raises:
+            RequestError: a field's value is refused; names the field.
+        """
+        return sampling_params_from(self.sampling_defaults | fields)
+
     # Whole requests.
 
     def generate(
@@ -281,14 +306,14 @@ class Engine:
 
         Args:
             prompts: one prompt or a sequence of them.
-            params: for all prompts, or one for each; None is ``SamplingParams()``.
+            params: for all prompts, or one for each; None is ``default_sampling_params()``.
 
         Raises:
             RequestError: a prompt or parameter that cannot be served; nothing was started.
         """
         listed = _listed(prompts)
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(listed)
+            params = [params or self.default_sampling_params()] * len(listed)
         if len(params) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(params)} SamplingParams")
         requests = [self.make_request(p, s) for p, s in zip(listed, params, strict=True)]
@@ -322,7 +347,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Events of one request as its tokens appear. Closing the iterator aborts it; streams may be interleaved."""
-        request = self.make_request(prompt, params or SamplingParams())
+        request = self.make_request(prompt, params or self.default_sampling_params())
         inbox = self._inboxes[request.request_id] = deque()
         try:
             self.add_request(request)

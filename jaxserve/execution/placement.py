@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -60,14 +61,14 @@ def place_params(
     Args:
         source: of ``config``'s parameters.
         placed: ``parallel.placed.placed_config`` of ``config``.
-        on_parameter: called with (done, total) after each, from any thread.
+        on_parameter: called with (done, total) after each, from any thread, one at a time.
     """
     num_stages, tensor = mesh.shape["stage"], mesh.shape["tensor"]
     copies = copies_of_kv_heads(config, tensor)
     heads = ReplicatedHeads(source, config, copies)
     shapes, formats = stage_param_shapes(placed, num_stages, tensor), stage_param_formats(placed, mesh)
     is_plain = num_stages == 1 and copies == 1  # a live array may stay on its devices
-    done = 0
+    done, lock = 0, threading.Lock()
 
     def place(name: str, spec: ArraySpec, place_as: Format | NamedSharding) -> jax.Array:
         nonlocal done
@@ -81,9 +82,10 @@ def place_params(
                 return _part(heads, placed, num_stages, name, spec.shape, index, dtype)
 
             array = jax.make_array_from_callback(spec.shape, place_as, read)
-        done += 1
-        if on_parameter is not None:
-            on_parameter(done, len(jobs))
+        with lock:
+            done += 1
+            if on_parameter is not None:
+                on_parameter(done, len(jobs))
         return array
 
     jobs = [

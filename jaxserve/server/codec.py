@@ -83,11 +83,13 @@ def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
     raise RequestError("prompt", "none is set")
 
 
-def read_sampling(message: pb.SamplingParams) -> SamplingParams:
-    """Raises RequestError with the field's name for a value that is refused."""
-    return sampling_params_from(
-        {field.name: READ_FIELD.get(field.name, _same)(value) for field, value in message.ListFields()}
-    )
+def read_sampling(message: pb.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
+    """The fields that are set, the model's ``defaults`` for others.
+
+    Raises RequestError with the field's name for a value that is refused.
+    """
+    given = {field.name: READ_FIELD.get(field.name, _same)(value) for field, value in message.ListFields()}
+    return sampling_params_from({**defaults, **given})
 
 
 # Requests: client to wire.

@@ -23,7 +23,7 @@ from jaxserve.server.options import ServerOptions
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 from jaxserve.text.chat_template import ChatTemplateError
-from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 FIELD_KEY = "jaxserve-field"  # trailing metadata: the request field at fault
 ABORT_TIMEOUT_S = 0.2  # a reader that takes nothing may not take its status either
@@ -145,7 +145,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _read_request(self, message: pb.GenerateRequest, deadline: float | None) -> Request:
         engine = self._engine.engine
-        params = codec.read_sampling(message.sampling)
+        params = codec.read_sampling(message.sampling, engine.sampling_defaults)
         prompt = codec.read_prompt(message)
         if isinstance(prompt, str):
             self._tokenizer(engine, "prompt")
@@ -190,7 +190,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             _check_fits(engine, tokenizer, "messages", contents)
         try:
             return tokenizer.encode_chat(messages)
-        except ChatTemplateError as error:
+        except (ChatTemplateError, TokenizerError) as error:
             raise RequestError("messages", str(error)) from error
 
     @staticmethod

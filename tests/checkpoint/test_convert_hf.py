@@ -11,7 +11,7 @@ import pytest
 from jaxserve.checkpoint.convert import convert
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.hf import HFCheckpoint
-from jaxserve.checkpoint.hf_files import TensorFiles
+from jaxserve.checkpoint.hf.files import TensorFiles
 from jaxserve.checkpoint.open import open_checkpoint
 from jaxserve.checkpoint.orbax import OrbaxCheckpoint
 from tests import tiny

@@ -204,13 +204,6 @@ def test_a_type_that_cannot_be_dequantized_is_named(tmp_path):
         read_params(checkpoint)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
-    tensors = {n: a[: V - 1] if n == "token_embd.weight" else a for n, a in weights().items()}
-    checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", tensors=tensors, keys={"llama.vocab_size": V - 1}))
-    with pytest.raises(CheckpointError, match="266 tokens, the embedding only 265 rows"):
-        checkpoint.tokenizer()
-
-
 def test_a_tokenizer_error_names_the_file(tmp_path):
     checkpoint = GGUFCheckpoint(write(tmp_path / "m.gguf", keys={"tokenizer.ggml.model": "rwkv"}))
     with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.ggml\.model 'rwkv' is not supported"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.checkpoint import CheckpointError, GGUFCheckpoint
-from jaxserve.checkpoint.gguf_families import FAMILIES, GGUFFamily
+from jaxserve.checkpoint.gguf.families import FAMILIES, GGUFFamily
 from jaxserve.model.params import check_params, num_params
 from tests.checkpoint.gguf_cases import CASES
 from tests.checkpoint.gguf_converter import Case, D, F, H, K, N

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxserve.checkpoint import GGUFCheckpoint
-from jaxserve.checkpoint.gguf import CHUNK_ELEMENTS
+from jaxserve.checkpoint.gguf.checkpoint import CHUNK_ELEMENTS
 from tests.checkpoint.tiny_gguf import GENERAL_KEYS, write
 
 V, D, F, N, K, H = 266, 512, 768, 8, 4, 64

@@ -197,12 +197,12 @@ def test_the_tokenizer_lies_beside_the_tensors(tmp_path):
         assert (info.has_chat_template, info.tokenizer_error) == (True, None)
 
 
-def test_a_tokenizer_that_does_not_fit_is_told_and_leaves_the_other_facts(tmp_path):
+def test_a_broken_tokenizer_is_told_and_leaves_the_other_facts(tmp_path):
     config, tensors, _ = llama()
     folder = with_tokenizer(write_folder(tmp_path, config, tensors), num_extra=8)
     with HFCheckpoint(folder) as checkpoint:
-        with pytest.raises(CheckpointError, match="the tokenizer has 20 tokens, the embedding only 19 rows"):
-            checkpoint.tokenizer()
+        tokenizer = checkpoint.tokenizer()
+        assert tokenizer is not None and tokenizer.vocab_size == V + 1  # more than the embedding: the engine looks
         (folder / "tokenizer.json").write_text("{")
         with pytest.raises(CheckpointError) as error:
             checkpoint.tokenizer()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxserve.checkpoint import CheckpointError
-from jaxserve.checkpoint.hf_config import read_hf_config
+from jaxserve.checkpoint.hf.config import read_hf_config
 from jaxserve.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from tests.checkpoint.tiny_hf import CASES, config, read
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.checkpoint import CheckpointError, HFCheckpoint
-from jaxserve.checkpoint.hf_config import read_hf_config
-from jaxserve.checkpoint.safetensors_header import read_header
+from jaxserve.checkpoint.hf.config import read_hf_config
+from jaxserve.checkpoint.hf.safetensors_header import read_header
 from jaxserve.model.params import named_leaves, param_specs
 from tests.checkpoint.tiny_hf import CASES, llama, safetensors, write_folder
 

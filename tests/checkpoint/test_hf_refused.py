@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from jaxserve.checkpoint import CheckpointError
-from jaxserve.checkpoint.hf_config import read_hf_config
-from jaxserve.checkpoint.hf_families import FAMILIES
+from jaxserve.checkpoint.hf.config import read_hf_config
+from jaxserve.checkpoint.hf.families import FAMILIES
 from tests.checkpoint.tiny_hf import config, read
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -16,11 +16,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve import SamplingParams
-from jaxserve.checkpoint.config_json import config_from_json, config_to_json
 from jaxserve.checkpoint.convert import convert
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.orbax import OrbaxCheckpoint
-from jaxserve.checkpoint.orbax_layout import MAX_CHUNK_BYTES, chunk_shape
+from jaxserve.checkpoint.orbax.config_json import config_from_json, config_to_json
+from jaxserve.checkpoint.orbax.layout import MAX_CHUNK_BYTES, chunk_shape
 from jaxserve.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxserve.model.params import Params, init_params, is_spec, param_specs
 from jaxserve.parallel.mesh import make_mesh, parse_mesh

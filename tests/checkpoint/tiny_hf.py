@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.checkpoint.hf_config import read_hf_config
-from jaxserve.checkpoint.hf_families import FAMILIES
+from jaxserve.checkpoint.hf.config import read_hf_config
+from jaxserve.checkpoint.hf.families import FAMILIES
 from jaxserve.config import ModelConfig
 
 V, D, F, LAYERS, N, K, H, E = 19, 12, 10, 2, 6, 2, 4, 3

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, RequestError, SamplingParams
+from jaxserve.model.params import init_params
 from jaxserve.request import NOT_IMPLEMENTED, QueueFullError
 from tests import tiny
 
@@ -306,6 +307,34 @@ def test_a_closed_engine_leaves_no_arrays():
 def test_options_that_do_not_fit_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         tiny.engine(**options)
+
+
+def test_the_models_default_sampling_is_that_of_requests_that_do_not_say():
+    defaults = {"temperature": 0.0, "max_tokens": 3}
+    with tiny.engine(sampling_defaults=defaults) as engine:
+        assert engine.default_sampling_params() == SamplingParams(**defaults)
+        assert engine.default_sampling_params(max_tokens=5, top_k=2) == SamplingParams(
+            temperature=0, max_tokens=5, top_k=2
+        )
+        (completion,) = engine.generate([PROMPT])
+        events = list(engine.stream(PROMPT))
+    with tiny.engine() as engine:
+        (expected,) = engine.generate([PROMPT], SamplingParams(**defaults))
+    assert completion.token_ids == [e.token_id for e in events] == expected.token_ids
+    with pytest.raises(ValueError, match=r"model's default top_p: .*generation_config='none'"):
+        tiny.engine(sampling_defaults={"top_p": 7.0})
+
+
+def test_text_that_becomes_a_token_above_the_embedding_is_refused():
+    config = replace(tiny.CONFIG, vocab_size=100)
+    params = init_params(config, jax.random.key(0))
+    options: dict[str, Any] = {"max_model_len": 32, "max_num_seqs": 1, "num_pages": 8, "page_size": 4}
+    with Engine.from_params(config, params, tiny.tokenizer(), prefill_sizes=(8,), **options) as engine:
+        token = max(tiny.tokenizer().encode("aÿ"))
+        with pytest.raises(RequestError, match=f"prompt: its token {token} is not below the model's vocabulary 100"):
+            engine.generate("aÿ", GREEDY)
+        low = next(c for c in map(chr, range(32, 127)) if max(tiny.tokenizer().encode(c)) < 100)
+        assert len(engine.generate(low, GREEDY)[0].token_ids) == 12
 
 
 def test_parameters_that_do_not_fit_are_refused():

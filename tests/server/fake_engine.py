@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -83,6 +84,7 @@ class FakeEngine:
         text_scale: int = 1,
     ):
         self.model_name = "fake"
+        self.sampling_defaults: dict[str, Any] = {}
         self.model_config = ModelConfig(
             vocab_size=257, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
             eos_token_ids=(EOS_ID,),

@@ -144,6 +144,15 @@ async def test_unset_is_the_default_and_not_zero():
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_unset_is_the_models_default_where_it_has_one():
+    async with serving() as s:
+        s.engine.sampling_defaults = {"temperature": 0.6, "top_p": 0.9}
+        [_ async for _ in s.client.generate("a", temperature=0.0, max_tokens=2)]
+        assert s.engine.requests[-1].params == SamplingParams(temperature=0.0, top_p=0.9, max_tokens=2)
+        [_ async for _ in s.client.generate("a")]
+        assert s.engine.requests[-1].params == SamplingParams(temperature=0.6, top_p=0.9)
+
+
 async def test_every_refused_value_is_refused_by_name():
     async with serving() as s:
         for name, values in REFUSED.items():

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.checkpoint.config_keys import MAX_SIZE, ConfigKeys
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.hf_families import ACTIVATIONS, CHECKED, DEFAULTS, FAMILIES, NEUTRAL, HFFamily
-from jaxserve.checkpoint.hf_rope import FULL, SLIDING, read_rope, read_two_ropes
+from jaxserve.checkpoint.hf.config_keys import MAX_SIZE, ConfigKeys
+from jaxserve.checkpoint.hf.families import ACTIVATIONS, CHECKED, DEFAULTS, FAMILIES, NEUTRAL, HFFamily
+from jaxserve.checkpoint.hf.rope import FULL, SLIDING, read_rope, read_two_ropes
 from jaxserve.checkpoint.json_file import shown
 from jaxserve.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 

@@ -7,7 +7,7 @@ without jax; a test compares the two for every family.
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from jaxserve.checkpoint.gguf_families import TOP_TENSORS, UNSTACKED_EXPERTS, GGUFFamily
+from jaxserve.checkpoint.gguf.families import TOP_TENSORS, UNSTACKED_EXPERTS, GGUFFamily
 from jaxserve.config import ModelConfig
 
 Shape = tuple[int, ...]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxserve.checkpoint.hf_tensors import (
+from jaxserve.checkpoint.hf.tensors import (
     GPT2_TENSORS,
     GPT_OSS_TENSORS,
     LLAMA_TENSORS,

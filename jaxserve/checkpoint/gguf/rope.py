@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.gguf_families import GGUFFamily
-from jaxserve.checkpoint.gguf_header import GGUFHeader
-from jaxserve.checkpoint.gguf_keys import Keys
+from jaxserve.checkpoint.gguf.families import GGUFFamily
+from jaxserve.checkpoint.gguf.header import GGUFHeader
+from jaxserve.checkpoint.gguf.keys import Keys
 from jaxserve.config import RopeConfig
 
 FACTORS = "rope_freqs.weight"  # Llama 3: one factor a frequency, whatever the context

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
-from jaxserve.checkpoint.config_json import config_to_json
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.hf_writer import SOURCE_TENSORS, source_tensors
+from jaxserve.checkpoint.hf.writer import SOURCE_TENSORS, source_tensors
 from jaxserve.checkpoint.mapped import drop_pages_of
-from jaxserve.checkpoint.orbax_layout import (
+from jaxserve.checkpoint.orbax.config_json import config_to_json
+from jaxserve.checkpoint.orbax.layout import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,

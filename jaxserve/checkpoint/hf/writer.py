@@ -1,6 +1,6 @@
 """Back to the Hugging Face layout: the tensors that a source had, from the parameters they became.
 
-``hf_layout``'s pieces are views: what reads a box of a parameter out of a tensor also writes it into one. Which tensors
+``hf.layout``'s pieces are views: what reads a box of a parameter out of a tensor also writes it into one. Which tensors
 there were, of which type and in which file, our own format keeps beside the parameters (``source_tensors``).
 """
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.hf import HFCheckpoint
-from jaxserve.checkpoint.hf_config import family_of
-from jaxserve.checkpoint.hf_families import HFFamily
-from jaxserve.checkpoint.hf_files import INDEX, SINGLE
-from jaxserve.checkpoint.hf_layout import Piece, pieces
+from jaxserve.checkpoint.hf.config import family_of
+from jaxserve.checkpoint.hf.families import HFFamily
+from jaxserve.checkpoint.hf.files import INDEX, SINGLE
+from jaxserve.checkpoint.hf.layout import Piece, pieces
+from jaxserve.checkpoint.hf.safetensors_header import numpy_dtype
 from jaxserve.checkpoint.json_file import read_json
 from jaxserve.checkpoint.mapped import drop_pages_of
 from jaxserve.checkpoint.protocol import Checkpoint
-from jaxserve.checkpoint.safetensors_header import numpy_dtype
 from jaxserve.checkpoint.unfinished import Plan, Progress, check_space, unfinished, write_durably
 from jaxserve.config import ModelConfig
 

@@ -1,6 +1,6 @@
 """GGUF checkpoints: config, tokenizer and dequantized parameters from one file.
 
-The header is read by ``gguf_header`` (the `gguf` package's reader believes every length it finds, and takes seconds
+The header is read by ``gguf.header`` (the `gguf` package's reader believes every length it finds, and takes seconds
 over a large vocabulary); the `gguf` package knows the block formats. Tensor data stays memory-mapped and is
 dequantized in the parts that are read.
 """
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.gguf_config import read_config, read_family, read_layout
-from jaxserve.checkpoint.gguf_header import BlockType, TensorInfo, read_header
-from jaxserve.checkpoint.gguf_layout import Piece, param_shape
+from jaxserve.checkpoint.gguf.config import read_config, read_family, read_layout
+from jaxserve.checkpoint.gguf.header import BlockType, TensorInfo, read_header
+from jaxserve.checkpoint.gguf.layout import Piece, param_shape
 from jaxserve.checkpoint.mapped import drop_pages
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
@@ -92,11 +92,6 @@ class GGUFCheckpoint:
             tokenizer = tokenizer_from_gguf(self.metadata)
         except TokenizerError as e:
             raise CheckpointError(f"{self.path}: {e}") from None
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the embedding only {self.config.vocab_size} rows"
-            )
         return tokenizer
 
     def tensor_types(self) -> dict[str, int]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
+from jaxserve.checkpoint.hf.safetensors_header import TensorInfo, read_header, view_tensor
 from jaxserve.checkpoint.json_file import read_json, shown
 from jaxserve.checkpoint.mapped import drop_pages
-from jaxserve.checkpoint.safetensors_header import TensorInfo, read_header, view_tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -1,8 +1,8 @@
-"""Where the tensors of Hugging Face architectures go in our tree, as data (``hf_layout`` has the algebra)."""
+"""Where the tensors of Hugging Face architectures go in our tree, as data (``hf.layout`` has the algebra)."""
 
 from collections.abc import Mapping
 
-from jaxserve.checkpoint.hf_layout import Recipe, Source
+from jaxserve.checkpoint.hf.layout import Recipe, Source
 
 Recipes = Mapping[str, tuple[Recipe, ...]]  # parameter -> recipes, of which the first whose tensor exists holds
 

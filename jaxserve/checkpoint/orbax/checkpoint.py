@@ -1,4 +1,4 @@
-"""Our own checkpoints: a folder with an orbax checkpoint of the canonical parameters (``orbax_layout`` has its files).
+"""Our own checkpoints: a folder with an orbax checkpoint of the canonical parameters (``orbax.layout`` has its files).
 
 Reading goes through tensorstore, chunk by chunk: a shard costs its own bytes, whatever mesh wrote or reads it.
 """
@@ -12,9 +12,9 @@ from typing import Any, Self
 import numpy as np
 import tensorstore as ts
 
-from jaxserve.checkpoint.config_json import config_from_json
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.orbax_layout import (
+from jaxserve.checkpoint.orbax.config_json import config_from_json
+from jaxserve.checkpoint.orbax.layout import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
@@ -104,11 +104,6 @@ class OrbaxCheckpoint:
             tokenizer = tokenizer_from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, TokenizerError) as e:
             raise CheckpointError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
-                f"{self.config.vocab_size} rows"
-            )
         return tokenizer
 
     def tensor_types(self) -> dict[str, int]:

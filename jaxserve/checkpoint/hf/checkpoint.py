@@ -1,6 +1,6 @@
 """Hugging Face model folders: config.json, safetensors and what lies beside them.
 
-``hf_families`` has what differs between architectures, ``hf_layout`` how their tensors lie in our parameters. Tensor
+``hf.families`` has what differs between architectures, ``hf.layout`` how their tensors lie in our parameters. Tensor
 data stays memory-mapped; only what ``read`` is asked for is copied.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.hf_config import eos_ids, family_of, read_hf_config
-from jaxserve.checkpoint.hf_families import HFFamily
-from jaxserve.checkpoint.hf_files import TensorFiles, has_tensors
-from jaxserve.checkpoint.hf_layout import Piece, Recipe, pieces, read_box
+from jaxserve.checkpoint.hf.config import eos_ids, family_of, read_hf_config
+from jaxserve.checkpoint.hf.families import HFFamily
+from jaxserve.checkpoint.hf.files import TensorFiles, has_tensors
+from jaxserve.checkpoint.hf.layout import Piece, Recipe, pieces, read_box
+from jaxserve.checkpoint.hf.safetensors_header import FLOATS
 from jaxserve.checkpoint.json_file import read_json, shown
-from jaxserve.checkpoint.safetensors_header import FLOATS
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -100,11 +100,6 @@ class HFCheckpoint:
             tokenizer = tokenizer_from_folder(self.path, self.config.eos_token_ids)
         except TokenizerError as e:  # some name the file, some only what is wrong with it
             raise CheckpointError(str(e) if str(self.path) in str(e) else f"{self.path}: {e}") from None
-        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the embedding only {self.config.vocab_size} rows"
-            )
         return tokenizer
 
     def tensor_types(self) -> dict[str, int]:

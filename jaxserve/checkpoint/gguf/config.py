@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.gguf_families import FAMILIES, LAYER_TENSORS, OPTIONAL, TOP_TENSORS, GGUFFamily
-from jaxserve.checkpoint.gguf_header import GGUFHeader
-from jaxserve.checkpoint.gguf_keys import Keys, is_one_of, shown
-from jaxserve.checkpoint.gguf_layout import Piece, layout
-from jaxserve.checkpoint.gguf_rope import LOG_MULTIPLIER, ROPE_KEYS, ROPE_TENSORS, read_ropes, score_scale
+from jaxserve.checkpoint.gguf.families import FAMILIES, LAYER_TENSORS, OPTIONAL, TOP_TENSORS, GGUFFamily
+from jaxserve.checkpoint.gguf.header import GGUFHeader
+from jaxserve.checkpoint.gguf.keys import Keys, is_one_of, shown
+from jaxserve.checkpoint.gguf.layout import Piece, layout
+from jaxserve.checkpoint.gguf.rope import LOG_MULTIPLIER, ROPE_KEYS, ROPE_TENSORS, read_ropes, score_scale
 from jaxserve.config import MLAConfig, ModelConfig, MoEConfig
 
 SIZES = {

@@ -7,9 +7,9 @@ Before transformers 5: ``rope_theta``, ``rope_scaling`` and ``partial_rotary_fac
 import math
 from typing import Any
 
-from jaxserve.checkpoint.config_keys import ConfigKeys
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.checkpoint.hf_families import HFFamily
+from jaxserve.checkpoint.hf.config_keys import ConfigKeys
+from jaxserve.checkpoint.hf.families import HFFamily
 from jaxserve.checkpoint.json_file import shown
 from jaxserve.config import RopeConfig
 
