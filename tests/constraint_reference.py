@@ -1,4 +1,4 @@
-"""What penalties, biases and forbidden tokens do to a sequence's next logits, in numpy, from the fields' definitions."""
+"""What penalties, biases and forbidden tokens do to a sequence's next logits, in numpy, by their definitions."""
 
 import numpy as np
 

@@ -85,7 +85,7 @@ def test_an_abort_ends_all_choices_that_are_left(engine):
 
 def test_more_choices_than_may_wait():
     with tiny.engine(max_num_waiting=3) as engine:
-        with pytest.raises(RequestError, match="^n: 4 is more than max_num_waiting=3"):
+        with pytest.raises(RequestError, match=r"^n: 4 is more than max_num_waiting=3"):
             engine.make_request(PROMPT, SamplingParams(n=4))
         engine.add_request(engine.make_request(PROMPT, SamplingParams(max_tokens=2)))
         with pytest.raises(QueueFullError):

@@ -1,5 +1,5 @@
-"""Constrained requests through the engine: greedy tokens are those of the oracle's logits as the reference changes them,
-whatever the lookahead, the mesh, the batch and the preemptions."""
+"""Constrained requests through the engine: greedy tokens are those of the oracle's logits as the reference changes
+them, whatever the lookahead, the mesh, the batch and the preemptions."""
 
 from functools import cache
 from typing import Any
