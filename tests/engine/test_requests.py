@@ -93,6 +93,21 @@ def test_refused_before_anything_is_started():
         ("stop", 5),
         ("stop_token_ids", 5),
         ("logit_bias", np.zeros(2)),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: True}),
+        ("logit_bias", {5: 100.1}),
+        ("allowed_token_ids", ()),
+        ("allowed_token_ids", 5),
+        ("allowed_token_ids", "12"),
+        ("bad_words", (" ",)),
+        ("bad_words", (5,)),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", None),
+        ("repetition_penalty", 0),
+        ("truncate_prompt_tokens", 0),
+        ("n", 0),
+        ("n", True),
+        ("n", None),
         ("stop_token_ids", (-1,)),
         ("logprobs", -1),
     ],
@@ -112,9 +127,8 @@ def test_numpy_numbers_and_no_stops_are_taken():
 @pytest.mark.parametrize("field", NOT_IMPLEMENTED)
 def test_fields_not_implemented_are_refused_by_name(field):
     neutral: dict[str, Any] = {field: NOT_IMPLEMENTED[field]}
-    other = {"n": 2, "logit_bias": {1: 2.0}, "allowed_token_ids": (1,), "bad_words": ("x",)}.get(field, 1.5)
     with pytest.raises(RequestError, match=f"^{field}: .*not implemented"):
-        SamplingParams(**{field: other})
+        SamplingParams(**{field: 1})
     SamplingParams(**neutral)
 
 

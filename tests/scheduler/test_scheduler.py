@@ -340,6 +340,15 @@ def test_a_group_does_not_wait_for_who_is_gone_or_for_pages_that_are_not_kept():
     assert shape(next_batch(scheduler)) == [("a", 0, 7, True), ("b", 0, 7, True)]
 
 
+def test_a_page_that_this_step_writes_is_not_matched_in_it():
+    scheduler = make_scheduler(prefix_caching=True, prefill_sizes=(7,))
+    scheduler.add_group([make_request(name, [5] * 8, 9) for name in "ab"])
+    scheduler.add(make_request("longer", [5] * 8 + [6], 9))
+    assert shape(next_batch(scheduler)) == [("a", 0, 7, False)]
+    # a's last prompt token fills its second page now: whoever is admitted now finds only the first.
+    assert shape(next_batch(scheduler)) == [("a", 7, 1, True), ("b", 4, 4, True), ("longer", 4, 3, False)]
+
+
 def test_a_group_is_queued_whole_or_not_at_all():
     scheduler = make_scheduler(max_num_waiting=2)
     scheduler.add(make_request("x", [5], 5))
