@@ -144,6 +144,7 @@ FAMILIES: dict[str, HFFamily] = {
                 "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
                 "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "sliding_window_pattern": 2,
             },
+            renamed={"sliding_window_size": "sliding_window"},
             checked={"use_bidirectional_attention": (False,)},
             attention_bias="qkv_and_out",
             activation_keys=("hidden_activation", "hidden_act"),
