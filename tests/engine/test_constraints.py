@@ -182,3 +182,21 @@ def test_refused_by_engines_without():
             with pytest.raises(RequestError, match=f"^{name}: .* needs sampling 'constrained', this engine has 'gre"):
                 greedy.make_request([5], SamplingParams(temperature=0, **{name: value}))
         assert not greedy.make_request([5], SamplingParams(temperature=0, logit_bias={}, bad_words=())).is_constrained
+
+
+def test_constraints_survive_new_weights():
+    """``update_params`` preempts everybody: whoever returns brings its output, one token of it in flight."""
+    listed, tokens = expected()
+    with tiny.engine() as engine:
+        requests = [engine.make_request(p, s) for p, s in zip(PROMPTS, listed, strict=True)]
+        for request in requests:
+            engine.add_request(request)
+        given: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        for number in range(1000):
+            if not engine.has_unfinished():
+                break
+            for event in engine.step():
+                given[event.request_id].append(event.token_id)
+            if number % 5 == 4:
+                engine.update_params(tiny.params())
+        assert list(given.values()) == tokens and engine.stats().num_preemptions > 4
