@@ -152,13 +152,14 @@ def announced(stages: list[dict[str, Any]]) -> Iterator[None]:
     def timed(what: str, f: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(f)
         def run(*args: Any, **kwargs: Any) -> Any:
-            bucket = next((x for x in (*args, *kwargs.values()) if isinstance(x, Bucket)), None)
-            if bucket is not None:
-                here.of = f"{what} {tuple(bucket)}"
+            # A step is of a bucket, a sampler of a number of rows.
+            of = next((x for x in args if isinstance(x, (Bucket, int))), None)
+            if of is not None:
+                here.of = f"{what} {tuple(of) if isinstance(of, Bucket) else of}"
             start = time.perf_counter()
             result = f(*args, **kwargs)
             seconds = time.perf_counter() - start
-            name = here.of if bucket is not None else f"{what} of {getattr(here, 'of', '?')}"
+            name = here.of if of is not None else f"{what} of {getattr(here, 'of', '?')}"
             stages.append({"stage": name, "seconds": seconds})
             if seconds > 0.5:
                 say(f"{name}: {seconds:.1f} s")

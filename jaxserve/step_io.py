@@ -54,10 +54,11 @@ class StepInputs(NamedTuple):
     positions: Array  # [T] i32, index of the token in its sequence; padding 0
     kv_write_index: Array  # [T] i32, page * PS + offset in the page; padding NP * PS (dropped)
     page_table: Array  # [B, MP] i32, page ids; unused entries 0
-    kv_lens: Array  # [B] i32, tokens of the row's sequence after this step; padding 0
     prefill_cu_q_lens: Array  # [BP + 1] i32, chunk starts in the prefill region; padding rows repeat the last
-    slot_ids: Array  # [B] i32, engine slot; padding R
     sample_index: Array  # [B] i32, flat token whose logits the row samples from; padding 0
+    # From here on what sampling reads (``SAMPLING_FIELDS``): the buffer's end, whose size only B decides.
+    kv_lens: Array  # [B] i32, tokens of the row's sequence after this step; padding 0
+    slot_ids: Array  # [B] i32, engine slot; padding R
     does_sample: Array  # [B] i32, 1 where the row's chunk reaches the sequence's end
     top_k: Array  # [B] i32, 0 = off
     seed: Array  # [B, 2] i32 (bits of a u64: high, low)
@@ -86,23 +87,33 @@ class StepOutputs(NamedTuple):
 
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
+SAMPLING_FIELDS = StepInputs._fields[StepInputs._fields.index("kv_lens") :]
+
+
+def sampling_shapes(num_rows: int, dims: StepDims) -> dict[str, tuple[int, ...]]:
+    """Shape of every field that sampling reads, in buffer order."""
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(SAMPLING_FIELDS, (num_rows,))
+    return shapes | {"seed": (num_rows, 2), "stop_ids": (num_rows, dims.max_stop_ids)}
 
 
 def input_shapes(bucket: Bucket, dims: StepDims) -> dict[str, tuple[int, ...]]:
     """Shape of every field of ``StepInputs``, in buffer order."""
     t, b = bucket.num_tokens, bucket.num_rows
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(StepInputs._fields, (b,))
-    shapes |= dict.fromkeys(("token_ids", "positions", "kv_write_index"), (t,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "kv_write_index"), (t,))
     shapes["page_table"] = (b, dims.max_pages_per_seq)
     shapes["prefill_cu_q_lens"] = (bucket.prefill_rows + 1,)
-    shapes["seed"] = (b, 2)
-    shapes["stop_ids"] = (b, dims.max_stop_ids)
-    return shapes
+    shapes["sample_index"] = (b,)
+    return shapes | sampling_shapes(b, dims)
 
 
 def buffer_size(bucket: Bucket, dims: StepDims) -> int:
     """Elements of the int32 buffer that holds a step's inputs."""
-    return sum(math.prod(s) for s in input_shapes(bucket, dims).values())
+    return num_elements(input_shapes(bucket, dims))
+
+
+def num_elements(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Of all fields together."""
+    return sum(math.prod(s) for s in shapes.values())
 
 
 def new_inputs(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, StepInputs]:

@@ -153,7 +153,8 @@ def _workspace_bytes(
     lowered = lower_step(config, params, state, dims, largest, mesh)
     asked = max(samplings, key=SAMPLINGS.index)
     analyses = [
-        compile_step(x, mesh).memory_analysis() for x in (lowered, lower_sampler(config, dims, largest, mesh, asked))
+        compile_step(x, mesh).memory_analysis()
+        for x in (lowered, lower_sampler(config, dims, largest.num_rows, mesh, asked))
     ]
     # The constraints of all slots are among the sampler's outputs.
     return sum(a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses if a is not None)

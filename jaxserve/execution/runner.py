@@ -33,6 +33,8 @@ from jaxserve.step_io import (
     StepOutputs,
     buffer_size,
     new_inputs,
+    num_elements,
+    sampling_shapes,
     unpack_outputs,
 )
 from pallas_kernels import dispatch
@@ -80,19 +82,19 @@ def lower_step(
 
 
 def lower_sampler(
-    config: ModelConfig, dims: StepDims, bucket: Bucket, mesh: Mesh, asked: Sampling
+    config: ModelConfig, dims: StepDims, num_rows: int, mesh: Mesh, asked: Sampling
 ) -> jax.stages.Lowered:
-    """The sampler of one bucket's logits, lowered; the last tokens and the constraints, if it reads them, donated."""
+    """The sampler of ``num_rows`` rows' logits, lowered; last tokens and, if it reads them, constraints donated."""
 
     def shape(dtype: jnp.dtype | type, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, specs.REPLICATED))
 
-    sampler = jax.jit(make_sampler(mesh, bucket, dims, asked), donate_argnums=(0, 1))
+    sampler = jax.jit(make_sampler(mesh, num_rows, dims, asked), donate_argnums=(0, 1))
     return sampler.lower(
         shape(jnp.int32, dims.num_slots),
         held_shape(ConstraintDims.of(dims, config.vocab_size), mesh) if asked == "constrained" else None,
-        shape(jnp.float32, bucket.num_rows, config.vocab_size),
-        shape(jnp.int32, buffer_size(bucket, dims)),
+        shape(jnp.float32, num_rows, config.vocab_size),
+        shape(jnp.int32, num_elements(sampling_shapes(num_rows, dims))),
     )
 
 
@@ -124,7 +126,8 @@ def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled
 
 class Runner:
     """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns, and for each
-    one sampler for everything in ``samplings``; no step may ask more than the last of them in ``SAMPLINGS``' order.
+    number of rows that they have a sampler for everything in ``samplings``; no step may ask more than the last of them
+    in ``SAMPLINGS``' order.
 
     One thread at a time may use it. ``dispatch`` returns before the device is done; ``read`` waits.
 
@@ -151,7 +154,7 @@ class Runner:
         self._state_shape = state_shape(config, cache, dims, mesh, dtype)
         self._samplings = tuple(samplings)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
-        self._samplers: dict[tuple[Bucket, Sampling], jax.stages.Compiled] = {}
+        self._samplers: dict[tuple[int, Sampling], jax.stages.Compiled] = {}  # by rows
         self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
         self._compile(buckets, on_progress)
         self._state = _zeros(self._state_shape)
@@ -166,24 +169,30 @@ class Runner:
     def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
         done, lock = 0, threading.Lock()
 
-        def compile_one(bucket: Bucket, asked: Sampling | None) -> None:
+        def compile_one(bucket: Bucket) -> None:
+            lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
+            self._compiled[bucket] = compile_step(lowered, self.mesh)
+            count()
+
+        def compile_sampler(num_rows: int, asked: Sampling) -> None:
+            lowered = lower_sampler(self.config, self.dims, num_rows, self.mesh, asked)
+            self._samplers[num_rows, asked] = compile_step(lowered, self.mesh)
+            count()
+
+        def count() -> None:
             nonlocal done
-            if asked is None:
-                lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
-                self._compiled[bucket] = compile_step(lowered, self.mesh)
-            else:
-                lowered = lower_sampler(self.config, self.dims, bucket, self.mesh, asked)
-                self._samplers[bucket, asked] = compile_step(lowered, self.mesh)
             with lock:
                 done += 1
                 if on_progress:
-                    on_progress("compile", done, len(jobs))
+                    on_progress("compile", done, len(buckets) + len(samplers))
 
         # XLA compiles without the interpreter's lock: threads overlap one bucket's compile with the next one's tracing.
-        jobs: list[tuple[Bucket, Sampling | None]] = [(b, asked) for asked in (None, *self._samplings) for b in buckets]
+        rows = sorted({b.num_rows for b in buckets})
+        samplers: list[tuple[int, Sampling]] = [(num_rows, asked) for asked in self._samplings for num_rows in rows]
         pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
-            for future in [pool.submit(compile_one, *job) for job in jobs]:
+            futures = [pool.submit(compile_one, b) for b in buckets]
+            for future in futures + [pool.submit(compile_sampler, *sampler) for sampler in samplers]:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)
@@ -204,9 +213,9 @@ class Runner:
         while asked not in self._samplings:
             asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
         inputs = jax.device_put(buffer, self._replicated)
-        state, logits = self._compiled[bucket](self._params, self._state, inputs)
+        state, logits, fields = self._compiled[bucket](self._params, self._state, inputs)
         held = self._held if asked == "constrained" else None
-        last_tokens, held, packed = self._samplers[bucket, asked](state.last_tokens, held, logits, inputs)
+        last_tokens, held, packed = self._samplers[bucket.num_rows, asked](state.last_tokens, held, logits, fields)
         self._state = state.replace(last_tokens=last_tokens)
         if held is not None:
             self._held = held

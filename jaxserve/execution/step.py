@@ -4,7 +4,7 @@ A second one goes from logits to tokens, so that what the rows ask of sampling i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +24,16 @@ from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import ArraySpec, LayerParams, Params, is_spec, param_specs
 from jaxserve.model.rope import rope_tables
 from jaxserve.parallel import specs
-from jaxserve.step_io import FLOAT_FIELDS, Bucket, Sampling, StepDims, StepInputs, input_shapes
+from jaxserve.step_io import (
+    FLOAT_FIELDS,
+    Bucket,
+    Sampling,
+    StepDims,
+    StepInputs,
+    input_shapes,
+    num_elements,
+    sampling_shapes,
+)
 from pallas_kernels.dispatch import Implementation
 
 
@@ -88,10 +97,10 @@ def state_specs(config: ModelConfig, num_stages: int) -> DeviceState:
     return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED)
 
 
-def unpack_inputs(buffer: jax.Array, bucket: Bucket, dims: StepDims) -> StepInputs:
-    """``StepInputs`` of device arrays from the one buffer they travelled in."""
-    fields, start = {}, 0
-    for name, shape in input_shapes(bucket, dims).items():
+def unpack(buffer: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> StepInputs:
+    """``StepInputs`` of device arrays from the buffer they travelled in; fields that ``shapes`` leaves out are None."""
+    fields, start = dict.fromkeys(StepInputs._fields), 0
+    for name, shape in shapes.items():
         size = math.prod(shape)
         x = lax.slice_in_dim(buffer, start, start + size).reshape(shape)
         fields[name] = lax.bitcast_convert_type(x, jnp.float32) if name in FLOAT_FIELDS else x
@@ -107,15 +116,16 @@ def make_step(
     *,
     attention: Implementation,
     grouped_matmul: Implementation,
-) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array]]:
-    """``step(params, state, buffer) -> (state, logits [B, V] f32)`` for one bucket.
+) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array, jax.Array]]:
+    """``step(params, state, buffer) -> (state, logits [B, V] f32, the sampling fields' end of the buffer)`` for one
+    bucket.
 
     ``config`` is of ``parallel.placed.placed_config``, ``buffer`` is ``step_io.new_inputs``' int32 buffer.
     """
     static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul)
 
-    def step(params: StageParams, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
-        inputs = unpack_inputs(buffer, bucket, dims)
+    def step(params: StageParams, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
+        inputs = unpack(buffer, input_shapes(bucket, dims))
         stage = jax.tree.map(lambda x: x[0], params.layers)
         kv_pages = tuple(x[0] for x in state.kv_pages)
         bd = bucket.decode_rows
@@ -142,7 +152,8 @@ def make_step(
         head = params.embed if params.head is None else params.head
         logits = decoder.logits(head, x, config)  # [B, V] f32
 
-        return DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=state.last_tokens), logits
+        state = DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=state.last_tokens)
+        return state, logits, buffer[-num_elements(sampling_shapes(bucket.num_rows, dims)) :]
 
     num_stages = mesh.shape["stage"]
     state = state_specs(config, num_stages)
@@ -150,24 +161,24 @@ def make_step(
         step,
         mesh=mesh,
         in_specs=(stage_param_specs(config, num_stages), state, P()),
-        out_specs=(state, P()),
+        out_specs=(state, P(), P()),
         check_vma=False,
     )
 
 
 def make_sampler(
-    mesh: Mesh, bucket: Bucket, dims: StepDims, asked: Sampling
+    mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
 ) -> Callable[[jax.Array, Constraints | None, jax.Array, jax.Array], tuple[jax.Array, Constraints | None, jax.Array]]:
-    """``sampler(last_tokens [R], held, logits [B, V], buffer) -> (last_tokens, held, packed [B, 2 + 2 * KL] i32)``.
+    """``sampler(last_tokens [R], held, logits [B, V], fields) -> (last_tokens, held, packed [B, 2 + 2 * KL] i32)``.
 
     ``held`` are the slots' constraints where ``asked`` is "constrained", else None; ``packed`` is for
     ``step_io.unpack_outputs``. Every device computes the same.
     """
 
     def sampler(
-        last_tokens: jax.Array, held: Constraints | None, logits: jax.Array, buffer: jax.Array
+        last_tokens: jax.Array, held: Constraints | None, logits: jax.Array, fields: jax.Array
     ) -> tuple[jax.Array, Constraints | None, jax.Array]:
-        inputs = unpack_inputs(buffer, bucket, dims)
+        inputs = unpack(fields, sampling_shapes(num_rows, dims))
         changed = logits if held is None else constraints.constrain(logits, held, inputs)
         tokens = sampling.sample(changed, inputs, asked)  # [B]
         if held is not None:
