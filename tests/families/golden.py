@@ -86,12 +86,12 @@ def sampled_logits(engine: Engine) -> Iterator[list[tuple[int, np.ndarray]]]:
     samplers: dict[Any, Callable] = runner._samplers  # pyright: ignore[reportAssignmentType]
 
     def watched(bucket: Bucket, sampler: Callable) -> Callable:
-        def call(last_tokens: jax.Array, logits: jax.Array, inputs: jax.Array) -> Any:
+        def call(last_tokens: jax.Array, held: Any, logits: jax.Array, inputs: jax.Array) -> Any:
             buffer, views = new_inputs(bucket, runner.dims)
             buffer[:] = np.asarray(inputs)
             values = np.asarray(logits)
             seen.extend((int(views.kv_lens[row]), values[row]) for row in np.flatnonzero(views.does_sample))
-            return sampler(last_tokens, logits, inputs)
+            return sampler(last_tokens, held, logits, inputs)
 
         return call
 
