@@ -191,7 +191,7 @@ def test_constraints_survive_new_weights():
         requests = [engine.make_request(p, s) for p, s in zip(PROMPTS, listed, strict=True)]
         for request in requests:
             engine.add_request(request)
-        given: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        given: dict[str, list[int | None]] = {request.request_id: [] for request in requests}
         for number in range(1000):
             if not engine.has_unfinished():
                 break

@@ -127,8 +127,9 @@ def test_numpy_numbers_and_no_stops_are_taken():
 @pytest.mark.parametrize("field", NOT_IMPLEMENTED)
 def test_fields_not_implemented_are_refused_by_name(field):
     neutral: dict[str, Any] = {field: NOT_IMPLEMENTED[field]}
+    other: dict[str, Any] = {field: 1.5}
     with pytest.raises(RequestError, match=f"^{field}: .*not implemented"):
-        SamplingParams(**{field: 1})
+        SamplingParams(**other)
     SamplingParams(**neutral)
 
 
