@@ -55,4 +55,5 @@ STEPS = {
     for tensor in (1, 2, 4)
     for name, bucket in (("decode", DECODE), ("prefill", PREFILL), ("mixed", MIXED))
 }
+STEPS["tensor-1-one-row"] = StepCase(1, Bucket(1, 0, 0))
 STEPS["tensor-2-decode-collectives-captured"] = StepCase(2, DECODE, captures_collectives=True)

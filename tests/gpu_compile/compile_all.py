@@ -115,8 +115,8 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     pages = state.kv_pages[0].sharding.shard_shape(state.kv_pages[0].shape)
     sizes = [math.prod(shape) for shape in (*matrices.values(), pages)]
 
-    def described(found: list[hlo.Instruction]) -> list[str]:
-        return [f"{x.opcode} {x.name} of {max(x.sizes)} elements" for x in found]
+    def described(found: list[hlo.Instruction]) -> list[tuple[str, int]]:
+        return [(f"{x.opcode} {x.name}", max(x.sizes)) for x in found]
 
     return assembled(log) | {
         "kernels_lowered": lowered.as_text().count(f"@{MOSAIC_CALL}"),

@@ -46,17 +46,17 @@ def test_step_lowers_and_compiles_each_kernel_once(case, step):
 def test_step_updates_the_cache_in_place(case, step):
     assert step["alias_bytes"] >= NUM_LAYERS * step["layer_cache_bytes"]
     assert len(step["cache_sized"]) == NUM_LAYERS  # the scatter of each layer's new keys and values
-    assert all("scatter" in x for x in step["cache_sized"])
+    assert all("scatter" in what for what, _ in step["cache_sized"])
     assert step["temp_bytes"] < step["layer_cache_bytes"]
 
 
 def test_step_reads_each_weight_once_and_as_it_lies(case, step):
-    readers = step["weight_readers"]
-    assert len(readers) == 2 + 4 * NUM_LAYERS
+    readers = dict(step["weight_readers"])
+    rows_of_embed = case.bucket.num_tokens * read_shape(MODEL).hidden_size
+    assert all(elements <= rows_of_embed for _, elements in readers.pop("embed"))
+    assert len(readers) == 1 + 4 * NUM_LAYERS
     assert {name: found for name, found in readers.items() if len(found) != 1} == {}
-    products = {name: found for name, [found] in readers.items() if name != "embed"}
-    assert {name: found for name, found in products.items() if "gemm" not in found} == {}
-    assert "gather" in readers["embed"][0] or case.tensor > 1  # of the rows on this device
+    assert {name: what for name, [(what, _)] in readers.items() if "gemm" not in what} == {}
     assert step["weight_sized"] == step["copies"] == []
 
 
@@ -64,8 +64,9 @@ def test_step_has_no_large_temporaries(case, step):
     config, tokens = read_shape(MODEL), case.bucket.num_tokens
     ffn = 4 * tokens * 2 * config.intermediate_size // case.tensor
     residuals = 4 * tokens * 4 * config.hidden_size
+    split_rows = 2**21  # where decode attention's streams leave the parts of a row that several of them have
     gathered_logits = 4 * case.bucket.num_rows * config.vocab_size if case.tensor > 1 else 0
-    assert step["temp_bytes"] <= ffn + residuals + gathered_logits
+    assert step["temp_bytes"] <= ffn + residuals + split_rows + gathered_logits
 
 
 def test_step_has_no_loop(case, step):
