@@ -90,3 +90,24 @@ install_jaxserve() {
     )
     printf '%s\n' "$inputs" >"$VENV/.installed-${extra:-core}"
 }
+
+# install_cuda_compile: the wheels of the extra cuda-compile and nothing that they ask for, in a folder of the environment
+# that only the tests that compile for a GPU have on their path. They exist for Linux alone.
+install_cuda_compile() {
+    local folder="$VENV/cuda-compile" inputs wheels
+    wheels=$("$VENV/bin/python" -c 'import sys, tomllib
+with open(sys.argv[1], "rb") as f: print(*tomllib.load(f)["project"]["optional-dependencies"]["cuda-compile"], sep="\n")' \
+        "$ROOT/pyproject.toml")
+    inputs=$({ echo "$wheels" && cat "$ROOT/constraints.txt"; } | cksum)
+    if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$inputs" ]; then return; fi
+    say "installing what compiles for a GPU into $folder"
+    rm -rf "$folder"
+    (
+        cd "$ROOT"
+        export PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+        # shellcheck disable=SC2086  # one requirement a word
+        with_progress "$VENV/install-cuda.log" .venv/bin/python -m pip install --progress-bar off --no-deps --no-compile \
+            --target .venv/cuda-compile $wheels
+    )
+    printf '%s\n' "$inputs" >"$folder/.installed"
+}

@@ -4,6 +4,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 install_jaxserve dev
+required=""
+if [ "$(uname -s)" = Linux ]; then
+    install_cuda_compile
+    required=--require-cuda-compile
+fi
 cd "$ROOT"
 say "ruff"
 .venv/bin/ruff check .
@@ -13,4 +18,4 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 SHOWN_ON_FAILURE=+1 # every finding
 with_progress "$VENV/pyright.log" .venv/bin/pyright --pythonpath .venv/bin/python
 say "pytest"
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest ${required:+"$required"} "$@"

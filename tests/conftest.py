@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import pytest
+
 # Eight devices where there is no accelerator, so that every mesh of up to eight runs on one CPU. XLA reads this once,
 # when its first client is made, hence here and not in a fixture. A GPU or TPU machine is not affected by it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -11,3 +13,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 _compiled = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-cuda-compile",
+        action="store_true",
+        help="fail, not skip, where the CUDA compiler for tests/gpu_compile is not installed",
+    )

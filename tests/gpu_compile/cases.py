@@ -1,0 +1,59 @@
+"""What is compiled: every kernel variant once, and the step of an 8B model on one, two and four devices."""
+
+from typing import NamedTuple
+
+from jaxserve.step_io import Bucket
+from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
+from pallas_kernels.paged_attention.gpu_split import Tuning
+
+
+class KernelCase(NamedTuple):
+    """One attention kernel at one shape."""
+
+    tuning: Tuning | PrefillTuning
+    rows: int = 32  # B
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    spilled_bytes: int = 0  # of registers, at most
+    refused: str = ""  # what the compiler's error must say
+
+
+class StepCase(NamedTuple):
+    """One bucket's step."""
+
+    tensor: int
+    bucket: Bucket
+    captures_collectives: bool = False  # compiled with an option that the engine does not set
+
+
+CHUNK_TOKENS = 512  # TP of a prefill kernel
+PREFILL_SPILLS = 20  # bytes a thread: timed on an H100, tiles of 128 keys that spill this are faster than of 64
+KERNELS = {
+    "decode": KernelCase(Tuning()),
+    "decode-page-32": KernelCase(Tuning(), page_size=32),
+    "decode-page-64": KernelCase(Tuning(), page_size=64),
+    "decode-20-heads-of-1": KernelCase(Tuning(), rows=1, num_heads=20, num_kv_heads=1),
+    "decode-3-heads-of-64": KernelCase(Tuning(), num_heads=9, num_kv_heads=3, head_dim=64),
+    "decode-8-heads-of-64": KernelCase(Tuning(), num_heads=64, head_dim=64),
+    "decode-launched-early": KernelCase(Tuning(launch_early=True)),
+    "decode-one-stream": KernelCase(Tuning(streams_per_sm=1, ring=10)),
+    "decode-too-large-a-ring": KernelCase(Tuning(ring=8), refused="shared memory"),
+    "prefill": KernelCase(PrefillTuning(), rows=4, spilled_bytes=PREFILL_SPILLS),
+    "prefill-tiles-of-64": KernelCase(PrefillTuning(block_kv=64, ring=10), rows=4),
+    "prefill-3-heads-of-64": KernelCase(
+        PrefillTuning(), rows=4, num_heads=9, num_kv_heads=3, head_dim=64, spilled_bytes=PREFILL_SPILLS
+    ),
+}
+
+MODEL = "llama-3.1-8b"
+NUM_LAYERS = 2  # layers are unrolled and all alike: two show what happens inside one and between two
+DECODE, PREFILL, MIXED = Bucket(32, 0, 0), Bucket(0, 512, 16), Bucket(32, 512, 16)
+STEPS = {
+    f"tensor-{tensor}-{name}": StepCase(tensor, bucket)
+    for tensor in (1, 2, 4)
+    for name, bucket in (("decode", DECODE), ("prefill", PREFILL), ("mixed", MIXED))
+}
+STEPS["tensor-1-one-row"] = StepCase(1, Bucket(1, 0, 0))
+STEPS["tensor-2-decode-collectives-captured"] = StepCase(2, DECODE, captures_collectives=True)

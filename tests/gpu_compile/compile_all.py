@@ -1,0 +1,159 @@
+"""Compiles every case for H100s that are not there, and writes what came of each as JSON; ``launch`` starts it.
+
+python -m tests.gpu_compile.compile_all OUT.json DUMP_FOLDER NAME ...
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.checkpoint.shapes import read_shape
+from jaxserve.config import CacheConfig, ParallelConfig
+from jaxserve.execution.placement import stage_param_formats
+from jaxserve.execution.runner import compile_step, lower_step, state_shape
+from jaxserve.execution.step import stage_param_shapes
+from jaxserve.model.params import named_leaves
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.parallel.placed import placed_config
+from jaxserve.step_io import StepDims
+from pallas_kernels.paged_attention.gpu_decode import decode_attention
+from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
+from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
+from tests.gpu_compile import hlo, hopper
+from tests.gpu_compile.cases import CHUNK_TOKENS, KERNELS, MODEL, NUM_LAYERS, STEPS, KernelCase, StepCase
+
+NUM_PAGES, PAGE_SIZE, MAX_MODEL_LEN, NUM_SLOTS = 4096, 16, 4096, 256
+MOSAIC_CALL = "mosaic_gpu_v2"
+# What XLA puts into a graph unless told otherwise (jax 0.11.2).
+CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION"
+
+
+def with_output[T](run: Callable[[], T]) -> tuple[T, str]:
+    """What ``run`` returns, and what was written to the process's own output: the assembler is not in Python."""
+    with tempfile.TemporaryFile() as log:
+        sys.stdout.flush()
+        kept = os.dup(1), os.dup(2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            result = run()
+        finally:
+            for saved, fd in zip(kept, (1, 2)):
+                os.dup2(saved, fd)
+                os.close(saved)
+        log.seek(0)
+        return result, log.read().decode(errors="replace")
+
+
+def assembled(log: str) -> dict[str, list[int]]:
+    """What the assembler says of each of our kernels."""
+    return {
+        "registers": [int(x) for x in re.findall(r"Used (\d+) registers", log)],
+        "spilled_bytes": [int(x) for x in re.findall(r"(\d+) bytes spill stores", log)],
+    }
+
+
+def compile_kernel(case: KernelCase) -> dict[str, Any]:
+    sharding = jax.sharding.SingleDeviceSharding(hopper.devices(1)[0])
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    is_prefill = isinstance(case.tuning, PrefillTuning)
+    arguments = [
+        shape((CHUNK_TOKENS if is_prefill else case.rows, case.num_heads, case.head_dim), jnp.bfloat16),
+        shape((NUM_PAGES, case.num_kv_heads, 2, case.page_size, case.head_dim), jnp.bfloat16),
+        shape((case.rows, MAX_MODEL_LEN // case.page_size), jnp.int32),
+        shape((case.rows,), jnp.int32),
+    ]
+    if is_prefill:
+        arguments.append(shape((case.rows + 1,), jnp.int32))
+    kernel = prefill_attention if is_prefill else decode_attention
+    attend = jax.jit(functools.partial(kernel, sm_scale=case.head_dim**-0.5, tuning=case.tuning))
+    return assembled(with_output(lambda: attend.lower(*arguments).compile())[1])
+
+
+def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
+    mesh = make_mesh(ParallelConfig(tensor=case.tensor), hopper.devices(case.tensor))
+    config = placed_config(replace(read_shape(MODEL), num_layers=NUM_LAYERS), case.tensor, MAX_MODEL_LEN)
+    shapes = list(named_leaves(stage_param_shapes(config, 1, case.tensor)))
+    formats = stage_param_formats(config, mesh)
+    leaves = [
+        jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=placed)
+        for (_, spec), (_, placed) in zip(shapes, named_leaves(formats), strict=True)
+    ]
+    params = jax.tree.unflatten(jax.tree.structure(formats), leaves)
+    cache = CacheConfig(num_pages=NUM_PAGES, page_size=PAGE_SIZE)
+    dims = StepDims(
+        num_slots=NUM_SLOTS, max_pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE, num_pages=NUM_PAGES, page_size=PAGE_SIZE
+    )
+    state = state_shape(config, cache, dims, mesh, jnp.dtype("bfloat16"))
+    start = time.perf_counter()
+    lowered = lower_step(config, params, state, dims, case.bucket, mesh)
+    lowered_at = time.perf_counter()
+    if case.captures_collectives:
+        options = {"xla_gpu_enable_command_buffer": f"{CAPTURED},COLLECTIVES"}
+        compiled, log = with_output(lambda: lowered.compile(compiler_options=options))
+    else:
+        compiled, log = with_output(lambda: compile_step(lowered, mesh))
+    compiled_at = time.perf_counter()
+    [thunks] = dump.glob("*.thunk_sequence_after_thunk_passes.txt")
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    assert analysis is not None and text is not None
+    instructions = hlo.entry(text)
+    local = {name: x.sharding.shard_shape(x.shape) for (name, _), x in zip(shapes, leaves)}  # on one device
+    matrices = {name: shape for name, shape in local.items() if len(shape) - name.startswith("layers.") > 1}
+    pages = state.kv_pages[0].sharding.shard_shape(state.kv_pages[0].shape)
+    sizes = [math.prod(shape) for shape in (*matrices.values(), pages)]
+
+    def described(found: list[hlo.Instruction]) -> list[tuple[str, int]]:
+        return [(f"{x.opcode} {x.name}", max(x.sizes)) for x in found]
+
+    return assembled(log) | {
+        "kernels_lowered": lowered.as_text().count(f"@{MOSAIC_CALL}"),
+        "kernels_called": text.count(f'custom_call_target="{MOSAIC_CALL}"'),
+        "alias_bytes": analysis.alias_size_in_bytes,
+        "temp_bytes": analysis.temp_size_in_bytes,
+        "layer_cache_bytes": sizes[-1] * state.kv_pages[0].dtype.itemsize,
+        "opcodes": sorted({x.opcode for x in instructions}),
+        "copies": described([x for x in instructions if x.opcode in ("copy", "copy-start", "transpose")]),
+        "weight_readers": {
+            name: described(hlo.readers(instructions, i)) for i, name in enumerate(local) if name in matrices
+        },
+        "weight_sized": described(hlo.made(instructions, sizes[:-1])),
+        "cache_sized": described(hlo.made(instructions, sizes[-1:])),
+        "launches": hlo.launches(thunks.read_text()),
+        "lower_s": round(lowered_at - start, 2),
+        "compile_s": round(compiled_at - lowered_at, 2),
+    }
+
+
+def main() -> None:
+    out, dump, *names = sys.argv[1:]
+    report = {}
+    for name in names:
+        case = (KERNELS | STEPS)[name]
+        for path in Path(dump).glob("*"):  # what XLA dumped of the case before
+            path.unlink()
+        start = time.perf_counter()
+        try:
+            is_kernel = isinstance(case, KernelCase)
+            report[name] = compile_kernel(case) if is_kernel else compile_bucket(case, Path(dump))
+        except Exception as e:  # belongs to this case's tests, not to all others'
+            report[name] = {"error": f"{type(e).__name__}: {e}"}
+        report[name]["seconds"] = round(time.perf_counter() - start, 2)
+        print(f"{name}: {json.dumps(report[name], indent=1)}", flush=True)
+    Path(out).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
