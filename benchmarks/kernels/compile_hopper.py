@@ -16,6 +16,8 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,21 +44,32 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# rows, query heads, kv heads, head_dim, page size, tuning
-DECODE = (
-    (32, 32, 8, 128, 16, Tuning()),
-    (32, 32, 8, 128, 32, Tuning()),
-    (32, 32, 8, 128, 64, Tuning()),
-    (1, 20, 1, 128, 16, Tuning()),
-    (32, 9, 3, 64, 16, Tuning()),
-    (32, 64, 8, 64, 16, Tuning()),
-    (32, 32, 8, 128, 16, Tuning(launch_early=True)),
-    (32, 32, 8, 128, 16, Tuning(streams_per_sm=1, ring=10)),
+# rows, query heads, kv heads, head_dim, page size, and what is not as by default
+DECODE: tuple[tuple[int, int, int, int, int, dict[str, Any]], ...] = (
+    (32, 32, 8, 128, 16, {}),
+    (32, 32, 8, 128, 32, {}),
+    (32, 32, 8, 128, 64, {}),
+    (1, 20, 1, 128, 16, {}),
+    (32, 9, 3, 64, 16, {}),
+    (32, 64, 8, 64, 16, {}),
+    (32, 32, 8, 128, 16, {"tuning": Tuning(launch_early=True)}),
+    (32, 32, 8, 128, 16, {"tuning": Tuning(streams_per_sm=1, ring=10)}),
 )
-PREFILL = (
-    (4, 32, 8, 128, 16, PrefillTuning()),
-    (4, 32, 8, 128, 16, PrefillTuning(block_kv=64, ring=10)),
-    (4, 9, 3, 64, 16, PrefillTuning()),
+PREFILL: tuple[tuple[int, int, int, int, int, dict[str, Any]], ...] = (
+    (4, 32, 8, 128, 16, {}),
+    (4, 32, 8, 128, 16, {"tuning": PrefillTuning(block_kv=64, ring=10)}),
+    (4, 9, 3, 64, 16, {}),
+)
+# Of both kernels: Mistral, GPT-OSS, Gemma 2 27B, Gemma 2 9B and Gemma 3, Phi-3.
+VARIANTS: tuple[tuple[int, int, int, int, int, dict[str, Any]], ...] = (
+    (8, 32, 8, 128, 128, {}),
+    (8, 32, 8, 128, 16, {"window": 4096}),
+    (8, 64, 8, 64, 16, {"window": 128, "sinks": True}),
+    (8, 32, 16, 128, 16, {"window": 4096, "softcap": 50.0}),
+    (8, 16, 8, 256, 16, {}),
+    (8, 16, 8, 256, 16, {"window": 4096, "softcap": 50.0, "sinks": True}),
+    (8, 4, 1, 256, 128, {"window": 512}),
+    (8, 32, 32, 96, 16, {"window": 2047}),
 )
 CHUNK_TOKENS = 512
 
@@ -77,13 +90,17 @@ def assembler_report(lowered: jax.stages.Lowered) -> str:
         return log.read().decode()
 
 
+def _with_sinks(kernel: Callable[..., jax.Array], changes: dict[str, Any], *arguments: jax.Array) -> jax.Array:
+    return kernel(*arguments[:-1], **(changes | {"sinks": arguments[-1]}))
+
+
 def main() -> None:
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     failed = False
-    for kernel, variants in ((decode_attention, DECODE), (prefill_attention, PREFILL)):
-        for b, n, k, h, page_size, tuning in variants:
+    for kernel, variants in ((decode_attention, DECODE + VARIANTS), (prefill_attention, PREFILL + VARIANTS)):
+        for b, n, k, h, page_size, changes in variants:
             tokens = b if kernel is decode_attention else CHUNK_TOKENS
             arguments = [
                 shape((tokens, n, h), jnp.bfloat16),
@@ -93,13 +110,16 @@ def main() -> None:
             ]
             if kernel is prefill_attention:
                 arguments.append(shape((b + 1,), jnp.int32))
-            report = assembler_report(
-                jax.jit(functools.partial(kernel, sm_scale=h**-0.5, tuning=tuning)).lower(*arguments)
-            )
+            f = functools.partial(kernel, sm_scale=h**-0.5, **(changes | {"sinks": None}))
+            if "sinks" in changes:  # the last argument
+                arguments.append(shape((n,), jnp.float32))
+                f = functools.partial(_with_sinks, functools.partial(kernel, sm_scale=h**-0.5), changes)
+            report = assembler_report(jax.jit(f).lower(*arguments))
             spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", report)]
             registers = [int(x) for x in re.findall(r"Used (\d+) registers", report)]
             failed |= not spilled or any(spilled)
-            print(f"{n}/{k}x{h} page {page_size} {tuning}: registers {registers}, spilled bytes {spilled}")
+            print(f"{kernel.__name__} {n}/{k}x{h} page {page_size} {changes or ''}: registers {registers}, "
+                  f"spilled bytes {spilled}", flush=True)  # fmt: skip
     sys.exit(failed)
 
 
