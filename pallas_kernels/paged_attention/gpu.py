@@ -29,7 +29,9 @@ def needs(
     if value_dim is not None or gpu_decode.refusal(head_dim, page_size, group, dtype, dtype) is not None:
         return None
     used = {"window": any(w is not None for w in windows), "softcap": softcap is not None, "sinks": sinks}
-    return frozenset({f"head_dim {head_dim}", f"page_size {page_size}"} | {name for name, is_used in used.items() if is_used})
+    return frozenset(
+        {f"head_dim {head_dim}", f"page_size {page_size}"} | {name for name, is_used in used.items() if is_used}
+    )
 
 
 def paged_attention(
@@ -55,8 +57,6 @@ def paged_attention(
         parts.append(gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], **variant))
     if q.shape[0] > bd:
         parts.append(
-            gpu_prefill.prefill_attention(
-                q[bd:], kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, **variant
-            )
+            gpu_prefill.prefill_attention(q[bd:], kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, **variant)
         )
     return jnp.concatenate(parts)

@@ -255,7 +255,7 @@ def _attend(
 
         @pl.when(warpgroup < per_sm)
         def _compute():
-            plgpu.set_max_registers(216, action="increase")
+            plgpu.set_max_registers(216 if h <= 128 else 240, action="increase")
 
             def load_q(item):
                 row, head = place_of(item)
