@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels in the interpreter: their numbers against dense attention, their races, the decode plan."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def test_decode_kernel(lens, tuning, shape):
     assert not races_found()
 
 
-DECODE_VARIANTS = {
+DECODE_VARIANTS: dict[str, tuple[Any, Tuning, dict[str, Any], dict[str, Any]]] = {
     # Window edges at a tile's, at a page's and inside; rows shorter than the window; items whole and split; sinks in
     # both kernels, one of them far above all scores.
     "window, softcap, sinks": (
@@ -130,7 +131,7 @@ def test_prefill_kernel(chunks, tuning, shape):
     assert not races_found()
 
 
-PREFILL_VARIANTS = {
+PREFILL_VARIANTS: dict[str, tuple[Any, PrefillTuning, dict[str, Any], dict[str, Any]]] = {
     # The window ends inside a block, inside a tile, and before the row's first key; tiles that all see between masks.
     "window, softcap, sinks": (
         [(3, 3), (70, 280), (40, 41)],
@@ -225,7 +226,7 @@ def test_plan_gives_every_tile_to_one_stream_and_every_part_to_one_combination(s
 
 def test_shapes_without_a_kernel_are_refused_with_their_figures():
     half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-    shape = {"head_dim": 128, "page_size": 16, "group": 4, "dtype": half}
+    shape: dict[str, Any] = {"head_dim": 128, "page_size": 16, "group": 4, "dtype": half}
     assert gpu.needs(**shape) == gpu.needs(**shape, windows=(None, None)) == {"head_dim 128", "page_size 16"}
     gemma = gpu.needs(**(shape | {"head_dim": 256}), windows=(None, 512), softcap=50.0, sinks=True)
     assert gemma == {"head_dim 256", "page_size 16", "window", "softcap", "sinks"}
