@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
 from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
 from pallas_kernels.paged_attention.gpu_split import Tuning, make_plan
 from tests.kernels.gpu_interpreter import INTERPRET, races_found
-from tests.kernels.test_paged_attention import case
+from tests.kernels.test_paged_attention import case, with_
 
 
 def variant(inputs):
@@ -228,10 +228,10 @@ def test_shapes_without_a_kernel_are_refused_with_their_figures():
     half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
     shape: dict[str, Any] = {"head_dim": 128, "page_size": 16, "group": 4, "dtype": half}
     assert gpu.needs(**shape) == gpu.needs(**shape, windows=(None, None)) == {"head_dim 128", "page_size 16"}
-    gemma = gpu.needs(**(shape | {"head_dim": 256}), windows=(None, 512), softcap=50.0, sinks=True)
+    gemma = gpu.needs(**with_(shape, head_dim=256), windows=(None, 512), softcap=50.0, sinks=True)
     assert gemma == {"head_dim 256", "page_size 16", "window", "softcap", "sinks"}
-    assert gpu.needs(**(shape | {"dtype": single})) is None
-    assert gpu.needs(**(shape | {"page_size": 24})) is None
+    assert gpu.needs(**with_(shape, dtype=single)) is None
+    assert gpu.needs(**with_(shape, page_size=24)) is None
     assert gpu.needs(**shape, value_dim=64) is None
     inputs, _ = case(0, [5], [], page_size=16, pad_rows=0)
     with pytest.raises(ValueError, match="head_dim=8 is not one of"):
