@@ -118,7 +118,8 @@ def main() -> None:
             spilled = [int(x) for x in re.findall(r"(\d+) bytes spill stores", report)]
             registers = [int(x) for x in re.findall(r"Used (\d+) registers", report)]
             failed |= not spilled or any(spilled)
-            print(f"{'decode' if kernel is decode_attention else 'prefill'} {n}/{k}x{h} page {page_size} {changes or ''}: registers {registers}, "
+            name = "decode" if kernel is decode_attention else "prefill"
+            print(f"{name} {n}/{k}x{h} page {page_size} {changes or ''}: registers {registers}, "
                   f"spilled bytes {spilled}", flush=True)  # fmt: skip
     sys.exit(failed)
 
