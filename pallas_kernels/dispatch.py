@@ -15,18 +15,23 @@ def is_hopper(device: Any) -> bool:
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
 
 
-# Whether the Hopper kernel as it stands has passed `python -m benchmarks.kernels.paged_decode check` on a device
-# (benchmarks/notes/paged_attention_gpu.md). A change of the kernel takes this back until it has passed again.
-MOSAIC_GPU_CHECKED = True
+# Variants of the Hopper kernels that have passed `python -m benchmarks.kernels.paged_decode check` and
+# `prefill_attention check` on a device (benchmarks/notes/paged_attention_gpu.md). Those that have not yet: head_dim 96
+# and 256, page_size 128, window, softcap, sinks. A change of a variant takes it out until it has passed again.
+MOSAIC_GPU_CHECKED = frozenset({
+    "head_dim 64", "head_dim 128", "page_size 16", "page_size 32", "page_size 64",
+})  # fmt: skip
 
 
-def best(device: Any, *, hopper: bool = False) -> Implementation:
+def best(device: Any, *, hopper: frozenset[str] | None = None) -> Implementation:
     """The fastest implementation on ``device`` (a ``jax.Device``, or a description with its ``platform``) that is known
     to be right there.
 
-    ``hopper`` says that the kernel for Hopper takes the shapes in question: its module's ``supports``.
+    ``hopper``: the variants that the shapes in question need of the kernels for Hopper, of their module's ``needs``;
+    None if they do not take them.
     """
-    return "mosaic_gpu" if MOSAIC_GPU_CHECKED and hopper and is_hopper(device) else "reference"
+    checked = hopper is not None and hopper <= MOSAIC_GPU_CHECKED
+    return "mosaic_gpu" if checked and is_hopper(device) else "reference"
 
 
 def best_grouped_matmul(device: Any) -> Implementation:

@@ -30,10 +30,14 @@ class Batch:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
     @property
     def kv_bytes(self) -> int:
-        return sum(self.kv_lens) * self.num_kv_heads * self.head_dim * 4
+        lens = self.kv_lens if self.window is None else [min(n, self.window) for n in self.kv_lens]
+        return sum(lens) * self.num_kv_heads * self.head_dim * 4
 
 
 def uneven(seed: int, rows: int, mean: int) -> list[int]:
@@ -66,20 +70,25 @@ def inputs(batch: Batch, seed: int, copies: int, *, poison: bool) -> dict[str, A
         "kv_pages": kv,
         "page_table": jnp.asarray(table, jnp.int32),
         "kv_lens": jnp.asarray(lens, jnp.int32),
-        "sm_scale": batch.head_dim**-0.5,
+        "variant": {
+            "sm_scale": batch.head_dim**-0.5,
+            "window": batch.window,
+            "softcap": batch.softcap,
+            "sinks": measure.random_normal(seed + 98, (batch.num_heads,)) * 3 if batch.sinks else None,
+        },
     }
 
 
-def relative_error(batch: Batch, seed: int, tuning: Tuning) -> tuple[float, float]:
+def relative_error(batch: Batch, seed: int, tuning: Tuning | None) -> tuple[float, float]:
     """(relative error in the Euclidean norm, largest absolute error) against the reference in f32; NaN never passes."""
     x = inputs(batch, seed, 1, poison=True)
-    kv, scale = x["kv_pages"][0], x["sm_scale"]
+    kv = x["kv_pages"][0]
     with jax.default_matmul_precision("highest"):
         want = reference.paged_attention(
             x["q"].astype(jnp.float32), kv, x["page_table"], x["kv_lens"], jnp.zeros((1,), jnp.int32),
-            num_decode_rows=len(batch.kv_lens), sm_scale=scale,
+            num_decode_rows=len(batch.kv_lens), **x["variant"],
         )  # fmt: skip
-    got = decode_attention(x["q"], kv, x["page_table"], x["kv_lens"], sm_scale=scale, tuning=tuning)
+    got = decode_attention(x["q"], kv, x["page_table"], x["kv_lens"], **x["variant"], tuning=tuning)
     difference = got.astype(jnp.float32) - want
     return float(jnp.linalg.norm(difference) / jnp.linalg.norm(want)), float(jnp.max(jnp.abs(difference)))
 
@@ -89,6 +98,17 @@ def check_cases() -> Iterator[Batch]:
         ps = page_size
         lens = [1, ps - 1, ps, ps + 1, 63, 64, 65, 0, 700, 4096, 129, 0]
         yield Batch(f"ragged page {ps} heads {n}/{k}x{h}", lens, n, k, h, ps)
+    # What models need beyond that: dispatch.MOSAIC_GPU_CHECKED gets what passes here and in prefill_attention.
+    lens = [1, 15, 16, 17, 127, 128, 129, 191, 192, 0, 700, 4096, 4097, 5000]
+    yield Batch("page_size 128", lens, page_size=128)
+    yield Batch("window", lens, window=128)
+    yield Batch("window 4096, one row", [20000], window=4096)
+    yield Batch("softcap", lens, 32, 16, softcap=2.0)
+    yield Batch("sinks", lens, 64, 8, 64, sinks=True)
+    yield Batch("GPT-OSS", lens, 64, 8, 64, window=128, sinks=True)
+    yield Batch("head_dim 96", lens, 32, 32, 96, window=2047)
+    yield Batch("head_dim 256", lens, 16, 8, 256)
+    yield Batch("head_dim 256, page_size 128, window, softcap", lens, 4, 1, 256, 128, window=512, softcap=50.0)
     yield Batch("no grouping, page 32", [33, 2000, 1], 16, 16, 128, 32)
     yield Batch("one row", [5000])
     yield Batch("one short row", [3])
@@ -99,15 +119,14 @@ def check_cases() -> Iterator[Batch]:
 def check() -> bool:
     ok = True
     for seed, batch in enumerate(check_cases()):
-        error, largest = relative_error(batch, seed, Tuning())
+        error, largest = relative_error(batch, seed, None)
         good = error < 5e-3
         ok &= good
         print(f"{'ok  ' if good else 'FAIL'} {batch.name}: {error:.1e} relative, {largest:.1e} largest", flush=True)
     # The same inputs twice: an error that moves would be a race.
     x = inputs(Batch("uneven", uneven(3, 100, 900)), 7, 1, poison=True)
     outs = [
-        decode_attention(x["q"], x["kv_pages"][0], x["page_table"], x["kv_lens"], sm_scale=x["sm_scale"])
-        for _ in range(20)
+        decode_attention(x["q"], x["kv_pages"][0], x["page_table"], x["kv_lens"], **x["variant"]) for _ in range(20)
     ]
     same = all(bool(jnp.array_equal(o, outs[0])) for o in outs)
     print("same bits in 20 runs:", same, flush=True)
@@ -126,9 +145,15 @@ TIMED = (
     Batch("32 x 900", [900] * 32),
     Batch("32 x 4096 page 64", [4096] * 32, page_size=64),
     Batch("64 x 4096 head_dim 64", [4096] * 64, 32, 8, 64),
+    Batch("64 x 4096 window 1024", [4096] * 64, window=1024),
+    Batch("64 x 4096 head_dim 64 window 128 sinks", [4096] * 64, 64, 8, 64, window=128, sinks=True),
+    Batch("32 x 4096 softcap", [4096] * 32, softcap=50.0),
+    Batch("32 x 4096 page 128", [4096] * 32, page_size=128),
+    Batch("32 x 4096 head_dim 256", [4096] * 32, 16, 8, 256),
+    Batch("32 x 4096 head_dim 96", [4096] * 32, 32, 8, 96),
 )
 VARIANTS = {
-    "default": Tuning(),
+    "default": None,
     "early": Tuning(launch_early=True),
     "one stream": Tuning(streams_per_sm=1, ring=10),
     "ring 3": Tuning(ring=3),
@@ -137,7 +162,7 @@ VARIANTS = {
 }
 
 
-def time_batch(batch: Batch, tuning: Tuning, calls: int = 16) -> tuple[float, dict[str, float]]:
+def time_batch(batch: Batch, tuning: Tuning | None, calls: int = 16) -> tuple[float, dict[str, float]]:
     """Seconds of one call inside a graph of many over rotating caches; and microseconds of each kernel alone."""
     copies = max(1, min(calls, -(-(1 << 29) // batch.kv_bytes)))  # several times the L2 cache
     x = inputs(batch, 0, copies, poison=False)
@@ -145,7 +170,7 @@ def time_batch(batch: Batch, tuning: Tuning, calls: int = 16) -> tuple[float, di
     @jax.jit
     def chain(q: jax.Array, kv: list[jax.Array], table: jax.Array, lens: jax.Array) -> jax.Array:
         for i in range(calls):
-            q = decode_attention(q, kv[i % copies], table, lens, sm_scale=x["sm_scale"], tuning=tuning)
+            q = decode_attention(q, kv[i % copies], table, lens, **x["variant"], tuning=tuning)
         return q
 
     args = (x["q"], x["kv_pages"], x["page_table"], x["kv_lens"])

@@ -1,10 +1,13 @@
 """What attention of prompt chunks costs today: cuDNN's dense causal kernel, and the jnp reference over pages.
 
-python -m benchmarks.kernels.prefill_attention --json FILE
+python -m benchmarks.kernels.prefill_attention check
+python -m benchmarks.kernels.prefill_attention time --json FILE
 """
 
 import argparse
 import functools
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +20,21 @@ from pallas_kernels.paged_attention.gpu_prefill import Tuning, prefill_attention
 N, K, H, PS = 32, 8, 128, 16
 
 
-def inputs(rows: list[tuple[int, int]]) -> dict[str, jax.Array]:
+def inputs(
+    rows: list[tuple[int, int]], n: int = N, k: int = K, h: int = H, page_size: int = PS
+) -> dict[str, jax.Array]:
     """Chunks of ``rows`` (queries, keys) with permuted pages and NaN behind each row's last key."""
-    pages = [-(-keys // PS) for _, keys in rows]
+    pages = [-(-keys // page_size) for _, keys in rows]
     ids = np.random.default_rng(0).permutation(sum(pages) + 1)
     table = np.zeros((len(rows), max(pages) + 1), np.int32)
-    reached = np.zeros((len(ids), PS), bool)
+    reached = np.zeros((len(ids), page_size), bool)
     for row, ((_, keys), count) in enumerate(zip(rows, pages, strict=True)):
         table[row, :count], ids = ids[:count], ids[count:]
         tokens = np.arange(keys)
-        reached[table[row, tokens // PS], tokens % PS] = True
-    kv = measure.random_normal(3, (len(reached), K, 2, PS, H))
+        reached[table[row, tokens // page_size], tokens % page_size] = True
+    kv = measure.random_normal(3, (len(reached), k, 2, page_size, h))
     return {
-        "q": measure.random_normal(4, (sum(new for new, _ in rows), N, H)),
+        "q": measure.random_normal(4, (sum(new for new, _ in rows), n, h)),
         "kv_pages": jnp.where(jnp.asarray(reached)[:, None, None, :, None], kv, jnp.nan),
         "page_table": jnp.asarray(table),
         "kv_lens": jnp.asarray([keys for _, keys in rows], jnp.int32),
@@ -37,17 +42,62 @@ def inputs(rows: list[tuple[int, int]]) -> dict[str, jax.Array]:
     }
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("sm_scale", "window", "softcap"))
 def reference_chunks(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    sm_scale: float = H**-0.5,
+    **variant: Any,
 ) -> jax.Array:
-    return reference.paged_attention(q, kv_pages, page_table, kv_lens, cu_q_lens, num_decode_rows=0, sm_scale=H**-0.5)
+    return reference.paged_attention(
+        q, kv_pages, page_table, kv_lens, cu_q_lens, num_decode_rows=0, sm_scale=sm_scale, **variant
+    )
+
+
+# Query heads, kv heads, head_dim, page size, and the variant: dispatch.MOSAIC_GPU_CHECKED gets what passes here and in
+# paged_decode.
+CHECKED: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
+    "plain": (N, K, H, PS, {}),
+    "head_dim 64, group of 3": (9, 3, 64, 16, {}),
+    "page_size 32": (N, K, H, 32, {}),
+    "page_size 64": (N, K, H, 64, {}),
+    "page_size 128": (N, K, H, 128, {}),
+    "window": (N, K, H, PS, {"window": 300}),
+    "softcap": (N, 16, H, PS, {"softcap": 2.0}),
+    "sinks": (64, 8, 64, PS, {"sinks": True}),
+    "GPT-OSS": (64, 8, 64, PS, {"window": 128, "sinks": True}),
+    "head_dim 96": (32, 32, 96, PS, {"window": 2047}),
+    "head_dim 256": (16, 8, 256, PS, {}),
+    "head_dim 256, page_size 128, window, softcap": (4, 1, 256, 128, {"window": 512, "softcap": 50.0}),
+}
+
+
+def check() -> bool:
+    ok = True
+    for name, (n, k, h, page_size, changes) in CHECKED.items():
+        x = inputs([(100, 130), (1, 700), (411, 2900), (75, 75), (0, 0)], n, k, h, page_size)
+        variant = {"sm_scale": h**-0.5, **changes}
+        if "sinks" in changes:
+            variant["sinks"] = measure.random_normal(5, (n,)) * 3
+        got = prefill_attention(**x, **variant).astype(jnp.float32)
+        with jax.default_matmul_precision("highest"):
+            want = reference_chunks(**(x | {"q": x["q"].astype(jnp.float32)}), **variant)
+        error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        ok &= error < 5e-3
+        print(f"{'ok  ' if error < 5e-3 else 'FAIL'} {name}: {error:.1e} relative", flush=True)
+    return ok
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--json")
     args = parser.parse_args()
+    if args.what == "check":
+        sys.exit(0 if check() else 1)
     results = []
 
     def record(name: str, s: float, flops: float) -> None:

@@ -38,7 +38,7 @@ from jaxserve.step_io import (
     unpack_outputs,
 )
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention.gpu import supports as supports_hopper
+from pallas_kernels.paged_attention import gpu as hopper_attention
 
 Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 
@@ -63,12 +63,15 @@ def lower_step(
     replicated = NamedSharding(mesh, specs.REPLICATED)
     buffer = jax.ShapeDtypeStruct((buffer_size(bucket, dims),), jnp.int32, sharding=replicated)
     device = mesh.devices.flat[0]
-    hopper = supports_hopper(
+    hopper = hopper_attention.needs(  # of all layers: one that is not taken, and the model runs the reference
         head_dim=config.head_dim,
         page_size=dims.page_size,
         group=config.num_heads // config.num_kv_heads,
         dtype=state.kv_pages[0].dtype,
-        plain=not (config.layer_windows or config.attn_softcap or config.attn_sinks or config.mla),
+        windows=config.layer_windows,
+        softcap=config.attn_softcap,
+        sinks=config.attn_sinks,
+        value_dim=config.mla and config.mla.kv_lora_rank,
     )
     step = make_step(
         config,

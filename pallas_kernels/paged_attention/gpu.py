@@ -1,17 +1,37 @@
 """Paged attention on Mosaic GPU (Hopper): decode rows by one kernel, prompt chunks by another."""
 
+from collections.abc import Collection
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import gpu_decode, gpu_prefill
 
 
-def supports(*, head_dim: int, page_size: int, group: int, dtype: jnp.dtype, plain: bool = True) -> bool:
-    """Whether the kernel takes these shapes: ``group`` query heads a kv head, ``dtype`` of queries and cache.
+def needs(
+    *,
+    head_dim: int,
+    page_size: int,
+    group: int,
+    dtype: jnp.dtype,
+    windows: Collection[int | None] = (),
+    softcap: float | None = None,
+    sinks: bool = False,
+    value_dim: int | None = None,
+) -> frozenset[str] | None:
+    """What attention of these shapes needs of the kernels, in the words of ``dispatch.MOSAIC_GPU_CHECKED``; None where
+    they do not take it.
 
-    ``plain``: neither window nor soft cap nor sinks nor ``value_dim`` are used, which it does not have.
+    ``group`` query heads a kv head, ``dtype`` of queries and cache, ``windows`` of all layers, the rest as of
+    ``paged_attention``.
     """
-    return plain and gpu_decode.refusal(head_dim, page_size, group, dtype, dtype) is None
+    if value_dim is not None or gpu_decode.refusal(head_dim, page_size, group, dtype, dtype) is not None:
+        return None
+    used = {"window": any(w is not None for w in windows), "softcap": softcap is not None, "sinks": sinks}
+    return frozenset(
+        {f"head_dim {head_dim}", f"page_size {page_size}"} | {name for name, is_used in used.items() if is_used}
+    )
 
 
 def paged_attention(
@@ -29,16 +49,14 @@ def paged_attention(
     value_dim: int | None = None,
 ) -> jax.Array:  # [T, N, H]
     """See ``pallas_kernels.paged_attention.paged_attention``."""
-    given = {"window": window, "softcap": softcap, "sinks": sinks, "value_dim": value_dim}
-    if names := [name for name, value in given.items() if value is not None]:
-        raise ValueError(f"{', '.join(names)}: not in the Hopper kernel")
+    if value_dim is not None:
+        raise ValueError(f"value_dim={value_dim}: not in the Hopper kernel")
+    variant: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
     bd, parts = num_decode_rows, []
     if bd:
-        parts.append(gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], sm_scale=sm_scale))
+        parts.append(gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], **variant))
     if q.shape[0] > bd:
         parts.append(
-            gpu_prefill.prefill_attention(
-                q[bd:], kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, sm_scale=sm_scale
-            )
+            gpu_prefill.prefill_attention(q[bd:], kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, **variant)
         )
     return jnp.concatenate(parts)

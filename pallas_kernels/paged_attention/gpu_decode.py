@@ -10,6 +10,9 @@ memory filled by TMA, the other runs the online softmax on the tensor cores. The
 An item that lies in one stretch is written to the output at once. Of a split item, every stream writes what it has
 seen, normalised, with its log-sum-exp, and a second small kernel combines. There is at most one such item at each end
 of a stretch, so their buffer has a size that depends on nothing but the number of streams.
+
+With a sliding window an item is the tiles that the window touches. Sinks join the softmax once an item: where it is
+written to the output.
 """
 
 import functools
@@ -29,18 +32,34 @@ plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 _LOG2E = math.log2(math.e)
 _ROWS = 64  # rows of a warpgroup's matrix instruction; the queries of one kv head fill the first G
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 96, 128, 256)
+
+
+def default_tuning(head_dim: int) -> Tuning:
+    """Of head_dim 256, a second stream finds no room on a multiprocessor."""
+    return Tuning() if head_dim <= 128 else Tuning(streams_per_sm=1, ring=8)
+
+
+def smem_tiles(head_dim: int) -> tuple[Any, ...]:
+    """How queries, keys and values lie in shared memory: swizzled tiles of 64 columns, or of 32."""
+    columns = 64 if head_dim % 64 == 0 else 32
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+
+
+def accumulator_columns(head_dim: int) -> int:
+    """Columns of the output that one product adds to: a second accumulator of 256 has no room in registers."""
+    return head_dim if head_dim <= 128 else 64
 
 
 def refusal(
     head_dim: int, page_size: int, group: int, q_dtype: Any, kv_dtype: Any, tuning: Tuning | None = None
 ) -> str | None:
     """Why ``decode_attention`` does not take these shapes; None if it does."""
-    block_kv = (tuning or Tuning()).block_kv
+    block_kv = (tuning or default_tuning(head_dim)).block_kv
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {HEAD_DIMS}"
-    if page_size % 8 or block_kv % page_size:
-        return f"page_size={page_size} must be a multiple of 8 that divides {block_kv}"
+    if page_size % 8 or (block_kv % page_size and page_size % block_kv):
+        return f"page_size={page_size} must be a multiple of 8 that divides {block_kv}, or a multiple of {block_kv}"
     if group > _ROWS:
         return f"{group} query heads a kv head are more than {_ROWS}"
     if q_dtype != jnp.bfloat16 or kv_dtype != jnp.bfloat16:
@@ -52,7 +71,7 @@ def _loop(upper: Any, body: Any, init: Any) -> Any:
     return lax.fori_loop(jnp.int32(0), upper, body, init)
 
 
-@functools.partial(jax.jit, static_argnames=("sm_scale", "tuning", "interpret"))
+@functools.partial(jax.jit, static_argnames=("sm_scale", "window", "softcap", "tuning", "interpret"))
 def decode_attention(
     q: jax.Array,
     kv_pages: jax.Array,
@@ -60,36 +79,43 @@ def decode_attention(
     kv_lens: jax.Array,
     *,
     sm_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """Attention of one query a row; arguments as of ``paged_attention``, all rows being decode rows.
 
     Args:
-        q: ``[B, N, H]`` bfloat16; H is 64 or 128, at most 64 query heads a kv head.
-        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16; PS is a multiple of 8 that divides the tile (64).
+        q: ``[B, N, H]`` bfloat16; H is one of ``HEAD_DIMS``, at most 64 query heads a kv head.
+        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16; PS is a multiple of 8 that divides the tile (64), or a multiple of it.
         page_table: ``[B, MP]`` int32.
         kv_lens: ``[B]`` int32; 0 gives zeros.
+        window, softcap, sinks: as of ``paged_attention``.
         tuning: None takes the defaults.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
     Returns:
         ``[B, N, H]``.
     """
-    t = tuning or Tuning()
     b, n, h = q.shape
+    t = tuning or default_tuning(h)
     k_heads, page_size = kv_pages.shape[1], kv_pages.shape[3]
     group = n // k_heads
     if why := refusal(h, page_size, group, q.dtype, kv_pages.dtype, t):
         raise ValueError(why)
-    plan = gpu_split.make_plan(
-        kv_lens, page_table, page_size, k_heads, t
-    )  # the same in every layer of a step: XLA keeps one
+    # The same in every layer of a step that has the same window: XLA keeps one.
+    plan = gpu_split.make_plan(kv_lens, page_table, page_size, k_heads, t, window)
+    if sinks is not None:  # [K, 64], in units of log2
+        sinks = jnp.pad(sinks.astype(jnp.float32).reshape(k_heads, group) * _LOG2E, ((0, 0), (0, _ROWS - group)))
     # The copy engine moves multiples of 8 rows of a swizzled tile. XLA writes the padding with what produces q.
     q_rows = -(-group // 8) * 8
     q = jnp.pad(q.reshape(b, k_heads, group, h), ((0, 0), (0, 0), (0, q_rows - group), (0, 0)))
-    out, parts, lse = _attend(q, kv_pages, page_table, kv_lens, plan, group, sm_scale, t, interpret)
-    return gpu_split.combine(out, parts, lse, plan, t, interpret).reshape(b, n, h)
+    out, parts, lse = _attend(
+        q, kv_pages, page_table, kv_lens, plan, sinks, group, sm_scale, window, softcap, t, interpret
+    )
+    return gpu_split.combine(out, parts, lse, plan, sinks, t, interpret).reshape(b, n, h)
 
 
 def _attend(
@@ -98,8 +124,11 @@ def _attend(
     page_table: jax.Array,  # [B, MP]
     kv_lens: jax.Array,  # [B]
     plan: jax.Array,  # [S, F]
+    sinks: jax.Array | None,  # [K, 64]
     group: int,
     sm_scale: float,
+    window: int | None,
+    softcap: float | None,
     t: Tuning,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -114,12 +143,13 @@ def _attend(
     max_pages = page_table.shape[1]
     block_kv, streams, per_sm = t.block_kv, t.num_streams, t.streams_per_sm
     ring = t.ring * 128 // h
-    pages_per_tile = block_kv // page_size
-    part_rows = -(-group // max(1, 128 // h)) * max(1, 128 // h)
+    pages_per_tile, tiles_per_page = max(1, block_kv // page_size), max(1, page_size // block_kv)
+    part_rows = gpu_split.part_rows(group, h)
     scale = sm_scale * _LOG2E
+    width = accumulator_columns(h)
     wgmma_layout = plgpu.Layout.WGMMA
     row_layout = wgmma_layout.reduce(1)
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled = smem_tiles(h)
 
     def kernel(
         q_ref,  # [B, K, QR, H]
@@ -127,10 +157,7 @@ def _attend(
         table_ref,  # [B, MP]
         lens_ref,  # [B]
         plan_ref,  # [S, F]
-        out_ref,  # [B, K, G, H]
-        parts_ref,  # [2 S, 2, GP, H]
-        lse_ref,  # [2 S, QR]
-        *,
+        *refs,  # with sinks: sinks_ref [K, 64]; then out_ref [B, K, G, H], parts_ref [2 S, 2, GP, H], lse_ref [2 S, QR]
         q_smem,  # [P, 64, H], P streams a multiprocessor
         kv_smem,  # [P, ring, block_kv, H]
         o_smem,  # [P, 2, 64, H]
@@ -139,6 +166,7 @@ def _attend(
         kv_full,  # [P * ring]
         kv_free,  # [P * ring]
     ):
+        *sinks_ref, out_ref, parts_ref, lse_ref = refs
         warpgroup = lax.axis_index("warpgroup")
         place = lax.rem(warpgroup, jnp.int32(per_sm))
         # Neighbours on the line lie on different multiprocessors: a small batch spreads over all of them.
@@ -155,12 +183,20 @@ def _attend(
             row = jnp.minimum(lax.div(item, jnp.int32(k_heads)), b - 1)
             return row, lax.rem(item, jnp.int32(k_heads))
 
+        def tile_of_row(tile, keys):
+            """A tile of an item, counted from the row's first key."""
+            return tile if window is None else tile + lax.div(jnp.maximum(keys - window, 0), jnp.int32(block_kv))
+
         def num_tiles_of(keys):
-            return jnp.maximum(lax.div(keys + (block_kv - 1), jnp.int32(block_kv)), 1)
+            tiles = lax.div(keys + (block_kv - 1), jnp.int32(block_kv))
+            return jnp.maximum(tiles if window is None else tiles - tile_of_row(jnp.int32(0), keys), 1)
 
         @pl.when(warpgroup >= per_sm)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
+
+            def page_of(tile):
+                return tile * pages_per_tile if tiles_per_page == 1 else lax.div(tile, jnp.int32(tiles_per_page))
 
             def page_ids(row, page):
                 # Entries behind a row's pages are in the table or not; none of them is used.
@@ -171,22 +207,24 @@ def _attend(
                 row, head = place_of(first_item + j)
                 count = jnp.minimum(num_tiles_of(keys) - tile, left)
                 num_pages = lax.div(keys + (page_size - 1), jnp.int32(page_size))
+                first = tile_of_row(tile, keys)
 
                 def load_tile(i, carry):
                     entry, ids = carry
-                    page = (tile + i) * pages_per_tile
+                    page = page_of(first + i)
                     # Read ahead: a read of device memory takes as long as a whole tile may.
-                    next_ids = page_ids(row, page + pages_per_tile)
+                    next_ids = page_ids(row, page + pages_per_tile if tiles_per_page == 1 else page_of(first + i + 1))
                     for which in range(2):
-                        load_half(entry + which, which, head, ids, num_pages - page)
+                        load_half(entry + which, which, head, ids, first + i, num_pages - page)
                     return entry + 2, next_ids
 
                 next_row, _ = place_of(first_item + j + 1)
-                next_keys, next_ids = lens_ref[next_row], page_ids(next_row, 0)
+                next_keys = lens_ref[next_row]
+                next_ids = page_ids(next_row, 0 if window is None else page_of(tile_of_row(jnp.int32(0), next_keys)))
                 entry, _ = _loop(jnp.where(keys == 0, 0, count), load_tile, (entry, ids))
                 return jnp.int32(0), left - count, entry, next_keys, next_ids
 
-            def load_half(entry, which, head, ids, num_pages):
+            def load_half(entry, which, head, ids, tile, num_pages):
                 slot = lax.rem(entry, jnp.int32(ring))
                 full = kv_full.at[place * ring + slot]
 
@@ -196,7 +234,10 @@ def _attend(
 
                 for p in range(pages_per_tile):
                     source = kv_ref.at[ids[p], head, which]
-                    target = kv_smem.at[place, slot, pl.ds(p * page_size, page_size)]
+                    if tiles_per_page > 1:
+                        source = source.at[pl.ds(lax.rem(tile, jnp.int32(tiles_per_page)) * block_kv, block_kv)]
+                    rows = min(page_size, block_kv)
+                    target = kv_smem.at[place, slot, pl.ds(p * rows, rows)]
                     copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, full)
                     if p == 0:
                         copy()
@@ -214,11 +255,14 @@ def _attend(
 
         @pl.when(warpgroup < per_sm)
         def _compute():
-            plgpu.set_max_registers(216, action="increase")
+            plgpu.set_max_registers(216 if h <= 128 else 240, action="increase")
 
             def load_q(item):
                 row, head = place_of(item)
                 plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[place, pl.ds(0, q_rows)], q_full.at[place])
+
+            def columns_of(ref):
+                return [ref] if width == h else [ref.at[:, pl.ds(c, width)] for c in range(0, h, width)]
 
             # Rows without a query take part in every product: zeros keep them finite.
             q_smem[place] = plgpu.layout_cast(jnp.zeros((_ROWS, h), q.dtype), wgmma_layout)
@@ -231,11 +275,12 @@ def _attend(
                 row, head = place_of(item)
                 next_keys = lens_ref[place_of(item + 1)[0]]
                 count = jnp.minimum(num_tiles_of(keys) - tile, left)
+                first = tile_of_row(tile, keys)
                 plgpu.barrier_wait(q_full.at[place])
 
                 def attend_tile(i, carry):
                     acc, m, norm, entry = carry
-                    valid = keys - (tile + i) * block_kv  # keys of the tile, if less than all
+                    valid = keys - (first + i) * block_kv  # keys of the tile, if less than all
                     k_slot = lax.rem(entry, jnp.int32(ring))
                     v_slot = lax.rem(entry + 1, jnp.int32(ring))
                     plgpu.barrier_wait(kv_full.at[place * ring + k_slot])
@@ -247,43 +292,60 @@ def _attend(
                     s = pl.run_scoped(scores, plgpu.ACC((_ROWS, block_kv), jnp.float32))
                     plgpu.barrier_arrive(kv_free.at[place * ring + k_slot])
                     key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, block_kv), 1, layout=wgmma_layout)
-                    s = jnp.where(key < valid, s * scale, -jnp.inf)
+                    seen = key < valid
+                    if window is not None:
+                        seen &= key >= valid - window
+                    s = s * scale if softcap is None else jnp.tanh(s * (sm_scale / softcap)) * (softcap * _LOG2E)
+                    s = jnp.where(seen, s, -jnp.inf)
                     m_new = jnp.maximum(m, s.max(axis=1))
                     alpha = jnp.exp2(m - m_new)
                     p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
                     norm = norm * alpha + p.sum(axis=1)
-                    acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+                    acc = [a * lax.broadcast_in_dim(alpha, a.shape, [0]) for a in acc]
                     p = p.astype(q.dtype)
                     plgpu.barrier_wait(kv_full.at[place * ring + v_slot])
 
+                    pieces = columns_of(kv_smem.at[place, v_slot])
+
                     @pl.when(valid < block_kv)
                     def _():  # what lies behind the last key may be NaN, and 0 * NaN is NaN
-                        v = plgpu.load(kv_smem.at[place, v_slot], layout=wgmma_layout)
-                        key = plgpu.broadcasted_iota(jnp.int32, (block_kv, h), 0, layout=wgmma_layout)
-                        kv_smem[place, v_slot] = jnp.where(key < valid, v, jnp.zeros_like(v))
+                        for piece in pieces:
+                            v = plgpu.load(piece, layout=wgmma_layout)
+                            key = plgpu.broadcasted_iota(jnp.int32, (block_kv, width), 0, layout=wgmma_layout)
+                            piece[...] = jnp.where(key < valid, v, jnp.zeros_like(v))
                         plgpu.commit_smem()
 
-                    def values(o_ref):
-                        plgpu.wgmma(o_ref, p, kv_smem.at[place, v_slot])
+                    def values(o_ref, piece):
+                        plgpu.wgmma(o_ref, p, piece)
                         return o_ref[...]
 
-                    acc = acc + pl.run_scoped(values, plgpu.ACC((_ROWS, h), jnp.float32))
+                    acc = [
+                        a + pl.run_scoped(functools.partial(values, piece=piece), plgpu.ACC(a.shape, jnp.float32))
+                        for a, piece in zip(acc, pieces, strict=True)
+                    ]
                     plgpu.barrier_arrive(kv_free.at[place * ring + v_slot])
                     return acc, m_new, norm, entry + 2
 
-                acc = plgpu.layout_cast(jnp.zeros((_ROWS, h), jnp.float32), wgmma_layout)
+                zeros = plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), wgmma_layout)
+                acc = [zeros] * (h // width)
                 m = plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), row_layout)
                 norm = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
                 acc, m, norm, entry = _loop(jnp.where(keys == 0, 0, count), attend_tile, (acc, m, norm, entry))
                 pl.when(j + 1 < num_items)(lambda: load_q(item + 1))
 
                 norm_safe = jnp.maximum(norm, 1e-30)
-                o = acc * lax.broadcast_in_dim(1.0 / norm_safe, acc.shape, [0])
                 is_whole = count == num_tiles_of(keys)
+                total = norm_safe
+                if sinks_ref:
+                    # Where all scores are far below the sink this is inf, and the output 0 as it should be.
+                    sink = plgpu.load(sinks_ref[0].at[head], layout=row_layout, optimized=False)
+                    total = norm_safe + jnp.exp2(sink - m + jnp.where(is_whole, jnp.float32(0), jnp.float32(-1e30)))
+                o = [a * lax.broadcast_in_dim(1.0 / total, a.shape, [0]) for a in acc]
                 slot = jnp.where(tile > 0, stream, streams + stream)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's output has left o_smem
-                high = o.astype(q.dtype)
-                o_smem[place, 0] = high
+                high = [x.astype(q.dtype) for x in o]
+                for x, target in zip(high, columns_of(o_smem.at[place, 0]), strict=True):
+                    target[...] = x
 
                 @pl.when(is_whole)
                 def _():
@@ -292,7 +354,8 @@ def _attend(
 
                 @pl.when(jnp.logical_not(is_whole))
                 def _():
-                    o_smem[place, 1] = (o - high.astype(jnp.float32)).astype(q.dtype)
+                    for x, y, target in zip(o, high, columns_of(o_smem.at[place, 1]), strict=True):
+                        target[...] = (x - y.astype(jnp.float32)).astype(q.dtype)
                     lse_smem[place] = m + jnp.log2(norm_safe)
                     plgpu.commit_smem()
                     for x in range(2):
@@ -326,4 +389,4 @@ def _attend(
             kv_free=plgpu.Barrier(num_barriers=per_sm * ring),
         ),
         interpret=interpret,
-    )(q, kv_pages, page_table, kv_lens, plan)
+    )(q, kv_pages, page_table, kv_lens, plan, *([] if sinks is None else [sinks]))

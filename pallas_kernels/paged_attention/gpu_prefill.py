@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.paged_attention.gpu_decode import refusal
+from pallas_kernels.paged_attention.gpu_decode import accumulator_columns, refusal, smem_tiles
 
 plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
@@ -35,10 +35,15 @@ class Tuning:
     """
 
     block_kv: int = 128  # keys of a tile
-    ring: int = 5  # tiles of K or of V in shared memory, for head_dim 128; twice that for 64
+    ring: int = 5  # tiles of K or of V in shared memory, for head_dim 128: twice that for 64
 
 
-@functools.partial(jax.jit, static_argnames=("sm_scale", "tuning", "interpret"))
+def default_tuning(head_dim: int) -> Tuning:
+    """Of head_dim 256, two tiles of 128 would fill shared memory."""
+    return Tuning() if head_dim <= 128 else Tuning(block_kv=64, ring=10)
+
+
+@functools.partial(jax.jit, static_argnames=("sm_scale", "window", "softcap", "tuning", "interpret"))
 def prefill_attention(
     q: jax.Array,
     kv_pages: jax.Array,
@@ -47,18 +52,22 @@ def prefill_attention(
     cu_q_lens: jax.Array,
     *,
     sm_scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """Attention of the chunks alone; arguments as of ``paged_attention`` without decode rows.
 
     Args:
-        q: ``[TP, N, H]`` bfloat16; H is 64 or 128, at most 64 query heads a kv head.
-        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16; PS is a multiple of 8 that divides 64.
+        q: ``[TP, N, H]`` bfloat16; H and PS as of ``decode_attention``, at most 64 query heads a kv head.
+        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16.
         page_table: ``[BP, MP]`` int32.
         kv_lens: ``[BP]`` int32.
         cu_q_lens: ``[BP + 1]`` int32.
         sm_scale: factor on the scores before the softmax.
+        window, softcap, sinks: as of ``paged_attention``.
         tuning: None takes the defaults.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
@@ -93,9 +102,13 @@ def prefill_attention(
     limit = jnp.repeat(position.reshape(num_blocks, _CONSUMERS, tokens), group, axis=2)
     limit = jnp.pad(limit, ((0, 0), (0, 0), (0, pad)), constant_values=-1)  # [NB, 2, 64], last key each row sees
 
+    if sinks is not None:  # [K, 64], in units of log2, of each row
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(k_heads, group) * _LOG2E, (1, tokens))
+        sinks = jnp.pad(sinks, ((0, 0), (0, pad)))
+
     out = _attend(
-        q_blocks, kv_pages, page_table, meta.astype(jnp.int32), limit.astype(jnp.int32), sm_scale, tuning or Tuning(),
-        interpret,
+        q_blocks, kv_pages, page_table, meta.astype(jnp.int32), limit.astype(jnp.int32), sinks, sm_scale, window,
+        softcap, tuning or default_tuning(h), interpret,
     )  # [NB, K, 2, 64, H]  # fmt: skip
     out = out[:, :, :, : tokens * group].reshape(num_blocks, k_heads, _CONSUMERS, tokens, group, h)
     out = out.transpose(0, 2, 3, 1, 4, 5).reshape(num_blocks * qb, n, h)
@@ -113,18 +126,22 @@ def _attend(
     page_table: jax.Array,  # [BP, MP]
     meta: jax.Array,  # [NB, 4]: row, keys the block needs (0: padding), its first query's position, keys of the row
     limit: jax.Array,  # [NB, 2, 64]
+    sinks: jax.Array | None,  # [K, 64]
     sm_scale: float,
+    window: int | None,
+    softcap: float | None,
     t: Tuning,
     interpret: Any,
 ) -> jax.Array:  # [NB, K, 2, 64, H]; padding blocks are not written
     num_blocks, k_heads, _, _, h = q.shape
     page_size, max_pages = kv_pages.shape[3], page_table.shape[1]
     block_kv, ring = t.block_kv, t.ring * 128 // h
-    pages_per_tile = block_kv // page_size
-    scale = sm_scale * _LOG2E
+    pages_per_tile, tiles_per_page = max(1, block_kv // page_size), max(1, page_size // block_kv)
+    scale = (sm_scale if softcap is None else softcap) * _LOG2E  # on s, as it is once it has its soft cap
+    width = accumulator_columns(h)
     wgmma_layout = plgpu.Layout.WGMMA
     row_layout = wgmma_layout.reduce(1)
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled = smem_tiles(h)
 
     def kernel(
         q_ref,  # [NB, K, 2, 64, H]
@@ -132,8 +149,7 @@ def _attend(
         table_ref,  # [BP, MP]
         meta_ref,  # [NB, 4]
         limit_ref,  # [NB, 2, 64]
-        out_ref,  # [NB, K, 2, 64, H]
-        *,
+        *refs,  # with sinks: sinks_ref [K, 64]; then out_ref [NB, K, 2, 64, H]
         q_smem,  # [2, 64, H], the output's place at the end
         kv_smem,  # [ring, block_kv, H]
         q_full,  # [2]
@@ -141,22 +157,32 @@ def _attend(
         kv_free,  # [ring]
         v_clean,
     ):
+        *sinks_ref, out_ref = refs
         warpgroup = lax.axis_index("warpgroup")
         head = lax.axis_index("head")
         block = num_blocks - 1 - lax.axis_index("block")
         row, keys = meta_ref[block, 0], meta_ref[block, 1]
         first_position, row_keys = meta_ref[block, 2], meta_ref[block, 3]
         num_tiles = lax.div(keys + (block_kv - 1), jnp.int32(block_kv))
+        first_tile = jnp.int32(0)  # that any query of the block sees
+        if window is not None:
+            first_tile = lax.div(jnp.maximum(first_position - (window - 1), 0), jnp.int32(block_kv))
+
+        def entry_of(tile):
+            return tile if window is None else tile - first_tile
 
         @pl.when(warpgroup == _CONSUMERS)
         def _load():
             plgpu.set_max_registers(24, action="decrease")
             num_pages = lax.div(row_keys + (page_size - 1), jnp.int32(page_size))
 
+            def page_of(tile):
+                return tile * pages_per_tile if tiles_per_page == 1 else lax.div(tile, jnp.int32(tiles_per_page))
+
             def page_ids(page):
                 return [table_ref[row, jnp.minimum(page + p, max_pages - 1)] for p in range(pages_per_tile)]
 
-            def load_half(entry, which, ids, left):
+            def load_half(entry, which, ids, tile, left):
                 slot = lax.rem(entry, jnp.int32(ring))
                 full = kv_full.at[slot]
 
@@ -166,7 +192,10 @@ def _attend(
 
                 for p in range(pages_per_tile):
                     source = kv_ref.at[ids[p], head, which]
-                    target = kv_smem.at[slot, pl.ds(p * page_size, page_size)]
+                    if tiles_per_page > 1:
+                        source = source.at[pl.ds(lax.rem(tile, jnp.int32(tiles_per_page)) * block_kv, block_kv)]
+                    rows = min(page_size, block_kv)
+                    target = kv_smem.at[slot, pl.ds(p * rows, rows)]
                     copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, full)
                     if p == 0:
                         copy()
@@ -176,14 +205,15 @@ def _attend(
                         pl.when(p >= left)(lambda: plgpu.barrier_arrive(full))
 
             def load_tile(i, ids):
-                next_ids = page_ids((i + 1) * pages_per_tile)
+                next_ids = page_ids(page_of(i + 1))
                 for which in range(2):
-                    load_half(2 * i + which, which, ids, num_pages - i * pages_per_tile)
+                    load_half(2 * entry_of(i) + which, which, ids, i, num_pages - page_of(i))
                 return next_ids
 
-            lax.fori_loop(jnp.int32(0), num_tiles, load_tile, page_ids(0))
+            lax.fori_loop(first_tile, num_tiles, load_tile, page_ids(0 if window is None else page_of(first_tile)))
+            num_entries = 2 * entry_of(num_tiles)
 
-            @pl.loop(jnp.maximum(2 * num_tiles - ring, 0), 2 * num_tiles)
+            @pl.loop(jnp.maximum(num_entries - ring, 0), num_entries)
             def _(entry):  # who waits on a barrier at all must see each of its phases
                 plgpu.barrier_wait(kv_free.at[lax.rem(entry, jnp.int32(ring))])
 
@@ -194,11 +224,14 @@ def _attend(
             last_key = plgpu.load(limit_ref.at[block, warpgroup], layout=row_layout, optimized=False)
             plgpu.barrier_wait(q_full.at[warpgroup])
 
+            def columns_of(ref):
+                return [ref] if width == h else [ref.at[:, pl.ds(c, width)] for c in range(0, h, width)]
+
             def attend_tile(i, carry, *, masked):
                 acc, m, norm = carry
                 first_key = i * block_kv
-                k_slot = lax.rem(2 * i, jnp.int32(ring))
-                v_slot = lax.rem(2 * i + 1, jnp.int32(ring))
+                k_slot = lax.rem(2 * entry_of(i), jnp.int32(ring))
+                v_slot = lax.rem(2 * entry_of(i) + 1, jnp.int32(ring))
                 plgpu.barrier_wait(kv_full.at[k_slot])
 
                 def scores(s_ref):
@@ -207,26 +240,35 @@ def _attend(
 
                 s = pl.run_scoped(scores, plgpu.ACC((_ROWS, block_kv), jnp.float32))
                 plgpu.barrier_arrive(kv_free.at[k_slot])
+                if softcap is not None:
+                    s = jnp.tanh(s * (sm_scale / softcap))
                 if masked:
                     key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, block_kv), 1, layout=wgmma_layout)
-                    seen = key <= lax.broadcast_in_dim(last_key - first_key, (_ROWS, block_kv), [0])
+                    last = lax.broadcast_in_dim(last_key - first_key, (_ROWS, block_kv), [0])
+                    seen = key <= last
+                    if window is not None:
+                        seen &= key > last - window
                     s = jnp.where(seen, s, -jnp.inf)
-                # A padding row sees nothing: -1e30 in place of -inf as its maximum keeps it from NaN.
+                # A padding row sees nothing, as any row may of a window's first tiles: -1e30 in place of -inf as its
+                # maximum keeps it from NaN.
                 m_new = jnp.maximum(m, s.max(axis=1))
                 alpha = jnp.exp2((m - m_new) * scale)
                 p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_new * scale, s.shape, [0]))
                 norm = norm * alpha + p.sum(axis=1)
-                acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+                acc = [a * lax.broadcast_in_dim(alpha, a.shape, [0]) for a in acc]
                 p = p.astype(q.dtype)
                 plgpu.barrier_wait(kv_full.at[v_slot])
                 if masked:
                     clean(row_keys - first_key, v_slot)
 
-                def values(o_ref):
-                    plgpu.wgmma(o_ref, p, kv_smem.at[v_slot])
+                def values(o_ref, piece):
+                    plgpu.wgmma(o_ref, p, piece)
                     return o_ref[...]
 
-                acc = acc + pl.run_scoped(values, plgpu.ACC((_ROWS, h), jnp.float32))
+                acc = [
+                    a + pl.run_scoped(functools.partial(values, piece=piece), plgpu.ACC(a.shape, jnp.float32))
+                    for a, piece in zip(acc, columns_of(kv_smem.at[v_slot]), strict=True)
+                ]
                 plgpu.barrier_arrive(kv_free.at[v_slot])
                 return acc, m_new, norm
 
@@ -236,10 +278,10 @@ def _attend(
                 @pl.when((valid < block_kv) & (warpgroup == 0))
                 def _():
                     for start in range(0, block_kv, _ROWS):  # in pieces, to need few registers
-                        piece = kv_smem.at[v_slot, pl.ds(start, _ROWS)]
-                        v = plgpu.load(piece, layout=wgmma_layout)
-                        key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, h), 0, layout=wgmma_layout)
-                        piece[...] = jnp.where(key < valid - start, v, jnp.zeros_like(v))
+                        for piece in columns_of(kv_smem.at[v_slot, pl.ds(start, _ROWS)]):
+                            v = plgpu.load(piece, layout=wgmma_layout)
+                            key = plgpu.broadcasted_iota(jnp.int32, (_ROWS, width), 0, layout=wgmma_layout)
+                            piece[...] = jnp.where(key < valid - start, v, jnp.zeros_like(v))
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(v_clean)
 
@@ -247,16 +289,28 @@ def _attend(
                 def _():
                     plgpu.barrier_wait(v_clean)
 
-            acc = plgpu.layout_cast(jnp.zeros((_ROWS, h), jnp.float32), wgmma_layout)
+            zeros = plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), wgmma_layout)
             m = plgpu.layout_cast(jnp.full((_ROWS,), -1e30, jnp.float32), row_layout)
             norm = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), row_layout)
             # Tiles that all queries of the block see in full need no mask.
             whole = lax.div(first_position + 1, jnp.int32(block_kv))
-            carry = lax.fori_loop(jnp.int32(0), whole, functools.partial(attend_tile, masked=False), (acc, m, norm))
+            carry, begin = ([zeros] * (h // width), m, norm), jnp.int32(0)
+            if window is not None:  # the first tiles, which some queries no longer see in full
+                begin = lax.div(jnp.maximum(keys - window, 0) + (block_kv - 1), jnp.int32(block_kv))
+                begin = jnp.minimum(begin, num_tiles)
+                carry = lax.fori_loop(first_tile, begin, functools.partial(attend_tile, masked=True), carry)
+                whole = jnp.maximum(whole, begin)
+            carry = lax.fori_loop(begin, whole, functools.partial(attend_tile, masked=False), carry)
             acc, m, norm = lax.fori_loop(whole, num_tiles, functools.partial(attend_tile, masked=True), carry)
 
-            o = acc * lax.broadcast_in_dim(1.0 / jnp.maximum(norm, 1e-30), acc.shape, [0])
-            q_smem[warpgroup] = o.astype(q.dtype)
+            total = jnp.maximum(norm, 1e-30)
+            if sinks_ref:
+                # Where all scores are far below the sink this is inf, and the output 0 as it should be.
+                total = total + jnp.exp2(
+                    plgpu.load(sinks_ref[0].at[head], layout=row_layout, optimized=False) - m * scale
+                )
+            for a, target in zip(acc, columns_of(q_smem.at[warpgroup]), strict=True):
+                target[...] = (a * lax.broadcast_in_dim(1.0 / total, a.shape, [0])).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_ref.at[block, head, warpgroup])
             plgpu.wait_smem_to_gmem(0)
@@ -278,4 +332,4 @@ def _attend(
             v_clean=plgpu.Barrier(),
         ),
         interpret=interpret,
-    )(q, kv_pages, page_table, meta, limit)
+    )(q, kv_pages, page_table, meta, limit, *([] if sinks is None else [sinks]))

@@ -5,6 +5,7 @@ See ``gpu_decode`` for streams, items and parts.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ class Tuning:
     num_sms: int = 132
     streams_per_sm: int = 2
     block_kv: int = 64  # tokens of a tile
-    ring: int = 4  # tiles of K or of V that a stream has in shared memory, for head_dim 128; twice that for 64
+    ring: int = 4  # tiles of K or of V that a stream has in shared memory, for head_dim 128: twice that for 64
     min_tiles: int = 2  # a stream is not started for less, where the batch is too small for all of them
     launch_early: bool = False  # programmatic dependent launch
 
@@ -37,17 +38,24 @@ FIRST_ITEM, FIRST_TILE, NUM_TILES, NUM_ITEMS, FIRST_KEYS, NUM_PARTS, FIRST_PAGES
 
 
 def make_plan(
-    kv_lens: jax.Array, page_table: jax.Array, page_size: int, num_kv_heads: int, tuning: Tuning
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    page_size: int,
+    num_kv_heads: int,
+    tuning: Tuning,
+    window: int | None = None,
 ) -> jax.Array:
     """The stretch of each stream: ``[S, 6 + pages a tile]`` int32, fields as named above.
 
-    Item ``row * K + head`` has ``max(1, ceil(kv_len / block_kv))`` tiles. ``FIRST_KEYS`` and ``FIRST_PAGES`` repeat
+    Item ``row * K + head`` has ``max(1, ceil(kv_len / block_kv))`` tiles, less those before the window, and
+    ``FIRST_TILE`` counts from the first that is left. ``FIRST_KEYS`` and ``FIRST_PAGES`` repeat
     the first item's length and the page ids of its first tile here, so that a stream can start after one read.
     ``NUM_PARTS`` is for the combining kernel: the parts of the first item, if this stream holds the second of them,
     else 0.
     """
     streams = tuning.num_streams
-    tiles = jnp.maximum(-(-kv_lens // tuning.block_kv), 1)  # [B], of one head
+    skipped = jnp.zeros_like(kv_lens) if window is None else jnp.maximum(kv_lens - window, 0) // tuning.block_kv
+    tiles = jnp.maximum(-(-kv_lens // tuning.block_kv) - skipped, 1)  # [B], of one head
     start = num_kv_heads * (jnp.cumsum(tiles) - tiles)  # [B], first tile of the row
     total = num_kv_heads * jnp.sum(tiles)
     stretch = jnp.maximum(-(-total // streams), tuning.min_tiles)
@@ -68,11 +76,22 @@ def make_plan(
     last_stream = (item_start + item_tiles - 1) // stretch
     parts = jnp.where(is_second, last_stream - jnp.arange(streams) + 2, 0)
     items = jnp.where(count > 0, last_row * num_kv_heads + last_head - item + 1, 0)
-    pages_per_tile = tuning.block_kv // page_size
-    page = tile[:, None] * pages_per_tile + jnp.arange(pages_per_tile)
+    pages_per_tile = max(1, tuning.block_kv // page_size)
+    page = (skipped[row] + tile)[:, None] * tuning.block_kv // page_size + jnp.arange(pages_per_tile)
     pages = page_table[row[:, None], jnp.minimum(page, page_table.shape[1] - 1)]  # [S, pages a tile]
     fields = jnp.stack([item, tile, count, items, kv_lens[row], parts], axis=1)
     return jnp.concatenate([fields, pages], axis=1).astype(jnp.int32)
+
+
+def _combined_rows(head_dim: int) -> int:
+    """Query heads that one program combines: as many as fill the lanes of a warpgroup evenly."""
+    return math.lcm(head_dim, 128) // head_dim
+
+
+def part_rows(group: int, head_dim: int) -> int:
+    """GP: rows of a part, its ``group`` query heads rounded up."""
+    rows = _combined_rows(head_dim)
+    return -(-group // rows) * rows
 
 
 def combine(
@@ -80,28 +99,29 @@ def combine(
     parts: jax.Array,  # [2 S, 2, GP, H]
     lse: jax.Array,  # [2 S, QR]
     plan: jax.Array,  # [S, F]
+    sinks: jax.Array | None,  # [K, 64], in units of log2
     t: Tuning,
     interpret: Any,
 ) -> jax.Array:  # [B, K, G, H]
     """Writes the split items into ``out``, in place.
 
-    One program: one query head (two of 64) of the item whose second part is the stream's.
+    One program: one query head (two of 64, four of 96) of the item whose second part is the stream's.
     """
     group, h = out.shape[2:]
-    streams, k_heads, part_rows = t.num_streams, out.shape[1], parts.shape[2]
-    width = max(h, 128)  # what a warpgroup handles at once: one row, or two of 64
-    rows = width // h
+    streams, k_heads = t.num_streams, out.shape[1]
+    rows = _combined_rows(h)
+    width, blocks = rows * h, parts.shape[2] // rows
     unroll = 8  # parts whose loads are in flight together
-    parts = parts.reshape(2 * streams, 2, part_rows // rows, width)
+    parts = parts.reshape(2 * streams, 2, blocks, width)
     layout = plgpu.Layout.WG_STRIDED((width,), 1)
 
     def kernel(
         parts_ref,  # [2 S, 2, GP / rows, width]
         lse_ref,  # [2 S, QR]
         plan_ref,  # [S, F]
-        out_ref,  # [B, K, G, H], written where split
-        o_smem,  # [width]
+        *refs,  # with sinks: sinks_ref [K, 64]; then out_ref [B, K, G, H], written where split; o_smem [width]
     ):
+        *sinks_ref, out_ref, o_smem = refs
         stream, block = lax.axis_index("stream"), lax.axis_index("block")
         if t.launch_early:
             plgpu.griddepcontrol_wait()
@@ -138,12 +158,14 @@ def combine(
 
             zero = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
             low = plgpu.layout_cast(jnp.full((width,), -jnp.inf, jnp.float32), layout)
-            acc, _, norm = lax.fori_loop(
+            acc, m, norm = lax.fori_loop(
                 jnp.int32(0), lax.div(count + (unroll - 1), jnp.int32(unroll)), body, (zero, low, zero)
             )
+            row, head = lax.div(item, jnp.int32(k_heads)), lax.rem(item, jnp.int32(k_heads))
+            if sinks_ref:
+                norm = norm + jnp.exp2(by_row([sinks_ref[0][head, block * rows + r] for r in range(rows)]) - m)
             o_smem[...] = (acc / norm).astype(out.dtype)
             plgpu.commit_smem()
-            row, head = lax.div(item, jnp.int32(k_heads)), lax.rem(item, jnp.int32(k_heads))
             for r in range(rows):
 
                 @pl.when(block * rows + r < group)
@@ -156,10 +178,10 @@ def combine(
     plgpu.kernel(
         kernel,
         out_type=(),
-        grid=(streams, part_rows // rows),
+        grid=(streams, blocks),
         grid_names=("stream", "block"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=[plgpu.SMEM((width,), out.dtype)],
         interpret=interpret,
-    )(parts, lse, plan, out_ref)
+    )(parts, lse, plan, *([] if sinks is None else [sinks]), out_ref)
     return jax.freeze(out_ref)

@@ -16,6 +16,9 @@ class KernelCase(NamedTuple):
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
     spilled_bytes: int = 0  # of registers, at most
     refused: str = ""  # what the compiler's error must say
 
@@ -46,6 +49,24 @@ KERNELS = {
         PrefillTuning(), rows=4, num_heads=9, num_kv_heads=3, head_dim=64, spilled_bytes=PREFILL_SPILLS
     ),
 }
+
+# What Mistral, GPT-OSS, Gemma 2 27B, Gemma 2 9B and Gemma 3, and Phi-3 need, by either kernel: spills of decode, prefill.
+VARIANTS: dict[str, tuple[KernelCase, int, int]] = {
+    "page-128": (KernelCase(Tuning(), rows=8, page_size=128), 0, PREFILL_SPILLS),
+    "window": (KernelCase(Tuning(), rows=8, window=4096), 0, PREFILL_SPILLS),
+    "window-sinks-of-64": (
+        KernelCase(Tuning(), rows=8, num_heads=64, head_dim=64, window=128, sinks=True), 0, 48,
+    ),
+    "window-softcap": (KernelCase(Tuning(), rows=8, num_kv_heads=16, window=4096, softcap=50.0), 0, 24),
+    "heads-of-256": (KernelCase(Tuning(), rows=8, num_heads=16, head_dim=256), 408, 468),
+    "window-softcap-sinks-of-256": (
+        KernelCase(Tuning(), rows=8, num_heads=16, head_dim=256, window=4096, softcap=50.0, sinks=True), 408, 1400,
+    ),
+    "heads-of-96-window": (KernelCase(Tuning(), rows=8, num_kv_heads=32, head_dim=96, window=2047), 0, 0),
+}  # fmt: skip
+for _name, (_case, _decode, _prefill) in VARIANTS.items():
+    KERNELS[f"decode-{_name}"] = _case._replace(spilled_bytes=_decode)
+    KERNELS[f"prefill-{_name}"] = _case._replace(tuning=PrefillTuning(), spilled_bytes=_prefill)
 
 MODEL = "llama-3.1-8b"
 NUM_LAYERS = 2  # layers are unrolled and all alike: two show what happens inside one and between two

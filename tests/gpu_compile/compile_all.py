@@ -77,9 +77,13 @@ def compile_kernel(case: KernelCase) -> dict[str, Any]:
     ]
     if is_prefill:
         arguments.append(shape((case.rows + 1,), jnp.int32))
-    kernel = prefill_attention if is_prefill else decode_attention
-    attend = jax.jit(functools.partial(kernel, sm_scale=case.head_dim**-0.5, tuning=case.tuning))
-    return assembled(with_output(lambda: attend.lower(*arguments).compile())[1])
+    kernel = functools.partial(
+        prefill_attention if is_prefill else decode_attention,
+        sm_scale=case.head_dim**-0.5, tuning=case.tuning, window=case.window, softcap=case.softcap,
+    )  # fmt: skip
+    sinks = shape((case.num_heads,), jnp.float32) if case.sinks else None
+    attend = jax.jit(lambda sinks, *arguments: kernel(*arguments, sinks=sinks))
+    return assembled(with_output(lambda: attend.lower(sinks, *arguments).compile())[1])
 
 
 def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels in the interpreter: their numbers against dense attention, their races, the decode plan."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,11 @@ from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
 from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
 from pallas_kernels.paged_attention.gpu_split import Tuning, make_plan
 from tests.kernels.gpu_interpreter import INTERPRET, races_found
-from tests.kernels.test_paged_attention import case
+from tests.kernels.test_paged_attention import case, with_
+
+
+def variant(inputs):
+    return {name: inputs[name] for name in ("sm_scale", "window", "softcap", "sinks")}
 
 
 def decode(lens, tuning, **shape):
@@ -25,7 +30,7 @@ def decode(lens, tuning, **shape):
         inputs["kv_pages"].astype(jnp.bfloat16),
         inputs["page_table"],
         inputs["kv_lens"],
-        sm_scale=inputs["sm_scale"],
+        **variant(inputs),
         tuning=tuning,
         interpret=INTERPRET,
     )
@@ -53,6 +58,39 @@ def test_decode_kernel(lens, tuning, shape):
         lens, tuning, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
     np.testing.assert_allclose(out, want, atol=0.02)
+    assert not races_found()
+
+
+DECODE_VARIANTS: dict[str, tuple[Any, Tuning, dict[str, Any], dict[str, Any]]] = {
+    # Window edges at a tile's, at a page's and inside; rows shorter than the window; items whole and split; sinks in
+    # both kernels, one of them far above all scores.
+    "window, softcap, sinks": (
+        [1, 16, 79, 80, 81, 143, 144, 145, 300],
+        Tuning(num_sms=7, streams_per_sm=1, ring=1, min_tiles=1),
+        {"page_size": 16, "num_heads": 3, "num_kv_heads": 1, "head_dim": 64},
+        {"window": 80, "softcap": 2.0, "sinks": (0.5, -3.0, 90.0)},
+    ),
+    "head_dim 256, page 128, window": (
+        [127, 200],
+        Tuning(num_sms=3, streams_per_sm=1, ring=4, min_tiles=1),
+        {"page_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 256},
+        {"window": 130},
+    ),
+    "head_dim 96": (
+        [33, 150],
+        Tuning(num_sms=3, streams_per_sm=1, ring=2, min_tiles=1),
+        {"page_size": 32, "num_heads": 3, "num_kv_heads": 1, "head_dim": 96},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODE_VARIANTS)
+def test_decode_variants(name):
+    lens, tuning, shape, changes = DECODE_VARIANTS[name]
+    out, want = decode(lens, tuning, **shape, **changes)
+    # Scores grow with sqrt(H) here, and what rounding q and k to bfloat16 does to the weights grows with them.
+    np.testing.assert_allclose(out, want, atol=0.05 if shape["head_dim"] == 256 else 0.02)
     assert not races_found()
 
 
@@ -86,9 +124,47 @@ def test_padding_rows_give_zeros():
 )
 def test_prefill_kernel(chunks, tuning, shape):
     page_size, num_heads, num_kv_heads, head_dim = shape
-    inputs, want = case(
-        0, [], chunks, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+    out, want = prefill(
+        chunks, tuning, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
+    np.testing.assert_allclose(out, want, atol=0.025)
+    assert not races_found()
+
+
+PREFILL_VARIANTS: dict[str, tuple[Any, PrefillTuning, dict[str, Any], dict[str, Any]]] = {
+    # The window ends inside a block, inside a tile, and before the row's first key; tiles that all see between masks.
+    "window, softcap, sinks": (
+        [(3, 3), (70, 280), (40, 41)],
+        PrefillTuning(block_kv=64, ring=1),
+        {"page_size": 16, "num_heads": 3, "num_kv_heads": 1, "head_dim": 64},
+        {"window": 150, "softcap": 2.0, "sinks": (0.5, -3.0, 90.0)},
+    ),
+    "head_dim 256, page 128, window": (
+        [(40, 200)],
+        PrefillTuning(block_kv=64, ring=4),
+        {"page_size": 128, "num_heads": 4, "num_kv_heads": 1, "head_dim": 256},
+        {"window": 20},
+    ),
+    "head_dim 96": (
+        [(70, 130)],
+        PrefillTuning(block_kv=128, ring=2),
+        {"page_size": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 96},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFILL_VARIANTS)
+def test_prefill_variants(name):
+    chunks, tuning, shape, changes = PREFILL_VARIANTS[name]
+    out, want = prefill(chunks, tuning, **shape, **changes)
+    np.testing.assert_allclose(out, want, atol=0.05 if shape["head_dim"] == 256 else 0.025)
+    assert not races_found()
+
+
+def prefill(chunks, tuning, **shape):
+    """As ``decode``, of the prefill kernel."""
+    inputs, want = case(0, [], chunks, **shape)
     skipped = inputs["num_decode_rows"]
     out = prefill_attention(
         inputs["q"][skipped:].astype(jnp.bfloat16),
@@ -96,12 +172,11 @@ def test_prefill_kernel(chunks, tuning, shape):
         inputs["page_table"][skipped:],
         inputs["kv_lens"][skipped:],
         inputs["prefill_cu_q_lens"],
-        sm_scale=inputs["sm_scale"],
+        **variant(inputs),
         tuning=tuning,
         interpret=INTERPRET,
     )
-    np.testing.assert_allclose(np.asarray(out, np.float32), want[skipped:], atol=0.025)
-    assert not races_found()
+    return np.asarray(out, np.float32), want[skipped:]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -109,14 +184,18 @@ def test_plan_gives_every_tile_to_one_stream_and_every_part_to_one_combination(s
     r = np.random.default_rng(seed)
     rows, heads = int(r.integers(1, 30)), int(r.integers(1, 9))
     lens = r.integers(0, int(r.integers(1, 3000)), rows)
-    page_size = int(r.choice([16, 32, 64]))
+    page_size = int(r.choice([16, 32, 64, 128]))
     table = r.integers(0, 1000, (rows, 50))
     tuning = Tuning(
         num_sms=int(r.integers(1, 140)), streams_per_sm=int(r.integers(1, 3)), min_tiles=int(r.integers(1, 5))
     )
-    make = jax.jit(make_plan, static_argnums=(2, 3, 4))
-    plan = np.asarray(make(jnp.asarray(lens, jnp.int32), jnp.asarray(table, jnp.int32), page_size, heads, tuning))
-    tiles = np.repeat(np.maximum(-(-lens // 64), 1), heads)  # of each item
+    make = jax.jit(make_plan, static_argnums=(2, 3, 4, 5))
+    window = None if seed % 2 else int(r.integers(1, 1000))
+    plan = np.asarray(
+        make(jnp.asarray(lens, jnp.int32), jnp.asarray(table, jnp.int32), page_size, heads, tuning, window)
+    )
+    skipped = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // 64  # tiles of each row
+    tiles = np.repeat(np.maximum(-(-lens // 64) - skipped, 1), heads)  # of each item
     seen = [np.zeros(n, int) for n in tiles]
     parts: dict[int, list[int]] = {}
     stretch = max(-(-int(tiles.sum()) // tuning.num_streams), tuning.min_tiles)
@@ -124,8 +203,9 @@ def test_plan_gives_every_tile_to_one_stream_and_every_part_to_one_combination(s
         assert left <= stretch
         if left:
             assert keys == lens[item // heads]
-            per_tile = 64 // page_size
-            places = np.minimum(tile * per_tile + np.arange(per_tile), table.shape[1] - 1)
+            per_tile = max(1, 64 // page_size)
+            first = (skipped[item // heads] + tile) * 64 // page_size
+            places = np.minimum(first + np.arange(per_tile), table.shape[1] - 1)
             assert list(pages) == table[item // heads, places].tolist()
         for j in range(items):
             count = min(tiles[item + j] - tile, left)
@@ -145,8 +225,14 @@ def test_plan_gives_every_tile_to_one_stream_and_every_part_to_one_combination(s
 
 
 def test_shapes_without_a_kernel_are_refused_with_their_figures():
-    assert gpu.supports(head_dim=128, page_size=16, group=4, dtype=jnp.dtype(jnp.bfloat16))
-    assert not gpu.supports(head_dim=128, page_size=16, group=4, dtype=jnp.dtype(jnp.float32))
+    half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    shape: dict[str, Any] = {"head_dim": 128, "page_size": 16, "group": 4, "dtype": half}
+    assert gpu.needs(**shape) == gpu.needs(**shape, windows=(None, None)) == {"head_dim 128", "page_size 16"}
+    gemma = gpu.needs(**with_(shape, head_dim=256), windows=(None, 512), softcap=50.0, sinks=True)
+    assert gemma == {"head_dim 256", "page_size 16", "window", "softcap", "sinks"}
+    assert gpu.needs(**with_(shape, dtype=single)) is None
+    assert gpu.needs(**with_(shape, page_size=24)) is None
+    assert gpu.needs(**shape, value_dim=64) is None
     inputs, _ = case(0, [5], [], page_size=16, pad_rows=0)
     with pytest.raises(ValueError, match="head_dim=8 is not one of"):
         paged_attention(**inputs, implementation="mosaic_gpu")
@@ -155,13 +241,12 @@ def test_shapes_without_a_kernel_are_refused_with_their_figures():
 def test_hopper_gets_the_kernel_once_it_has_been_checked_there(monkeypatch):
     hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
     ampere = SimpleNamespace(platform="gpu", compute_capability="8.0")
-    monkeypatch.setattr(dispatch, "MOSAIC_GPU_CHECKED", True)
-    assert dispatch.best(hopper, hopper=True) == "mosaic_gpu"
-    assert dispatch.best(hopper, hopper=False) == "reference"
-    assert dispatch.best(ampere, hopper=True) == "reference"
-    assert dispatch.best(jax.devices("cpu")[0], hopper=True) == "reference"
-    monkeypatch.setattr(dispatch, "MOSAIC_GPU_CHECKED", False)
-    assert dispatch.best(hopper, hopper=True) == "reference"
+    monkeypatch.setattr(dispatch, "MOSAIC_GPU_CHECKED", frozenset({"head_dim 64", "window"}))
+    assert dispatch.best(hopper, hopper=frozenset({"head_dim 64", "window"})) == "mosaic_gpu"
+    assert dispatch.best(hopper, hopper=frozenset({"head_dim 64", "sinks"})) == "reference"
+    assert dispatch.best(hopper, hopper=None) == "reference"
+    assert dispatch.best(ampere, hopper=frozenset({"head_dim 64"})) == "reference"
+    assert dispatch.best(jax.devices("cpu")[0], hopper=frozenset({"head_dim 64"})) == "reference"
 
 
 @pytest.mark.gpu
