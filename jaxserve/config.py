@@ -70,6 +70,7 @@ class MLAConfig:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    norm_eps: float | None = None  # of the latents' norms; None: ModelConfig.norm_eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class ModelConfig:
     mla: MLAConfig | None = None
     # MLP.
     mlp: Literal["gated", "plain"] = "gated"
-    activation: Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"] = "silu"  # swiglu_oai: GPT-OSS's clamped one
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"] = "silu"  # swiglu_oai: GPT-OSS's clamped
     mlp_bias: bool = False
     moe: MoEConfig | None = None
     moe_layers: tuple[bool, ...] = ()  # empty: all layers, if there is a moe
@@ -128,8 +129,11 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.{name}={getattr(self, name)} must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs")
+        for rope in self.ropes:
+            dim = self.rope_dim if rope.rotary_dim is None else rope.rotary_dim
+            if dim % 2:
+                name = "head_dim" if rope.rotary_dim is None else "rotary_dim"
+                raise ValueError(f"{name}={dim} must be even: rotary embedding rotates pairs")
         for name in ("layer_windows", "layer_ropes", "moe_layers"):
             if len(getattr(self, name)) not in (0, self.num_layers):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, num_layers={self.num_layers}")

@@ -50,10 +50,11 @@ def layer_kind(config: ModelConfig, layer: int) -> LayerKind:
     return LayerKind(config.window(layer), config.rope(layer), config.is_moe(layer))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
-    """Root-mean-square norm over the last axis, in f32 (Zhang and Sennrich, 2019)."""
+def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig, eps: float | None = None) -> jax.Array:
+    """Root-mean-square norm over the last axis, in f32 (Zhang and Sennrich, 2019), with the model's epsilon unless
+    ``eps`` is another."""
     x32 = x.astype(jnp.float32)
-    y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + (config.norm_eps if eps is None else eps))
     return (y * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
 
 
@@ -134,11 +135,11 @@ def latent_attention(
     config = static.config
     n, q_dim, _ = p.q_up.shape  # [N, HN + HR, RQ]
     t, rank = x.shape[0], mla.kv_lora_rank
-    q_in = x if p.q_down is None else rms_norm(linear(x, p.q_down), p.q_down_norm, config)
+    q_in = x if p.q_down is None else rms_norm(linear(x, p.q_down), p.q_down_norm, config, mla.norm_eps)
     q = linear(q_in, p.q_up.reshape(n * q_dim, -1)).reshape(t, n, q_dim)
     q, q_rope = jnp.split(q, [mla.qk_nope_head_dim], axis=-1)  # [T, N, HN], [T, N, HR]
     latent, key_rope = jnp.split(linear(x, p.kv_down), [rank], axis=-1)  # [T, RK], [T, HR]
-    latent, key_rope = rms_norm(latent, p.kv_down_norm, config), key_rope[:, None]
+    latent, key_rope = rms_norm(latent, p.kv_down_norm, config, mla.norm_eps), key_rope[:, None]
     if kind.rope is not None:
         interleaved = config.ropes[kind.rope].interleaved
         q_rope = apply_rope(q_rope, ctx.ropes[kind.rope], interleaved=interleaved)

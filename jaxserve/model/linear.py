@@ -26,6 +26,8 @@ def activate(hidden: jax.Array, activation: str) -> jax.Array:
             activated = jax.nn.gelu(gate, approximate=False)
         case "gelu_tanh":
             activated = jax.nn.gelu(gate, approximate=True)
+        case "relu":
+            activated = jax.nn.relu(gate)
         case "swiglu_oai":
             gate = jnp.minimum(gate, OAI_LIMIT)
             up = jnp.clip(hidden[:, 1], -OAI_LIMIT, OAI_LIMIT)

@@ -121,6 +121,13 @@ def test_ignored_tensors_are_those_that_say_nothing(tmp_path):
         HFCheckpoint(write_folder(tmp_path, config, tensors))
 
 
+def test_tensors_without_elements_are_ignored(tmp_path):
+    """Transformers saves a shared expert of no columns where n_shared_experts is 0."""
+    config, tensors, _ = llama()
+    tensors["model.layers.0.mlp.shared_experts.down_proj.weight"] = np.ones((12, 0), np.float32)
+    HFCheckpoint(write_folder(tmp_path, config, tensors)).close()
+
+
 def test_a_drafting_layer_is_ignored_up_to_their_number(tmp_path):
     config, tensors, _ = CASES["deepseek_v3"]()
     HFCheckpoint(write_folder(tmp_path, config, tensors)).close()

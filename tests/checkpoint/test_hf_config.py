@@ -302,3 +302,18 @@ def test_every_reader_of_a_config_is_pure():
     first = read_hf_config(values)
     assert repr(values) == before and read_hf_config(values) == first
     assert dataclasses.asdict(first)["ropes"][0]["factor"] == 8.0
+
+
+def test_what_transformers_ignores_or_means():
+    """Found by random models: keys that say one thing while the class computes another."""
+    assert read("Gemma3ForCausalLM", attn_logit_softcapping=50.0).attn_softcap is None  # its attention has no cap
+    assert read("Gemma2ForCausalLM", attn_logit_softcapping=50.0).attn_softcap == 50.0
+    assert read("Gemma2ForCausalLM", hidden_act=..., hidden_activation="gelu").activation == "gelu"
+    assert read("GemmaForCausalLM", hidden_act="gelu").activation == "gelu_tanh"  # of the first only
+    latents = read_hf_config(DEEPSEEK_V3 | {"rms_norm_eps": 1e-5})
+    assert latents.mla is not None and (latents.norm_eps, latents.mla.norm_eps) == (1e-5, 1e-6)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert rope_of(rope_parameters=dynamic) == RopeConfig(theta=1e4)  # within max_position_embeddings
+    odd = {"model_type": "gpt2", "n_embd": 45, "n_head": 5, "n_layer": 2, "vocab_size": 19}
+    assert read_hf_config(odd).head_dim == 9  # nothing turns
+    assert read_hf_config(odd | {"activation_function": "relu"}).activation == "relu"

@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"sliding_window": 8}, "sliding_window=8 is not supported, only null"),
     "layer types": ({"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
     "encoder": ({"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported, only False"),
-    "activation": ({"hidden_act": "relu"}, "hidden_act='relu': expected one of silu"),
+    "activation": ({"hidden_act": "relu6"}, "hidden_act='relu6': expected one of silu"),
     "size": ({"hidden_size": ...}, "hidden_size is missing"),
     "null size": ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
     "size's type": ({"hidden_size": "12"}, r"hidden_size='12': expected an integer in \[1, 2147483647\]"),
@@ -53,8 +53,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "eos": ({"eos_token_id": -1}, "eos_token_id=-1: expected token ids"),
     "eos, list": ({"eos_token_id": [1, "x"]}, r"eos_token_id=\[1, 'x'\]: expected token ids"),
     "rope type": (
-        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-        "rope type 'dynamic' is not supported, only",
+        {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}},
+        "rope type 'ntk' is not supported, only",
     ),
     "rope type's type": ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope type \['yarn'\] is not supported"),
     "rope types": (

@@ -50,7 +50,7 @@ KERNELS = {
     ),
 }
 
-# What Mistral, GPT-OSS, Gemma 2 27B, Gemma 2 9B and Gemma 3, and Phi-3 need, by either kernel: spills of decode, prefill.
+# What Mistral, GPT-OSS, Gemma 2 27B, Gemma 2 9B and Gemma 3, and Phi-3 need; spills of decode, of prefill.
 VARIANTS: dict[str, tuple[KernelCase, int, int]] = {
     "page-128": (KernelCase(Tuning(), rows=8, page_size=128), 0, PREFILL_SPILLS),
     "window": (KernelCase(Tuning(), rows=8, window=4096), 0, PREFILL_SPILLS),

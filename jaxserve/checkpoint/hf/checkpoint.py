@@ -164,7 +164,7 @@ class HFCheckpoint:
         ignored = re.compile("|".join(self._family.ignored))
         head = self._family.tensors["head"][0][0].tensor
         for name, info in infos.items():
-            if name in used or ignored.fullmatch(name):
+            if name in used or ignored.fullmatch(name) or 0 in info.shape:  # a shared expert that is none
                 continue
             layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
             if layer and int(layer[1]) in draft_layers:

@@ -129,8 +129,8 @@ def _activation(keys: ConfigKeys, family: HFFamily) -> str:
     for key, value in given.items():
         if not isinstance(value, str) or value not in ACTIVATIONS:
             raise keys.error(key, value, f"one of {', '.join(ACTIVATIONS)}")
-        # Gemma's first configs say "gelu" and mean the tanh form (transformers corrects it too).
-        names.append("gelu_tanh" if family.model_type.startswith("gemma") and value == "gelu" else ACTIVATIONS[value])
+        # The first Gemma's configs say "gelu" and mean the tanh form (transformers corrects it too).
+        names.append("gelu_tanh" if family.model_type == "gemma" and value == "gelu" else ACTIVATIONS[value])
     if len(set(names)) > 1:
         raise CheckpointError(f"{' and '.join(f'{k}={shown(v)}' for k, v in given.items())} contradict each other")
     if family.model_type == "gpt_oss" and names[0] != "silu":
@@ -145,6 +145,8 @@ def _read_mla(keys: ConfigKeys, fields: dict[str, Any], num_heads: int) -> int:
         qk_nope_head_dim=keys.size("qk_nope_head_dim"),
         qk_rope_head_dim=keys.size("qk_rope_head_dim"),
         v_head_dim=keys.size("v_head_dim"),
+        # Whatever rms_norm_eps is: transformers and the makers' code leave it at the class's default.
+        norm_eps=None if fields["norm_eps"] == 1e-6 else 1e-6,
     )
     keys.only("num_key_value_heads", num_heads)
     keys.only("head_dim", mla.qk_rope_head_dim)
@@ -175,7 +177,9 @@ def _read_scales(keys: ConfigKeys, family: HFFamily, fields: dict[str, Any]) -> 
         fields["embed_scale"] = float(fields["hidden_size"]) ** 0.5
     if family.model_type in ("gemma2", "gemma3_text"):
         fields["attn_scale"] = keys.number("query_pre_attn_scalar") ** -0.5
-        fields["attn_softcap"] = keys.optional_number("attn_logit_softcapping")
+        softcap = keys.optional_number("attn_logit_softcapping")
+        if family.model_type == "gemma2":  # Gemma 3 kept the key, but its attention never looks at it
+            fields["attn_softcap"] = softcap
         fields["logit_softcap"] = keys.optional_number("final_logit_softcapping")
     if family.model_type == "granite":
         fields["embed_scale"] = keys.number("embedding_multiplier", 1.0)

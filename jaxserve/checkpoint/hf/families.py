@@ -327,7 +327,7 @@ FAMILIES: dict[str, HFFamily] = {
                 "moe_intermediate_size": 1407, "first_k_dense_replace": 0, "norm_topk_prob": False,
             },
             renamed=EXPERTS,
-            checked={"norm_topk_prob": (False,), "rms_norm_eps": (1e-6,)},
+            checked={"norm_topk_prob": (False,)},
             moe="deepseek",
         ),
         HFFamily(
@@ -342,7 +342,6 @@ FAMILIES: dict[str, HFFamily] = {
                 "num_nextn_predict_layers": 1,
             },
             renamed=EXPERTS | MTP,
-            checked={"rms_norm_eps": (1e-6,)},  # transformers fixes that of the latents
             moe="deepseek",
         ),
     )
@@ -374,7 +373,8 @@ NEUTRAL: frozenset[str] = frozenset(
         "aux_loss_alpha", "seq_aux", "ep_size", "gradient_checkpointing",
         # Heads of other tasks (GPT-2), and a duplicate of what n_positions says.
         "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-        "n_ctx",
+        "n_ctx", "n_special", "predict_special_tokens", "output_past",
+        "sliding_window_size",  # gemma-2-9b has it beside sliding_window, and no code that looks at it
     )
 )  # fmt: skip
 # keys whose every value leaves the model's outputs as they are
@@ -395,4 +395,5 @@ ACTIVATIONS: dict[str, str] = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
 }

@@ -16,6 +16,7 @@ from jaxserve.config import RopeConfig
 SLIDING, FULL = "sliding_attention", "full_attention"
 SCALINGS: dict[str, str] = {
     "default": "none",
+    "dynamic": "none",  # stretches beyond max_position_embeddings only, and no engine serves more than that
     "linear": "linear",
     "llama3": "llama3",
     "yarn": "yarn",
@@ -120,6 +121,9 @@ def _rope(
     score_scale = 1.0
     if kind in ("linear", "llama3"):
         fields["factor"] = keys.number("factor")
+    if kind == "dynamic":
+        keys.number("factor")
+        keys.take("original_max_position_embeddings")  # it does not look at it
     if kind == "llama3":
         fields |= {k: keys.number(k) for k in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
