@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -133,3 +134,10 @@ class Door:
             raise RequestError("prompt", f"not valid Unicode at character {error.start}") from None
         except TokenizerError as error:
             raise RequestError("prompt", str(error)) from None
+
+
+def listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
+        return [cast(Prompt, prompts)]
+    return [cast(Prompt, p) for p in prompts]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
 from jaxserve.constraint_io import ConstraintDims
 from jaxserve.engine import plan
-from jaxserve.engine.door import Door, Prompt
+from jaxserve.engine.door import Door, Prompt, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
-from jaxserve.engine.output import RequestOutput
+from jaxserve.engine.output import RequestOutput, completions_of
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.execution.dummy import dummy_params
 from jaxserve.execution.placement import place_params
@@ -35,7 +35,6 @@ from jaxserve.request import (
     RequestError,
     SamplingParams,
     TokenEvent,
-    TokenLogprobs,
     sampling_params_from,
 )
 from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs, choose_sampling, slot_loads
@@ -311,7 +310,7 @@ class Engine:
         Raises:
             RequestError: a prompt or parameter that cannot be served; nothing was started.
         """
-        listed = _listed(prompts)
+        listed = listed_prompts(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or self.default_sampling_params()] * len(listed)
         if len(params) != len(listed):
@@ -339,7 +338,7 @@ class Engine:
                     events.extend(inbox)
                     inbox.clear()
                     if any(e.ends_request for e in events[-1:]):
-                        completions[request.request_id] = _completions(request, events)
+                        completions[request.request_id] = completions_of(request, events)
         finally:
             for request in requests:
                 self._drop(request.request_id)
@@ -566,34 +565,3 @@ def _param_source(params: Params | ParamSource, config: ModelConfig) -> ParamSou
     if (other := getattr(params, "config", None)) is not None:  # an open checkpoint
         check_params(param_specs(other), config)
     return params
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
-        return [cast(Prompt, prompts)]
-    return [cast(Prompt, p) for p in prompts]
-
-
-def _completions(request: Request, events: list[TokenEvent]) -> list[Completion]:
-    """The request's choices in order, from all its events."""
-    return [_completion(request, [e for e in events if e.choice == k]) for k in range(request.params.n)]
-
-
-def _completion(request: Request, events: list[TokenEvent]) -> Completion:
-    last = events[-1]
-    assert last.finish_reason is not None and last.usage is not None
-    tokens = [e for e in events if e.token_id is not None]
-    logprobs = None
-    if request.params.logprobs is not None:
-        logprobs = [TokenLogprobs(token_id=e.token_id, logprob=e.logprob, top=e.top_logprobs or ()) for e in tokens]  # pyright: ignore[reportArgumentType]
-    return Completion(
-        request_id=request.request_id,
-        text="".join(e.text for e in events),
-        token_ids=[e.token_id for e in tokens if e.token_id is not None],
-        finish_reason=last.finish_reason,
-        prompt_len=len(request.prompt_token_ids),
-        stop_reason=last.stop_reason,
-        logprobs=logprobs,
-        cached_tokens=last.usage.cached_tokens,
-        choice=last.choice,
-    )

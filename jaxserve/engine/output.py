@@ -1,6 +1,6 @@
 """From a request's tokens to what its reader gets: text, stop strings, log-probabilities."""
 
-from jaxserve.request import FinishReason, TokenEvent, Usage
+from jaxserve.request import Completion, FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from jaxserve.scheduler.scheduler import CommittedToken
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.step_io import StepOutputs
@@ -92,3 +92,28 @@ class RequestOutput:
             completion_tokens=self.sequence.num_output_tokens,
             cached_tokens=self.sequence.num_cached,
         )
+
+
+def completions_of(request: Request, events: list[TokenEvent]) -> list[Completion]:
+    """The request's choices in order, from all its events."""
+    return [_completion(request, [e for e in events if e.choice == k]) for k in range(request.params.n)]
+
+
+def _completion(request: Request, events: list[TokenEvent]) -> Completion:
+    last = events[-1]
+    assert last.finish_reason is not None and last.usage is not None
+    tokens = [e for e in events if e.token_id is not None]
+    logprobs = None
+    if request.params.logprobs is not None:
+        logprobs = [TokenLogprobs(token_id=e.token_id, logprob=e.logprob, top=e.top_logprobs or ()) for e in tokens]  # pyright: ignore[reportArgumentType]
+    return Completion(
+        request_id=request.request_id,
+        text="".join(e.text for e in events),
+        token_ids=[e.token_id for e in tokens if e.token_id is not None],
+        finish_reason=last.finish_reason,
+        prompt_len=len(request.prompt_token_ids),
+        stop_reason=last.stop_reason,
+        logprobs=logprobs,
+        cached_tokens=last.usage.cached_tokens,
+        choice=last.choice,
+    )
