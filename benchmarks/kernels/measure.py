@@ -36,7 +36,10 @@ def provenance() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "date": time.strftime("%Y-%m-%d"),
         "commit": output("git", "rev-parse", "HEAD") or "unknown",
-        "command": " ".join(sys.argv),
+        # No path of the machine: the module, and of files their names.
+        "command": " ".join(
+            ["python -m benchmarks.kernels." + Path(sys.argv[0]).stem, *(Path(a).name for a in sys.argv[1:])]
+        ),
     }
 
 
