@@ -53,11 +53,17 @@ def case(
     window=None,
     softcap=None,
     sinks=None,
+    dtype=np.float32,
 ):
     """Inputs with permuted pages and NaN in all that no row reaches; and the expected output.
 
-    ``decode_lens``: keys of each decode row; ``chunks``: (new tokens, keys) of each prefill row.
+    ``decode_lens``: keys of each decode row; ``chunks``: (new tokens, keys) of each prefill row. Queries, keys and
+    values are ones that ``dtype`` holds exactly, so that a kernel of that type answers for its own arithmetic alone.
     """
+
+    def normal(*shape):
+        return r.standard_normal(shape).astype(dtype).astype(np.float64)
+
     variant = {"window": window, "softcap": softcap, "sinks": sinks}
     out_dim = head_dim if value_dim is None else value_dim
     r = np.random.default_rng(seed)
@@ -70,14 +76,14 @@ def case(
     table = r.integers(0, num_pages, (len(rows), max_pages))
     q, want = [], []
     for row, (new, keys) in enumerate(rows):
-        k, v = r.standard_normal((2, keys, num_kv_heads, head_dim))
+        k, v = normal(2, keys, num_kv_heads, head_dim)
         for i in range(keys):
             if i % page_size == 0:
                 table[row, i // page_size] = free.pop()
             kv[table[row, i // page_size], :, 0, i % page_size] = k[i]
             if value_dim is None:
                 kv[table[row, i // page_size], :, 1, i % page_size] = v[i]
-        queries = r.standard_normal((new, num_heads, head_dim))
+        queries = normal(new, num_heads, head_dim)
         out = dense(queries, k, v if value_dim is None else k[..., :value_dim], 0.3, **variant)
         if row < num_decode and new == 0:  # a padding row of the decode region has a token
             queries, out = r.standard_normal((1, num_heads, head_dim)), np.zeros((1, num_heads, out_dim))

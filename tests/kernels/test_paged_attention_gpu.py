@@ -17,6 +17,8 @@ from pallas_kernels.paged_attention.gpu_split import Tuning, make_plan
 from tests.kernels.gpu_interpreter import INTERPRET, races_found
 from tests.kernels.test_paged_attention import case, with_
 
+TOLERANCE = 0.01  # of outputs up to 4: the weights and the output are rounded to bfloat16, the inputs are exact
+
 
 def variant(inputs):
     return {name: inputs[name] for name in ("sm_scale", "window", "softcap", "sinks")}
@@ -24,7 +26,7 @@ def variant(inputs):
 
 def decode(lens, tuning, **shape):
     """(the kernel's output, the dense one in float64) in float32; pages permuted, NaN in all that no row reaches."""
-    inputs, want = case(0, lens, [], pad_rows=0, **shape)
+    inputs, want = case(0, lens, [], pad_rows=0, dtype=jnp.bfloat16, **shape)
     out = decode_attention(
         inputs["q"].astype(jnp.bfloat16),
         inputs["kv_pages"].astype(jnp.bfloat16),
@@ -57,7 +59,7 @@ def test_decode_kernel(lens, tuning, shape):
     out, want = decode(
         lens, tuning, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
-    np.testing.assert_allclose(out, want, atol=0.02)
+    np.testing.assert_allclose(out, want, atol=TOLERANCE)
     assert not races_found()
 
 
@@ -89,8 +91,7 @@ DECODE_VARIANTS: dict[str, tuple[Any, Tuning, dict[str, Any], dict[str, Any]]] =
 def test_decode_variants(name):
     lens, tuning, shape, changes = DECODE_VARIANTS[name]
     out, want = decode(lens, tuning, **shape, **changes)
-    # Scores grow with sqrt(H) here, and what rounding q and k to bfloat16 does to the weights grows with them.
-    np.testing.assert_allclose(out, want, atol=0.05 if shape["head_dim"] == 256 else 0.02)
+    np.testing.assert_allclose(out, want, atol=TOLERANCE)
     assert not races_found()
 
 
@@ -127,7 +128,7 @@ def test_prefill_kernel(chunks, tuning, shape):
     out, want = prefill(
         chunks, tuning, page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
-    np.testing.assert_allclose(out, want, atol=0.025)
+    np.testing.assert_allclose(out, want, atol=TOLERANCE)
     assert not races_found()
 
 
@@ -158,13 +159,13 @@ PREFILL_VARIANTS: dict[str, tuple[Any, PrefillTuning, dict[str, Any], dict[str, 
 def test_prefill_variants(name):
     chunks, tuning, shape, changes = PREFILL_VARIANTS[name]
     out, want = prefill(chunks, tuning, **shape, **changes)
-    np.testing.assert_allclose(out, want, atol=0.05 if shape["head_dim"] == 256 else 0.025)
+    np.testing.assert_allclose(out, want, atol=TOLERANCE)
     assert not races_found()
 
 
 def prefill(chunks, tuning, **shape):
     """As ``decode``, of the prefill kernel."""
-    inputs, want = case(0, [], chunks, **shape)
+    inputs, want = case(0, [], chunks, dtype=jnp.bfloat16, **shape)
     skipped = inputs["num_decode_rows"]
     out = prefill_attention(
         inputs["q"][skipped:].astype(jnp.bfloat16),
