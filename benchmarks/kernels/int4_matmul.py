@@ -151,6 +151,7 @@ VARIANTS: dict[str, Callable[[jax.Array, Any], jax.Array]] = {
     "biases": int4_matmul,
     "cast": int4_matmul,
     "early": functools.partial(int4_matmul, tuning=Tuning(launch_early=True)),
+    "cut": functools.partial(int4_matmul, tuning=Tuning(busy=2)),
     "dequantize": functools.partial(int4_matmul, many_tokens=0),
     "stream": functools.partial(int4_matmul, many_tokens=1 << 20),
     "xla bf16": xla_product,
@@ -166,7 +167,7 @@ def is_timed(variant: str, shape: str, m: int) -> bool:
         "qkv": [(16, "early"), (1, "early"), (16, "biases")],
         "out": [(16, "early"), (1, "early"), (16, "biases"), (16, "cast")],
         "gate_up": [(1, "xla int4"), (16, "xla int4"), (16, "cast"), (64, "cast"), (16, "biases"), (64, "biases"),
-                    (256, "dequantize"), (512, "dequantize"), (2048, "stream")],
+                    (1, "cut"), (16, "cut"), (64, "cut"), (256, "cut"), (512, "dequantize"), (2048, "stream")],
         "down": [(16, "cast"), (16, "biases")],
     }[shape]  # fmt: skip
 

@@ -129,7 +129,9 @@ def int4_matmul(
         contract = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32).astype(x.dtype)
     t = tuning or Tuning()
-    split = gpu_stream.split_of(num_tokens, row_blocks, steps, t.num_sms)
+    split = gpu_stream.split_of(num_tokens, row_blocks, steps, t)
     x = jnp.pad(x, ((0, -num_tokens % split.tokens), (0, padded - d))).reshape(-1, split.tokens, padded)
-    pieces = gpu_stream.multiply(x, w.weights, w.scale, w.bias, split=split, t=t, interpret=interpret)
-    return gpu_stream.add_pieces(pieces, split, w.row_scale, num_tokens).astype(jnp.bfloat16)
+    num_features = w.row_scale.shape[0]
+    row_scale = jnp.pad(w.row_scale, (0, row_blocks * gpu_unpack.ROWS - num_features))
+    out = gpu_stream.multiply(x, w.weights, w.scale, w.bias, row_scale, split=split, t=t, interpret=interpret)
+    return out[:num_tokens, :num_features]

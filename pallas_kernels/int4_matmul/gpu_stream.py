@@ -7,7 +7,8 @@ same number of bytes whatever the matrix' shape. One warpgroup keeps a ring of s
 multiply: of 16 tokens or fewer two have the same features and every second tile, of more each has its own features, so
 that a tile of x serves 256 of them. A warpgroup turns its nibbles into bfloat16 in registers, exactly, and the scale
 of a group multiplies the group's sums in float32. Where a stretch ends inside a block the pieces are added by XLA, in
-one fusion with what follows.
+one fusion with what follows. If there are so many blocks that whole ones keep nearly all multiprocessors busy, none is
+cut, and the kernel writes the product itself.
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ class Tuning:
     ring: int | None = None  # tiles in shared memory; None: as many as fit
     num_sms: int = 132  # multiprocessors of an H100 or H200
     launch_early: bool = False  # programmatic dependent launch: weights are read while the kernel before ends
+    busy: float = 0.8  # the share of multiprocessors from which on blocks stay whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Split:
     tokens: int  # columns of a product
     across: int  # warpgroups side by side along the features
     along: int  # warpgroups that take turns along the inputs
+    token_blocks: int
     blocks: int  # of features times tokens
     steps: int  # tiles of a block
     stretch: int  # tiles of a multiprocessor
@@ -64,25 +67,29 @@ class Split:
         return (ends - 1) // self.stretch - (ends - self.steps) // self.stretch + 1
 
 
-def split_of(num_tokens: int, row_blocks: int, steps: int, num_sms: int) -> Split:
+def split_of(num_tokens: int, row_blocks: int, steps: int, t: Tuning) -> Split:
     """For ``num_tokens`` by ``row_blocks`` (even) times 64 features by ``steps`` times 128 inputs."""
     tokens = min(-(-num_tokens // 8) * 8, BLOCK_TOKENS)
     few = tokens <= FEW_TOKENS
     across = 2 if few or row_blocks % _CONSUMERS else _CONSUMERS
     along = 2 if few else 1
-    blocks = row_blocks // across * -(-num_tokens // tokens)
-    return Split(tokens, across, along, blocks, steps, -(-blocks * steps // num_sms))
+    token_blocks = -(-num_tokens // tokens)
+    blocks = row_blocks // across * token_blocks
+    rounds = -(-blocks // t.num_sms)
+    stretch = rounds * steps if blocks >= t.busy * rounds * t.num_sms else -(-blocks * steps // t.num_sms)
+    return Split(tokens, across, along, token_blocks, blocks, steps, stretch)
 
 
-def add_pieces(pieces: jax.Array, split: Split, row_scale: jax.Array, num_tokens: int) -> jax.Array:
-    """``[P, NB, block, tokens]`` float32 -> ``[M, F]`` float32, times ``row_scale [F]``; pieces that were not written
-    are left out."""
-    written = np.arange(split.pieces)[:, None] < split.counts()  # [P, NB]
-    total = sum(jnp.where(w[:, None, None], x, 0) if not w.all() else x for w, x in zip(written, pieces, strict=True))
-    token_blocks = -(-num_tokens // split.tokens)
-    total = jnp.asarray(total).reshape(-1, token_blocks, split.across * ROWS, split.tokens).transpose(1, 3, 0, 2)
-    total = total.reshape(token_blocks * split.tokens, -1)
-    return total[:num_tokens, : row_scale.shape[0]] * row_scale
+def add_pieces(pieces: jax.Array, split: Split) -> jax.Array:
+    """``[P, 2, MB tokens, F]`` bfloat16, values and what rounding left over of them -> ``[MB tokens, F]``. Places that
+    ``Split.counts`` does not name were not written and are left out."""
+    features = split.blocks // split.token_blocks
+    written = np.arange(split.pieces)[:, None] < split.counts()  # [P, blocks]
+    written = written.reshape(split.pieces, features, split.token_blocks).transpose(0, 2, 1)[:, :, None, :, None]
+    halves = pieces.reshape(split.pieces, 2, split.token_blocks, split.tokens, features, -1).astype(jnp.float32)
+    values = halves[:, 0] + halves[:, 1]
+    total = sum(x if w.all() else jnp.where(w, x, 0) for w, x in zip(written, values, strict=True))
+    return jnp.reshape(total, pieces.shape[2:]).astype(pieces.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("split", "t", "interpret"))
@@ -91,24 +98,27 @@ def multiply(
     weights: jax.Array,
     scale: jax.Array,
     bias: jax.Array | None,
+    row_scale: jax.Array,
     *,
     split: Split,
     t: Tuning,
     interpret: Any = None,
 ) -> jax.Array:
-    """The pieces of ``(scale * q + bias) @ x.T``, q from -8 to 7.
+    """``x @ (row_scale * (scale * q + bias)).T``, q from -8 to 7.
 
     Args:
         x: ``[MB, tokens, D]`` bfloat16.
         weights: ``[F/64, D/128, 8, 128]`` int32 of ``gpu_unpack.pack``, or ``[F, D]`` int4 with groups of 128.
         scale, bias: ``[F/64, D/G, 64]`` float16; G is 32, 64 or 128.
+        row_scale: ``[F]`` float32.
 
     Returns:
-        ``[P, NB, 64 across, tokens]`` float32; places that ``Split.counts`` does not name are not written.
+        ``[MB tokens, F]`` bfloat16.
     """
     token_blocks, tokens, d = x.shape
     across, along, steps, stretch = split.across, split.along, split.steps, split.stretch
-    total, num_blocks = split.blocks * steps, split.blocks
+    total, whole = split.blocks * steps, split.pieces == 1
+    halves = 1 if whole else 2  # of an output: a piece keeps what rounding leaves over
     group = d // scale.shape[1]
     groups = COLUMNS // group  # of a tile
     # Registers decide how many groups' sums are kept together, and whether factors are read while products are made.
@@ -121,7 +131,7 @@ def multiply(
     if bias is not None:  # of the inputs of a group: [MB, D/G, tokens]
         by_group = x.reshape(token_blocks, tokens, -1, group).transpose(0, 2, 1, 3)
         sums = jnp.sum(by_group, axis=3, dtype=jnp.float32)
-    operands = [x, weights, scale, *([] if bias is None else [bias, sums])]
+    operands = [x, weights, scale, *([] if bias is None else [bias, sums]), row_scale]
 
     columns = min(64, group)  # a slice of the inputs is a number of whole swizzled tiles
     x_tiles = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
@@ -130,28 +140,31 @@ def multiply(
     tile_bytes = across * ROWS * COLUMNS // 2 + 2 * tokens * COLUMNS + 2 * across * ROWS * groups
     if sums is not None:
         tile_bytes += 2 * across * ROWS * groups + 4 * sum_rows * tokens
-    out_bytes = 4 * across * along * ROWS * tokens
+    out_bytes = across * ROWS * tokens * (2 * halves + (4 if along > 1 else 0))
     ring = t.ring or min(_MAX_RING, (_SMEM_BYTES - out_bytes) // tile_bytes)
     ring -= ring % along  # a place in the ring belongs to those who take the same turns
+    o_tiles = (plgpu.TilingTransform((8, ROWS)), plgpu.SwizzleTransform(128))
     row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def kernel(
         x_ref,  # [MB, tokens, D]
         w_ref,  # [F/64, D/128, 8, 128], or [F, D]
         scale_ref,  # [F/64, D/G, 64]
-        *refs,  # with bias: bias_ref [F/64, D/G, 64], sums_ref [MB, D/G, tokens]; then pieces_ref [P, NB, rows, tokens]
+        *refs,  # with bias: bias_ref [F/64, D/G, 64], sums_ref [MB, D/G, tokens]; then row_scale_ref [F] and
+        # out_ref [1, MB tokens, F], or of pieces [P, 2, MB tokens, F]
         x_smem,  # [ring, tokens, 128]
         w_smem,  # [ring, across, 8, 128], or [ring, 64 across, 128]
         scale_smem,  # [ring, across, groups, 64]
-        o_smem,  # [along * across, 64, tokens]
+        o_smem,  # [across, halves, tokens, 64]
         full,  # [ring]
         free,  # [ring]
         given,  # [across]
         taken,  # [across]
+        other_smem: Any = None,  # [across, 64, tokens]
         bias_smem: Any = None,  # [ring, across, groups, 64]
         sums_smem: Any = None,  # [ring, groups or more, tokens]
     ):
-        *bias_refs, pieces_ref = refs
+        *bias_refs, row_scale_ref, out_ref = refs
         warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
         start = jnp.minimum(sm * stretch, total)
         count = jnp.minimum(start + stretch, total) - start  # tiles of this stretch
@@ -281,12 +294,20 @@ def multiply(
                 acc = lax.fori_loop(jnp.int32(0), turns, add_entry, zeros)
 
                 def write(acc):
+                    token_block = lax.rem(block, jnp.int32(token_blocks))
+                    columns = pl.ds((lax.div(block, jnp.int32(token_blocks)) * across + rows) * ROWS, ROWS)
+                    factor = plgpu.load(row_scale_ref.at[columns], layout=row_layout, optimized=False)
+                    acc = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
+                    target = out_ref if whole else out_ref.at[sm - lax.div(block * steps, jnp.int32(stretch))]
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    o_smem[rows] = acc
+                    for half in range(halves):
+                        rounded = acc.astype(x.dtype)
+                        o_smem.at[rows, half].transpose((1, 0))[...] = rounded
+                        acc = acc - rounded.astype(jnp.float32)
                     plgpu.commit_smem()
-                    piece = sm - lax.div(block * steps, jnp.int32(stretch))
-                    target = pieces_ref.at[piece, block, pl.ds(rows * ROWS, ROWS)]
-                    plgpu.copy_smem_to_gmem(o_smem.at[rows], target)
+                    for half in range(halves):
+                        place = target.at[half, pl.ds(token_block * tokens, tokens), columns]
+                        plgpu.copy_smem_to_gmem(o_smem.at[rows, half], place)
 
                 if along == 1:
                     write(acc)
@@ -294,14 +315,14 @@ def multiply(
 
                     @pl.when(turn == 1)
                     def _():
-                        o_smem[across + rows] = acc
+                        other_smem[rows] = acc
                         plgpu.barrier_arrive(given.at[rows])
                         plgpu.barrier_wait(taken.at[rows])
 
                     @pl.when(turn == 0)
                     def _():
                         plgpu.barrier_wait(given.at[rows])
-                        other = plgpu.load(o_smem.at[across + rows], layout=plgpu.Layout.WGMMA, optimized=False)
+                        other = plgpu.load(other_smem.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
                         plgpu.barrier_arrive(taken.at[rows])
                         write(acc + other)
 
@@ -311,20 +332,23 @@ def multiply(
         x_smem=plgpu.SMEM((ring, tokens, COLUMNS), x.dtype, transforms=x_tiles),
         w_smem=plgpu.SMEM((ring, *w_shape), weights.dtype, transforms=w_tiles),
         scale_smem=plgpu.SMEM((ring, across, groups, ROWS), scale.dtype),
-        o_smem=plgpu.SMEM((along * across, ROWS, tokens), jnp.float32),
-        full=plgpu.Barrier(num_arrivals=len(operands), num_barriers=ring),
+        o_smem=plgpu.SMEM((across, halves, tokens, ROWS), x.dtype, transforms=o_tiles),
+        full=plgpu.Barrier(num_arrivals=len(operands) - 1, num_barriers=ring),
         free=plgpu.Barrier(num_arrivals=across, num_barriers=ring),
         given=plgpu.Barrier(num_barriers=across),
         taken=plgpu.Barrier(num_barriers=across),
     )
+    if along > 1:
+        scratch |= dict(other_smem=plgpu.SMEM((across, ROWS, tokens), jnp.float32))
     if sums is not None:
         scratch |= dict(
             bias_smem=plgpu.SMEM((ring, across, groups, ROWS), scale.dtype),
             sums_smem=plgpu.SMEM((ring, sum_rows, tokens), jnp.float32),
         )
-    return plgpu.kernel(
+    shape = (token_blocks * tokens, weights.shape[0] * (ROWS if repacked else 1))
+    out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((split.pieces, num_blocks, across * ROWS, tokens), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((halves, *shape) if whole else (split.pieces, halves, *shape), x.dtype),
         grid=(t.num_sms,),
         grid_names=("sm",),
         num_threads=along * across + 1,
@@ -333,3 +357,4 @@ def multiply(
         scratch_types=scratch,
         interpret=interpret,
     )(*operands)
+    return out[0] if whole else add_pieces(out, split)

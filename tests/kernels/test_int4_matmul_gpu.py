@@ -55,6 +55,8 @@ CASES = {
     "two blocks of tokens": (70, 256, 256, 64, False, Tuning(num_sms=3)),
     "padded features and inputs": (3, 72, 192, 32, False, Tuning(num_sms=2)),
     "one scale a row": (2, 136, 288, 288, False, Tuning(num_sms=2)),
+    "whole blocks": (5, 384, 384, 128, False, Tuning(num_sms=2, ring=2, busy=0.7)),
+    "whole blocks of features and tokens": (70, 512, 128, 64, True, Tuning(num_sms=2, busy=0.7)),
 }
 
 
@@ -94,7 +96,7 @@ def test_pack_has_each_thread_s_operands_in_its_own_words():
 
 def test_every_piece_has_one_place():
     for blocks_of_rows, steps, num_tokens in ((32, 32, 1), (224, 32, 16), (64, 112, 64), (6, 5, 300), (2, 1, 8)):
-        split = gpu_stream.split_of(num_tokens, 2 * blocks_of_rows, steps, 132)
+        split = gpu_stream.split_of(num_tokens, 2 * blocks_of_rows, steps, Tuning())
         counts = split.counts()
         owner = np.arange(split.blocks * steps) // split.stretch
         assert owner.max() < 132
