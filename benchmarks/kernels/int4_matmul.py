@@ -1,4 +1,4 @@
-"""The int4 product on Hopper: right against float64, then timed in % of the measured read bandwidth, beside XLA's.
+"""The int4 and int8 products on Hopper: right against float64, then timed in % of the read bandwidth, beside XLA's.
 
 python -m benchmarks.kernels.int4_matmul check
 python -m benchmarks.kernels.int4_matmul time --out FOLDER [--tokens 1 16] [--shapes qkv] [--variants ours]
@@ -20,10 +20,12 @@ from jax.experimental.mosaic.gpu import profiler
 from benchmarks.kernels import measure
 from pallas_kernels.int4_matmul import gpu
 from pallas_kernels.int4_matmul.gpu import PreparedInt4, Tuning, int4_matmul, prepare
+from pallas_kernels.int8_matmul import gpu as int8_gpu
+from pallas_kernels.int8_matmul.gpu import PreparedInt8, int8_matmul
 
 SHAPES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # [F, D]
-EVERY_SHAPE = (1, 16, 64, 256, 2048)  # tokens that are timed of each shape
-GATE_UP = (8, 32, 128, 512, 8192)  # and of this one besides
+EVERY_SHAPE = (1, 16, 64, 256)  # tokens that are timed of each shape
+GATE_UP = (8, 32, 128, 512, 2048, 8192)  # and of this one besides
 ROTATED_BYTES = 192 << 20  # of weights that a chain goes through: several times the L2 cache
 
 
@@ -92,8 +94,25 @@ def excess(case: Case, seed: int) -> float:
     return float(np.max(np.abs(out - want) / (np.abs(want) * 2**-8 + terms * relative)))
 
 
+def int8_excess(m: int, f: int, d: int) -> float:
+    """As ``excess``, of int8."""
+    r = np.random.default_rng(m)
+    q, scale = r.integers(-128, 128, (f, d), np.int8), r.uniform(0.5, 2, (f, 1)).astype(np.float32)
+    x = measure.random_normal(m, (m, d))
+    prepared = int8_gpu.prepare(Matrix(jnp.asarray(q), jnp.asarray(scale), None))
+    x64, weight = np.asarray(x.astype(jnp.float32), np.float64), q * scale.astype(np.float64)
+    want, terms = x64 @ weight.T, np.abs(x64) @ np.abs(weight).T
+    error = np.abs(np.asarray(int8_matmul(x, prepared), np.float64) - want)
+    return float(np.max(error / (np.abs(want) * 2**-8 + terms * 2**-14)))
+
+
 def check() -> bool:
     ok = True
+    for m, f, d in ((1, 1536, 2048), (16, 4096, 4096), (64, 768, 1024), (3, 200, 1504), (100, 200, 1504)):
+        error = int8_excess(m, f, d)
+        good = error < 1
+        ok &= good
+        print(f"{'ok    ' if good else 'FAILED'} int8 {m} x {f} x {d}: {error:.3f} of the bound", flush=True)
     for seed, case in enumerate(check_cases()):
         error = excess(case, seed)
         good = error < 1
@@ -109,23 +128,6 @@ def check() -> bool:
     return ok
 
 
-def random_weights(seed: int, f: int, d: int, *, words: bool, bias: bool) -> PreparedInt4:
-    """Made on the device, groups of 128."""
-
-    @jax.jit
-    def make(key: jax.Array) -> PreparedInt4:
-        keys = jax.random.split(key, 3)
-        bits = jax.random.bits(keys[0], (f // 64, d // 128, 8, 128), jnp.uint32)
-        if words:
-            weights = jax.lax.bitcast_convert_type(bits, jnp.int32)
-        else:
-            weights = jax.lax.bitcast_convert_type(bits, jnp.int4).reshape(f, d)
-        scale = jax.random.uniform(keys[1], (f // 64, d // 128, 64), jnp.float32, 0.5, 1.0).astype(jnp.float16)
-        return PreparedInt4(weights, scale, -scale if bias else None, jnp.full((f,), 2.0**-6))
-
-    return make(jax.random.key(seed))
-
-
 def xla_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [M, D], w [F, D] -> [M, F] bfloat16."""
     out = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -139,11 +141,41 @@ def xla_int4(x: jax.Array, w: tuple[jax.Array, jax.Array]) -> jax.Array:
     return xla_product(x, weight.reshape(numbers.shape))
 
 
+def xla_int8(x: jax.Array, w: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """What XLA makes of an int8 array [F, D] with scales [F]."""
+    numbers, scale = w
+    out = jax.lax.dot_general(x, numbers.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return (out * scale).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def weights_of(variant: str, seed: int, f: int, d: int) -> Any:
-    if variant == "xla bf16":
-        return measure.random_normal(seed, (f, d), scale=d**-0.5)
-    made = random_weights(seed, f, d, words="xla" not in variant and variant != "cast", bias=variant == "biases")
-    return (made.weights, made.scale.transpose(0, 2, 1).reshape(f, -1)) if variant == "xla int4" else made
+    """Random weights [F, D] in the form that the variant takes, made on the device; groups of 128."""
+    key, scale_key = jax.random.split(jax.random.key(seed))
+
+    def words(bits: int) -> jax.Array:
+        words = jax.random.bits(key, (f // 64, d // 128, 2 * bits, 128), jnp.uint32)
+        return jax.lax.bitcast_convert_type(words, jnp.int32)
+
+    def numbers(dtype: Any) -> jax.Array:
+        per_word = 32 // jnp.iinfo(dtype).bits
+        return jax.lax.bitcast_convert_type(jax.random.bits(key, (f, d // per_word), jnp.uint32), dtype).reshape(f, d)
+
+    scale = jax.random.uniform(scale_key, (f // 64, d // 128, 64), jnp.float32, 0.5, 1.0).astype(jnp.float16)
+    rows = jnp.full((f,), 2.0**-8)
+    match variant:
+        case "xla bf16":
+            return (jax.random.normal(key, (f, d), jnp.float32) * d**-0.5).astype(jnp.bfloat16)
+        case "xla int4":
+            return numbers(jnp.int4), scale.transpose(0, 2, 1).reshape(f, -1)
+        case "xla int8":
+            return numbers(jnp.int8), rows
+        case "int8":
+            return PreparedInt8(words(8), rows)
+        case "cast":
+            return PreparedInt4(numbers(jnp.int4), scale, None, rows)
+        case _:
+            return PreparedInt4(words(4), scale, -scale if variant == "biases" else None, rows)
 
 
 VARIANTS: dict[str, Callable[[jax.Array, Any], jax.Array]] = {
@@ -154,8 +186,10 @@ VARIANTS: dict[str, Callable[[jax.Array, Any], jax.Array]] = {
     "cut": functools.partial(int4_matmul, tuning=Tuning(busy=2)),
     "dequantize": functools.partial(int4_matmul, many_tokens=0),
     "stream": functools.partial(int4_matmul, many_tokens=1 << 20),
+    "int8": int8_matmul,
     "xla bf16": xla_product,
     "xla int4": xla_int4,
+    "xla int8": xla_int8,
 }
 
 
@@ -164,11 +198,11 @@ def is_timed(variant: str, shape: str, m: int) -> bool:
     if variant in ("ours", "xla bf16"):
         return m in EVERY_SHAPE or (shape == "gate_up" and m in GATE_UP)
     return (m, variant) in {
-        "qkv": [(16, "early"), (1, "early"), (16, "biases")],
-        "out": [(16, "early"), (1, "early"), (16, "biases"), (16, "cast")],
-        "gate_up": [(1, "xla int4"), (16, "xla int4"), (16, "cast"), (64, "cast"), (16, "biases"), (64, "biases"),
-                    (1, "cut"), (16, "cut"), (64, "cut"), (256, "cut"), (512, "dequantize"), (2048, "stream")],
-        "down": [(16, "cast"), (16, "biases")],
+        "qkv": [(1, "early"), (16, "early"), (16, "biases"), (16, "int8")],
+        "out": [(16, "biases"), (16, "cast"), (16, "int8")],
+        "gate_up": [(1, "xla int4"), (16, "cast"), (16, "biases"), (64, "biases"), (1, "int8"), (16, "int8"),
+                    (16, "xla int8"), (16, "cut"), (64, "cut"), (256, "cut"), (2048, "stream")],
+        "down": [(16, "early"), (16, "biases"), (16, "int8")],
     }[shape]  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def prepare(w: Any, *, repack: bool = True) -> PreparedInt4:
 
     q = jnp.pad(w.q, ((0, -f % 128), (0, -half % 64)), constant_values=0x88)
     if repack:
-        weights = gpu_unpack.pack(q)
+        weights = gpu_unpack.pack(gpu_unpack.nibbles(q), 4)
     else:
         if group != 128:
             raise ValueError(f"groups of {group}: a matrix that is not repacked has groups of 128")

@@ -96,7 +96,7 @@ def add_pieces(pieces: jax.Array, split: Split) -> jax.Array:
 def multiply(
     x: jax.Array,
     weights: jax.Array,
-    scale: jax.Array,
+    scale: jax.Array | None,
     bias: jax.Array | None,
     row_scale: jax.Array,
     *,
@@ -104,12 +104,12 @@ def multiply(
     t: Tuning,
     interpret: Any = None,
 ) -> jax.Array:
-    """``x @ (row_scale * (scale * q + bias)).T``, q from -8 to 7.
+    """``x @ (row_scale * (scale * q + bias)).T``, q from -8 to 7, or of 8 bits from -128 to 127.
 
     Args:
         x: ``[MB, tokens, D]`` bfloat16.
-        weights: ``[F/64, D/128, 8, 128]`` int32 of ``gpu_unpack.pack``, or ``[F, D]`` int4 with groups of 128.
-        scale, bias: ``[F/64, D/G, 64]`` float16; G is 32, 64 or 128.
+        weights: ``[F/64, D/128, 2 bits, 128]`` int32 of ``gpu_unpack.pack``, or ``[F, D]`` int4 with groups of 128.
+        scale, bias: ``[F/64, D/G, 64]`` float16; G is 32, 64 or 128. Or None, for ones and zeros.
         row_scale: ``[F]`` float32.
 
     Returns:
@@ -119,7 +119,7 @@ def multiply(
     across, along, steps, stretch = split.across, split.along, split.steps, split.stretch
     total, whole = split.blocks * steps, split.pieces == 1
     halves = 1 if whole else 2  # of an output: a piece keeps what rounding leaves over
-    group = d // scale.shape[1]
+    group = COLUMNS if scale is None else d // scale.shape[1]
     groups = COLUMNS // group  # of a tile
     # Registers decide how many groups' sums are kept together, and whether factors are read while products are made.
     at_once = max(1, min(groups, (BLOCK_TOKENS if bias is None else BLOCK_TOKENS // 2) // tokens))
@@ -131,15 +131,16 @@ def multiply(
     if bias is not None:  # of the inputs of a group: [MB, D/G, tokens]
         by_group = x.reshape(token_blocks, tokens, -1, group).transpose(0, 2, 1, 3)
         sums = jnp.sum(by_group, axis=3, dtype=jnp.float32)
-    operands = [x, weights, scale, *([] if bias is None else [bias, sums]), row_scale]
+    scales = [a for a in (scale, bias, sums) if a is not None]
+    operands = [x, weights, *scales, row_scale]
 
     columns = min(64, group)  # a slice of the inputs is a number of whole swizzled tiles
     x_tiles = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-    w_shape = (across, gpu_unpack.WORD_ROWS, gpu_unpack.WORD_COLUMNS) if repacked else (across * ROWS, COLUMNS)
+    w_shape = (across, *weights.shape[2:]) if repacked else (across * ROWS, COLUMNS)
     w_tiles = () if repacked else (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(COLUMNS // 2))
-    tile_bytes = across * ROWS * COLUMNS // 2 + 2 * tokens * COLUMNS + 2 * across * ROWS * groups
-    if sums is not None:
-        tile_bytes += 2 * across * ROWS * groups + 4 * sum_rows * tokens
+    bits = gpu_unpack.bits_of(weights.shape[2]) if repacked else 4
+    tile_bytes = across * ROWS * COLUMNS * bits // 8 + 2 * tokens * COLUMNS
+    tile_bytes += 2 * across * ROWS * groups * len(scales[:2]) + (0 if sums is None else 4 * sum_rows * tokens)
     out_bytes = across * ROWS * tokens * (2 * halves + (4 if along > 1 else 0))
     ring = t.ring or min(_MAX_RING, (_SMEM_BYTES - out_bytes) // tile_bytes)
     ring -= ring % along  # a place in the ring belongs to those who take the same turns
@@ -148,23 +149,22 @@ def multiply(
 
     def kernel(
         x_ref,  # [MB, tokens, D]
-        w_ref,  # [F/64, D/128, 8, 128], or [F, D]
-        scale_ref,  # [F/64, D/G, 64]
-        *refs,  # with bias: bias_ref [F/64, D/G, 64], sums_ref [MB, D/G, tokens]; then row_scale_ref [F] and
+        w_ref,  # [F/64, D/128, 2 bits, 128], or [F, D]
+        *refs,  # scale_ref, bias_ref [F/64, D/G, 64], sums_ref [MB, D/G, tokens], if there are such; row_scale_ref [F];
         # out_ref [1, MB tokens, F], or of pieces [P, 2, MB tokens, F]
         x_smem,  # [ring, tokens, 128]
-        w_smem,  # [ring, across, 8, 128], or [ring, 64 across, 128]
-        scale_smem,  # [ring, across, groups, 64]
+        w_smem,  # [ring, across, 2 bits, 128], or [ring, 64 across, 128]
         o_smem,  # [across, halves, tokens, 64]
         full,  # [ring]
         free,  # [ring]
         given,  # [across]
         taken,  # [across]
         other_smem: Any = None,  # [across, 64, tokens]
+        scale_smem: Any = None,  # [ring, across, groups, 64]
         bias_smem: Any = None,  # [ring, across, groups, 64]
         sums_smem: Any = None,  # [ring, groups or more, tokens]
     ):
-        *bias_refs, row_scale_ref, out_ref = refs
+        *scale_refs, row_scale_ref, out_ref = refs
         warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
         start = jnp.minimum(sm * stretch, total)
         count = jnp.minimum(start + stretch, total) - start  # tiles of this stretch
@@ -192,18 +192,17 @@ def multiply(
                 else:
                     whole = pl.ds(features * (across * ROWS), across * ROWS), pl.ds(step * COLUMNS, COLUMNS)
                     plgpu.copy_gmem_to_smem(w_ref.at[whole], w_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(scale_ref.at[rows, cut], scale_smem.at[slot], full.at[slot])
-                if bias_refs:
-                    plgpu.copy_gmem_to_smem(bias_refs[0].at[rows, cut], bias_smem.at[slot], full.at[slot])
+                for ref, smem in zip(scale_refs[:2], (scale_smem, bias_smem)):
+                    plgpu.copy_gmem_to_smem(ref.at[rows, cut], smem.at[slot], full.at[slot])
 
             def load_tokens(entry):
                 slot, step, _, token_block = place_of(entry)
                 inputs = x_ref.at[token_block, :, pl.ds(step * COLUMNS, COLUMNS)]
                 plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], full.at[slot])
-                if bias_refs:
+                if sums is not None:
                     cut = pl.ds(step * groups, groups)
                     target = sums_smem.at[slot, pl.ds(0, groups)]
-                    plgpu.copy_gmem_to_smem(bias_refs[1].at[token_block, cut], target, full.at[slot])
+                    plgpu.copy_gmem_to_smem(scale_refs[2].at[token_block, cut], target, full.at[slot])
 
             first = jnp.minimum(count, ring)
             pl.loop(jnp.int32(0), first)(load_weights)  # they do not depend on what ran before
@@ -255,8 +254,8 @@ def multiply(
                     parts, factors = pl.run_scoped(products, *[plgpu.ACC((ROWS, tokens), jnp.float32)] * at_once)
                     factors = factors or read_factors(slot, some)
                     for part, (s, b, sum_of_x) in zip(parts, factors, strict=True):
-                        acc = acc + part * lax.broadcast_in_dim(s, part.shape, [0])
-                        if bias_refs:
+                        acc = acc + (part if s is None else part * lax.broadcast_in_dim(s, part.shape, [0]))
+                        if b is not None:
                             b = lax.broadcast_in_dim(b, part.shape, [0])
                             acc = acc + b * lax.broadcast_in_dim(sum_of_x, part.shape, [1])
                 return acc
@@ -268,9 +267,11 @@ def multiply(
                 return factors
 
             def factors_of(slot, g) -> tuple[Any, Any, Any]:
-                """A group's scales [64], and its biases [64] and the sums of its inputs [tokens] if there are any."""
+                """A group's scales [64] and biases [64] and the sums of its inputs [tokens], if there are any."""
+                if scale is None:
+                    return None, None, None
                 s = plgpu.load(scale_smem.at[slot, rows, g], layout=row_layout).astype(jnp.float32)
-                if not bias_refs:
+                if bias is None:
                     return s, None, None
                 b = plgpu.load(bias_smem.at[slot, rows, g], layout=row_layout).astype(jnp.float32)
                 return s, b, plgpu.load(sums_smem.at[slot, g], layout=column_layout)
@@ -328,10 +329,9 @@ def multiply(
 
             plgpu.wait_smem_to_gmem(0)
 
-    scratch = dict(
+    scratch: dict[str, Any] = dict(
         x_smem=plgpu.SMEM((ring, tokens, COLUMNS), x.dtype, transforms=x_tiles),
         w_smem=plgpu.SMEM((ring, *w_shape), weights.dtype, transforms=w_tiles),
-        scale_smem=plgpu.SMEM((ring, across, groups, ROWS), scale.dtype),
         o_smem=plgpu.SMEM((across, halves, tokens, ROWS), x.dtype, transforms=o_tiles),
         full=plgpu.Barrier(num_arrivals=len(operands) - 1, num_barriers=ring),
         free=plgpu.Barrier(num_arrivals=across, num_barriers=ring),
@@ -339,12 +339,12 @@ def multiply(
         taken=plgpu.Barrier(num_barriers=across),
     )
     if along > 1:
-        scratch |= dict(other_smem=plgpu.SMEM((across, ROWS, tokens), jnp.float32))
+        scratch["other_smem"] = plgpu.SMEM((across, ROWS, tokens), jnp.float32)
+    for name, a in (("scale_smem", scale), ("bias_smem", bias)):
+        if a is not None:
+            scratch[name] = plgpu.SMEM((ring, across, groups, ROWS), a.dtype)
     if sums is not None:
-        scratch |= dict(
-            bias_smem=plgpu.SMEM((ring, across, groups, ROWS), scale.dtype),
-            sums_smem=plgpu.SMEM((ring, sum_rows, tokens), jnp.float32),
-        )
+        scratch["sums_smem"] = plgpu.SMEM((ring, sum_rows, tokens), jnp.float32)
     shape = (token_blocks * tokens, weights.shape[0] * (ROWS if repacked else 1))
     out = plgpu.kernel(
         kernel,

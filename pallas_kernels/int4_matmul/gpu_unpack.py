@@ -1,9 +1,9 @@
-"""Nibbles from words on Mosaic GPU: the order of 64 features by 128 inputs in memory, and how a thread reads them.
+"""Small integers from words on Mosaic GPU: the order of 64 features by 128 inputs, and how a thread reads them.
 
 Of the left operand of a matrix instruction (64 rows) a thread of a warpgroup has two rows and of each 8 columns two. So
-its 64 nibbles of a tile are put into eight words that it reads with two loads of 16 bytes, neighbours beside
-neighbours, and the two nibbles of a register of the operand lie 16 bits apart: one instruction takes both out and makes
-them bfloat16 numbers (the way of Marlin, Frantar et al., 2024, for the registers of another instruction).
+its 64 numbers of a tile are put into 8 words (of 4 bits) or 16 (of 8) that it reads 16 bytes at a time, neighbours
+beside neighbours, and the two numbers of a register of the operand lie 16 bits apart: one instruction takes both out
+and makes them bfloat16 (the way of Marlin, Frantar et al., 2024, for the registers of another instruction).
 """
 
 from typing import Any
@@ -21,35 +21,47 @@ plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 ROWS = 64  # features of a tile: the rows of a warpgroup's matrix instruction
 COLUMNS = 128  # inputs of a tile
-WORD_ROWS, WORD_COLUMNS = 8, 128  # a tile's words: row (half, warp), column (lane, word)
-MIDDLE = 8  # what a nibble counts from: its value as an operand is its number minus this
+WORD_COLUMNS = 128  # of a tile's words: (lane, word); its 2 * bits rows are (half, load, warp)
+MIDDLE = 8  # what 4 bits count from: the value of an operand is its number minus this; 8 bits are two's complement
 
 
-def pack(q: jax.Array) -> jax.Array:
-    """``[F, D/2]`` uint8, element 2i of a row in the low nibble of byte i -> ``[F/64, D/128, 8, 128]`` int32.
+def bits_of(word_rows: int) -> int:
+    """4 or 8, from the rows of a tile's words."""
+    return word_rows // 2
 
-    Word ``(4 h + w, 16 r + 4 s + j)`` has at bit ``16 b + 4 t`` row ``16 w + 8 h + r``, column
-    ``32 j + 8 t + 2 s + b``.
+
+def pack(numbers: jax.Array, bits: int) -> jax.Array:
+    """``[F, D]`` unsigned, of 4 bits or 8 -> ``[F/64, D/128, 2 bits, 128]`` int32.
+
+    Word ``(4 (n h + m) + w, 16 r + 4 s + j)`` of a tile has at bit ``16 b + bits t`` row ``16 w + 8 h + r``, column
+    ``8 (p (4 m + j) + t) + 2 s + b``, where a word has ``2 p`` numbers and a half is ``n`` loads.
     """
-    f, half = q.shape
-    byte = q.reshape(f // ROWS, 4, 2, 8, half // 64, 4, 4, 4).astype(jnp.uint32)  # [FB, w, h, r, KB, j, t, s]
-    pair = (byte & 15) | ((byte >> 4) << 16)
-    shifts = jnp.arange(0, 16, 4, dtype=jnp.uint32)[:, None]
-    word = jnp.sum(pair << shifts, axis=6, dtype=jnp.uint32)  # [FB, w, h, r, KB, j, s]
-    word = word.transpose(0, 4, 2, 1, 3, 6, 5).reshape(f // ROWS, half // 64, WORD_ROWS, WORD_COLUMNS)
-    return jax.lax.bitcast_convert_type(word, jnp.int32)
+    f, d = numbers.shape
+    pairs, loads = 16 // bits, bits // 4
+    split = numbers.reshape(f // ROWS, 4, 2, 8, d // COLUMNS, loads, 4, pairs, 4, 2)  # [FB, w, h, r, KB, m, j, t, s, b]
+    shape = split.shape
+    t, b = (jax.lax.broadcasted_iota(jnp.uint32, shape, i) for i in (7, 9))
+    word = jnp.sum(split.astype(jnp.uint32) << (16 * b + bits * t), axis=(7, 9), dtype=jnp.uint32)
+    word = word.transpose(0, 4, 2, 5, 1, 3, 7, 6)  # [FB, KB, h, m, w, r, s, j]
+    return jax.lax.bitcast_convert_type(word.reshape(f // ROWS, d // COLUMNS, 2 * bits, WORD_COLUMNS), jnp.int32)
+
+
+def nibbles(q: jax.Array) -> jax.Array:
+    """``[F, D/2]`` uint8 -> ``[F, D]``: element 2i of a row is the low nibble of byte i, 2i + 1 the high one."""
+    return jnp.stack([q & 15, q >> 4], axis=2).reshape(q.shape[0], -1)
 
 
 def unpack(words: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
-    """``[..., 8, 128]`` int32 -> ``[..., 64, 128]``: each nibble's number minus 8, the inverse of ``pack``."""
-    lead = words.shape[:-2]
-    shape = (*lead, 2, 4, 8, 4, 4, 4, 2)  # [..., h, w, r, s, j, t, b]
+    """``[..., 2 bits, 128]`` int32 -> ``[..., 64, 128]``: each number's value, the inverse of ``pack``."""
+    lead, bits = words.shape[:-2], bits_of(words.shape[-2])
+    pairs, loads = 16 // bits, bits // 4
+    shape = (*lead, 2, loads, 4, 8, 4, 4, pairs, 2)  # [..., h, m, w, r, s, j, t, b]
     t, b = (jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - i) for i in (2, 1))
-    nibble = (words.reshape(*shape[:-2], 1, 1) >> (4 * t + 16 * b)) & 15
+    number = (words.reshape(*shape[:-2], 1, 1) >> (16 * b + bits * t)) & (2**bits - 1)
+    value = number - MIDDLE if bits == 4 else number - 2 * (number & 128)
     n = len(lead)
-    order = [n + 1, n, n + 2, n + 4, n + 5, n + 3, n + 6]  # w, h, r, j, t, s, b
-    nibble = nibble.transpose(*range(n), *order).reshape(*lead, ROWS, COLUMNS)
-    return (nibble - MIDDLE).astype(dtype)
+    order = [n + i for i in (2, 0, 3, 1, 5, 6, 4, 7)]  # w, h, r, m, j, t, s, b
+    return value.transpose(*range(n), *order).reshape(*lead, ROWS, COLUMNS).astype(dtype)
 
 
 def operands(words_ref: Any, group: int, interpret: Any) -> list[Any]:
@@ -60,40 +72,46 @@ def operands(words_ref: Any, group: int, interpret: Any) -> list[Any]:
     if interpret:
         tile = unpack(words_ref[...])
         return [tile[:, g : g + group] for g in range(0, COLUMNS, group)]
-    layout = plgpu.Layout.WG_STRIDED((WORD_ROWS, WORD_COLUMNS), vec_size=4)
+    bits = bits_of(words_ref.shape[0])
+    layout = plgpu.Layout.WG_STRIDED((2 * bits, WORD_COLUMNS), vec_size=4)
     words = plgpu.load(words_ref, layout=layout)
     shape = plgpu.ShapeDtypeStruct((ROWS, group), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=[shape] * (COLUMNS // group))
     def take_out(_, words):
-        i32 = ir.IntegerType.get_signless(32)
-        registers = np.empty((COLUMNS // 8, 2), dtype=object)  # of 8 columns and half of the rows
-        for half, four in enumerate(words.registers.flat):
-            for j in range(4):
-                word = vector.extract(four, [], [j])
-                for t in range(4):
-                    shifted = arith.shrui(word, mosaic.c(4 * t, i32)) if t else word
-                    registers[4 * j + t, half] = _pair(shifted)
-        outs = []
-        for columns in np.split(registers, COLUMNS // group):
-            regs = columns.reshape(fragmented_array.WGMMA_LAYOUT.registers_shape((ROWS, group)))
-            outs.append(
-                fragmented_array.FragmentedArray(
-                    _registers=regs, _layout=fragmented_array.WGMMA_LAYOUT, _is_signed=None
-                )
+        loaded = [vector.extract(four, [], [j]) for four in words.registers.flat for j in range(4)]
+        taken = [x for word in loaded for x in _pairs(word, bits)]
+        registers = np.empty(2 * COLUMNS // 8, dtype=object)
+        registers[:] = taken
+        registers = registers.reshape(2, COLUMNS // 8).T  # [8 columns, half of the rows]
+        layout = fragmented_array.WGMMA_LAYOUT
+        return [
+            fragmented_array.FragmentedArray(
+                _registers=some.reshape(layout.registers_shape((ROWS, group))), _layout=layout, _is_signed=None
             )
-        return outs
+            for some in np.split(registers, COLUMNS // group)
+        ]
 
     return take_out(words)
 
 
-def _pair(word: Any) -> Any:
-    """The nibbles at bits 0 and 16 as two bfloat16, less 8. A nibble or-ed into the mantissa of 128 is 128 + nibble."""
+# A number or-ed into the mantissa of 128 is 128 + number, as bfloat16 has 7 bits there; 136 less is a nibble's value.
+# Of 8 bits the highest goes into the exponent of another 128 and makes it 256: the difference is two's complement.
+_NIBBLES = """{ .reg .b32 t; lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, $2; }"""
+_BYTES = """{ .reg .b32 t, u; lop3.b32 t, $1, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 u, $1, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, u; }"""
+
+
+def _pairs(word: Any, bits: int) -> list[Any]:
+    """The registers of an operand that are in a word: two bfloat16 each."""
     i32 = ir.IntegerType.get_signless(32)
-    code = (
-        "{ .reg .b32 t; lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea; "  # (word & mask) | 128, 128
-        "sub.rn.bf16x2 $0, t, $2; }"
-    )
-    middle = mosaic.c(0x43084308, i32)  # 136, 136
-    pair = llvm.inline_asm(i32, [word, middle], code, "=r,r,r")
-    return mosaic.utils.bitcast(pair, ir.VectorType.get((2,), ir.BF16Type.get()))
+    two = ir.VectorType.get((2,), ir.BF16Type.get())
+    found = []
+    for shift in range(0, 16, bits):
+        shifted = arith.shrui(word, mosaic.c(shift, i32)) if shift else word
+        if bits == 4:
+            pair = llvm.inline_asm(i32, [shifted, mosaic.c(0x43084308, i32)], _NIBBLES, "=r,r,r")
+        else:
+            pair = llvm.inline_asm(i32, [shifted], _BYTES, "=r,r")
+        found.append(mosaic.utils.bitcast(pair, two))
+    return found

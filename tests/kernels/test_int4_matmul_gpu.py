@@ -77,21 +77,28 @@ def test_kernel_with_mosaics_own_conversion():
     assert not races_found()
 
 
-def test_pack_has_each_thread_s_operands_in_its_own_words():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pack_has_each_thread_s_operands_in_its_own_words(bits):
     """Against the registers of a matrix instruction as its manual has them, and the loads of a warpgroup."""
-    numbers = np.random.default_rng(0).integers(0, 16, (64, 128))
-    q = jnp.asarray(numbers[:, 0::2] | numbers[:, 1::2] << 4, jnp.uint8)
-    words = gpu_unpack.pack(q)
-    np.testing.assert_array_equal(gpu_unpack.unpack(words[0, 0], jnp.int32), numbers - 8)
-    flat = np.asarray(words).view(np.uint32).reshape(2, 128, 4)  # load, thread, word
+    numbers = np.random.default_rng(0).integers(0, 2**bits, (64, 128))
+    words = gpu_unpack.pack(jnp.asarray(numbers, jnp.uint8), bits)
+    values = numbers - 8 if bits == 4 else numbers.astype(np.int8)
+    np.testing.assert_array_equal(gpu_unpack.unpack(words[0, 0], jnp.int32), values)
+    flat = np.asarray(words).view(np.uint32).reshape(2, -1, 128, 4)  # half of the rows, load, thread, word
     for thread in range(128):
         warp, lane = divmod(thread, 32)
         for half in range(2):
+            mine = flat[half, :, thread].reshape(-1)
             row = 16 * warp + lane // 4 + 8 * half
             for eight in range(16):  # columns: a register has two of each eight
-                register = flat[half, thread, eight // 4] >> (4 * (eight % 4)) & 0x000F000F
+                word, place = divmod(eight, 16 // bits)
+                pair = [mine[word] >> (bits * place + b) & (2**bits - 1) for b in (0, 16)]
                 column = 8 * eight + 2 * (lane % 4)
-                assert [register & 15, register >> 16] == numbers[row, column : column + 2].tolist()
+                assert pair == numbers[row, column : column + 2].tolist()
+
+
+def test_nibbles_are_in_the_order_of_a_checkpoint():
+    assert gpu_unpack.nibbles(jnp.array([[0x21, 0x43]], jnp.uint8)).tolist() == [[1, 2, 3, 4]]
 
 
 def test_every_piece_has_one_place():
