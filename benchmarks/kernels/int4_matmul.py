@@ -18,7 +18,6 @@ import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.kernels import measure
-from pallas_kernels.int4_matmul import gpu
 from pallas_kernels.int4_matmul.gpu import PreparedInt4, Tuning, int4_matmul, prepare
 from pallas_kernels.int8_matmul import gpu as int8_gpu
 from pallas_kernels.int8_matmul.gpu import PreparedInt8, int8_matmul
@@ -45,7 +44,6 @@ class Case(NamedTuple):
     symmetric: bool = True
     repack: bool = True
     tuning: Tuning | None = None
-    many_tokens: int = gpu.MANY_TOKENS
 
 
 def matrix(seed: int, case: Case) -> tuple[Matrix, np.ndarray]:
@@ -78,7 +76,8 @@ def check_cases() -> Iterator[Case]:
         yield Case(m, 1536, 2048, repack=False)
         yield Case(m, 1536, 2048, tuning=Tuning(launch_early=True))
     for group, symmetric in ((128, True), (32, False)):
-        yield Case(700, 768, 1024, group, symmetric, many_tokens=0)
+        for t in (Tuning(many_tokens=0), Tuning(many_tokens=0, xla_dequantizes=True)):
+            yield Case(700, 768, 1024, group, symmetric, tuning=t)
 
 
 def excess(case: Case, seed: int) -> float:
@@ -86,11 +85,12 @@ def excess(case: Case, seed: int) -> float:
     w, weight = matrix(seed, case)
     x = measure.random_normal(seed, (case.m, case.d))
     prepared = prepare(w, repack=case.repack)
-    out = np.asarray(int4_matmul(x, prepared, tuning=case.tuning, many_tokens=case.many_tokens), np.float64)
+    t = case.tuning or Tuning()
+    out = np.asarray(int4_matmul(x, prepared, tuning=t), np.float64)
     x64 = np.asarray(x.astype(jnp.float32), np.float64)
     want, terms = x64 @ weight.T, np.abs(x64) @ np.abs(weight).T
     # The output is rounded to bfloat16, and so are the weights where XLA multiplies; scales are float16 otherwise.
-    relative = 2**-8 if case.m > case.many_tokens else 2**-11
+    relative = 2**-8 if case.m > t.many_tokens else 2**-11
     return float(np.max(np.abs(out - want) / (np.abs(want) * 2**-8 + terms * relative)))
 
 
@@ -184,8 +184,9 @@ VARIANTS: dict[str, Callable[[jax.Array, Any], jax.Array]] = {
     "cast": int4_matmul,
     "early": functools.partial(int4_matmul, tuning=Tuning(launch_early=True)),
     "cut": functools.partial(int4_matmul, tuning=Tuning(busy=2)),
-    "dequantize": functools.partial(int4_matmul, many_tokens=0),
-    "stream": functools.partial(int4_matmul, many_tokens=1 << 20),
+    "dequantize": functools.partial(int4_matmul, tuning=Tuning(many_tokens=0)),
+    "by xla": functools.partial(int4_matmul, tuning=Tuning(many_tokens=0, xla_dequantizes=True)),
+    "stream": functools.partial(int4_matmul, tuning=Tuning(many_tokens=1 << 20)),
     "int8": int8_matmul,
     "xla bf16": xla_product,
     "xla int4": xla_int4,
@@ -201,7 +202,7 @@ def is_timed(variant: str, shape: str, m: int) -> bool:
         "qkv": [(1, "early"), (16, "early"), (16, "biases"), (16, "int8")],
         "out": [(16, "biases"), (16, "cast"), (16, "int8")],
         "gate_up": [(1, "xla int4"), (16, "cast"), (16, "biases"), (64, "biases"), (1, "int8"), (16, "int8"),
-                    (16, "xla int8"), (16, "cut"), (64, "cut"), (256, "cut"), (2048, "stream")],
+                    (16, "xla int8"), (16, "cut"), (64, "cut"), (256, "cut"), (2048, "stream"), (2048, "by xla")],
         "down": [(16, "early"), (16, "biases"), (16, "int8")],
     }[shape]  # fmt: skip
 

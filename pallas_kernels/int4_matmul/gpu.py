@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int4_matmul import gpu_stream, gpu_unpack
+from pallas_kernels.int4_matmul import gpu_product, gpu_unpack
 from pallas_kernels.int4_matmul.gpu_stream import Tuning
 
 GROUPS = (32, 64, 128)
-MANY_TOKENS = 512  # beyond, the matrix is dequantized and XLA multiplies
 _TOP = 15  # scales and biases of a feature are kept below 2**15: float16 has 29 binary digits of range below it
 
 
@@ -79,59 +78,20 @@ def prepare(w: Any, *, repack: bool = True) -> PreparedInt4:
     return PreparedInt4(weights, arrange(scale), None if bias is None else arrange(bias), row_scale)
 
 
-@jax.jit
-def dequantize(w: PreparedInt4) -> jax.Array:
-    """``[F, D']`` bfloat16, D' the padded number of inputs."""
-    tiles = gpu_unpack.unpack(w.weights, jnp.float32)  # [FB, KB, 64, 128]
-    row_blocks, steps = tiles.shape[:2]
-    groups = w.scale.shape[1] // steps
-
-    def spread(a: jax.Array) -> jax.Array:
-        a = a.astype(jnp.float32).reshape(row_blocks, steps, groups, gpu_unpack.ROWS).transpose(0, 1, 3, 2)
-        return a[..., None]  # [FB, KB, 64, groups, 1]
-
-    tiles = tiles.reshape(row_blocks, steps, gpu_unpack.ROWS, groups, -1) * spread(w.scale)
-    if w.bias is not None:
-        tiles += spread(w.bias)
-    rows = tiles.transpose(0, 2, 1, 3, 4).reshape(row_blocks * gpu_unpack.ROWS, -1)
-    return (rows[: w.row_scale.shape[0]] * w.row_scale[:, None]).astype(jnp.bfloat16)
-
-
-@functools.partial(jax.jit, static_argnames=("tuning", "many_tokens", "interpret"))
-def int4_matmul(
-    x: jax.Array,
-    w: PreparedInt4,
-    *,
-    tuning: Tuning | None = None,
-    many_tokens: int = MANY_TOKENS,
-    interpret: Any = None,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
+def int4_matmul(x: jax.Array, w: PreparedInt4, *, tuning: Tuning | None = None, interpret: Any = None) -> jax.Array:
     """``x @ weight.T`` accumulated in float32.
 
     Args:
         x: ``[M, D]`` bfloat16.
         w: of ``prepare``.
         tuning: None takes the defaults.
-        many_tokens: with more the matrix is dequantized and XLA multiplies; 0 always does so.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
     Returns:
         ``[M, F]`` bfloat16.
+
+    Raises:
+        ValueError: x is not of the matrix' D, or of another type.
     """
-    num_tokens, d = x.shape
-    row_blocks, steps = w.scale.shape[0], w.weights.shape[1] // (1 if w.weights.ndim == 4 else 128)
-    padded = steps * 128
-    if not padded - 128 < d <= padded or x.dtype != jnp.bfloat16:
-        raise ValueError(f"x is {x.dtype}[{num_tokens}, {d}]; the matrix takes bfloat16 of {padded} inputs, padded")
-    if num_tokens > many_tokens:
-        x = jnp.pad(x, ((0, 0), (0, padded - d)))
-        weight = dequantize(w)
-        contract = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32).astype(x.dtype)
-    t = tuning or Tuning()
-    split = gpu_stream.split_of(num_tokens, row_blocks, steps, t)
-    x = jnp.pad(x, ((0, -num_tokens % split.tokens), (0, padded - d))).reshape(-1, split.tokens, padded)
-    num_features = w.row_scale.shape[0]
-    row_scale = jnp.pad(w.row_scale, (0, row_blocks * gpu_unpack.ROWS - num_features))
-    out = gpu_stream.multiply(x, w.weights, w.scale, w.bias, row_scale, split=split, t=t, interpret=interpret)
-    return out[:num_tokens, :num_features]
+    return gpu_product.multiply(x, *w, tuning or Tuning(), interpret)

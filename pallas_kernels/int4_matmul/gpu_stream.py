@@ -42,6 +42,8 @@ class Tuning:
     num_sms: int = 132  # multiprocessors of an H100 or H200
     launch_early: bool = False  # programmatic dependent launch: weights are read while the kernel before ends
     busy: float = 0.8  # the share of multiprocessors from which on blocks stay whole
+    many_tokens: int = 512  # with more the matrix is dequantized and XLA multiplies
+    xla_dequantizes: bool = False  # instead of a kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +236,7 @@ def multiply(
             def operands_of(slot):
                 """The tile's groups as left operands."""
                 if repacked:
-                    return gpu_unpack.operands(w_smem.at[slot, rows], group, interpret)
+                    return gpu_unpack.operands(gpu_unpack.load_words(w_smem.at[slot, rows]), group, interpret)
                 tile = w_smem.at[slot, pl.ds(rows * ROWS, ROWS)]
                 w = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X)
                 return [plgpu.layout_cast(w, plgpu.Layout.WGMMA).astype(x.dtype)]

@@ -64,17 +64,21 @@ def unpack(words: jax.Array, dtype: Any = jnp.bfloat16) -> jax.Array:
     return value.transpose(*range(n), *order).reshape(*lead, ROWS, COLUMNS).astype(dtype)
 
 
-def operands(words_ref: Any, group: int, interpret: Any) -> list[Any]:
-    """A tile's words in shared memory -> its groups as left operands, ``[64, group]`` bfloat16 each.
+def load_words(ref: Any) -> Any:
+    """A tile's words, ``[2 bits, 128]`` int32, from shared or device memory: 16 bytes at a time."""
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
+
+
+def operands(words: Any, group: int, interpret: Any) -> list[Any]:
+    """What ``load_words`` has read -> the tile's groups as left operands, ``[64, group]`` bfloat16 each.
 
     The interpreter gets the same from ``unpack``: it has no inline code.
     """
     if interpret:
-        tile = unpack(words_ref[...])
+        tile = unpack(words)
         return [tile[:, g : g + group] for g in range(0, COLUMNS, group)]
-    bits = bits_of(words_ref.shape[0])
-    layout = plgpu.Layout.WG_STRIDED((2 * bits, WORD_COLUMNS), vec_size=4)
-    words = plgpu.load(words_ref, layout=layout)
+    bits = bits_of(words.shape[0])
+    layout = plgpu.Layout.WG_STRIDED(words.shape, vec_size=4)
     shape = plgpu.ShapeDtypeStruct((ROWS, group), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=[shape] * (COLUMNS // group))

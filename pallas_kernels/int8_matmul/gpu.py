@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.int4_matmul import gpu_stream, gpu_unpack
+from pallas_kernels.int4_matmul import gpu_product, gpu_unpack
 from pallas_kernels.int4_matmul.gpu_stream import Tuning
-
-MANY_TOKENS = 64  # beyond, XLA's product, which converts the matrix as it reads it
 
 
 class PreparedInt8(NamedTuple):
@@ -40,48 +38,20 @@ def prepare(w: Any) -> PreparedInt8:
     return PreparedInt8(gpu_unpack.pack(q, 8), w.scale[:, 0].astype(jnp.float32))
 
 
-@jax.jit
-def dequantize(w: PreparedInt8) -> jax.Array:
-    """``[F, D']`` bfloat16 without the scales, which are the rows' and multiply outputs; D' is padded."""
-    tiles = gpu_unpack.unpack(w.weights)  # [FB, KB, 64, 128]
-    rows = tiles.transpose(0, 2, 1, 3).reshape(tiles.shape[0] * gpu_unpack.ROWS, -1)
-    return rows[: w.row_scale.shape[0]]
-
-
-@functools.partial(jax.jit, static_argnames=("tuning", "many_tokens", "interpret"))
-def int8_matmul(
-    x: jax.Array,
-    w: PreparedInt8,
-    *,
-    tuning: Tuning | None = None,
-    many_tokens: int = MANY_TOKENS,
-    interpret: Any = None,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
+def int8_matmul(x: jax.Array, w: PreparedInt8, *, tuning: Tuning | None = None, interpret: Any = None) -> jax.Array:
     """``x @ weight.T`` accumulated in float32.
 
     Args:
         x: ``[M, D]`` bfloat16.
         w: of ``prepare``.
         tuning: None takes the defaults.
-        many_tokens: with more XLA multiplies; 0 always does so.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
     Returns:
         ``[M, F]`` bfloat16.
+
+    Raises:
+        ValueError: x is not of the matrix' D, or of another type.
     """
-    num_tokens, d = x.shape
-    row_blocks, steps = w.weights.shape[:2]
-    padded, num_features = steps * gpu_unpack.COLUMNS, w.row_scale.shape[0]
-    if not padded - gpu_unpack.COLUMNS < d <= padded or x.dtype != jnp.bfloat16:
-        raise ValueError(f"x is {x.dtype}[{num_tokens}, {d}]; the matrix takes bfloat16 of {padded} inputs, padded")
-    if num_tokens > many_tokens:
-        x = jnp.pad(x, ((0, 0), (0, padded - d)))
-        contract = (((1,), (1,)), ((), ()))
-        out = jax.lax.dot_general(x, dequantize(w), contract, preferred_element_type=jnp.float32)
-        return (out * w.row_scale).astype(x.dtype)
-    t = tuning or Tuning()
-    split = gpu_stream.split_of(num_tokens, row_blocks, steps, t)
-    x = jnp.pad(x, ((0, -num_tokens % split.tokens), (0, padded - d))).reshape(-1, split.tokens, padded)
-    row_scale = jnp.pad(w.row_scale, (0, row_blocks * gpu_unpack.ROWS - num_features))
-    out = gpu_stream.multiply(x, w.weights, None, None, row_scale, split=split, t=t, interpret=interpret)
-    return out[:num_tokens, :num_features]
+    return gpu_product.multiply(x, w.weights, None, None, w.row_scale, tuning or Tuning(), interpret)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.int4_matmul import gpu, gpu_stream, gpu_unpack
+from pallas_kernels.int4_matmul import gpu_dequantize, gpu_product, gpu_stream, gpu_unpack
 from pallas_kernels.int4_matmul.gpu import int4_matmul, prepare
 from pallas_kernels.int4_matmul.gpu_stream import Tuning
 from tests.kernels.gpu_interpreter import INTERPRET, races_found
@@ -115,15 +115,21 @@ def test_every_piece_has_one_place():
 def test_many_tokens_take_the_dequantized_matrix(group, symmetric):
     w, weight = matrix(4, 72, {128: 256, 32: 192, 96: 96}[group], group, symmetric=symmetric)
     prepared = prepare(w)
-    got = np.asarray(gpu.dequantize(prepared), np.float64)
-    d = weight.shape[1]
+    f, d = weight.shape
+    padded = jnp.pad(prepared.row_scale, (0, -f % 128))
+    arrays = prepared.weights, prepared.scale, prepared.bias, padded
+    got = gpu_dequantize.dequantize(*arrays, interpret=INTERPRET)
+    assert not races_found()
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(gpu_product.dequantize(*arrays)))
+    got = np.asarray(got, np.float64)[:f, :d]
     step = np.repeat(np.asarray(w.scale, np.float64), d // w.scale.shape[1], 1)
-    assert np.all(np.abs(got[:, :d] - weight) <= np.abs(weight) * 2**-8 + step * 2**-7)
+    assert np.all(np.abs(got - weight) <= np.abs(weight) * 2**-8 + step * 2**-7)
     x = tokens(5, 10, d)
-    want = np.asarray(x, np.float64) @ weight.T
-    terms = np.abs(np.asarray(x, np.float64)) @ np.abs(weight).T
-    error = np.abs(np.asarray(int4_matmul(x, prepared, many_tokens=9), np.float64) - want)
-    assert np.all(error <= np.abs(want) * 2**-8 + terms * 2**-8)
+    want, terms = np.asarray(x, np.float64) @ weight.T, np.abs(np.asarray(x, np.float64)) @ np.abs(weight).T
+    for by_xla in (False, True):
+        t = Tuning(many_tokens=9, xla_dequantizes=by_xla)
+        error = np.abs(np.asarray(int4_matmul(x, prepared, tuning=t, interpret=INTERPRET), np.float64) - want)
+        assert np.all(error <= np.abs(want) * 2**-8 + terms * 2**-8)
 
 
 def test_zeros_one_hot_and_the_largest():

@@ -27,25 +27,29 @@ def matrix(f, d):
 
 
 CASES = {
-    # m, f, d, more tokens than which XLA multiplies, tuning
-    "two turns": (3, 128, 640, 64, Tuning(num_sms=3, ring=2)),
-    "four blocks of features, padded": (24, 200, 288, 64, Tuning(num_sms=3)),
-    "whole blocks": (9, 384, 256, 64, Tuning(num_sms=2, busy=0.7)),
-    "xla": (9, 200, 288, 8, None),
+    # m, f, d, tuning
+    "two turns": (3, 128, 640, Tuning(num_sms=3, ring=2)),
+    "four blocks of features, padded": (24, 200, 288, Tuning(num_sms=3)),
+    "whole blocks": (9, 384, 256, Tuning(num_sms=2, busy=0.7)),
+    "dequantized": (9, 200, 288, Tuning(many_tokens=8)),
+    "dequantized by XLA": (9, 200, 288, Tuning(many_tokens=8, xla_dequantizes=True)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_product(name):
-    m, f, d, many, tuning = CASES[name]
+    m, f, d, tuning = CASES[name]
     w, weight = matrix(f, d)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((m, d)), jnp.bfloat16)
-    out = int8_matmul(x, prepare(w), tuning=tuning, many_tokens=many, interpret=INTERPRET)
+    out = int8_matmul(x, prepare(w), tuning=tuning, interpret=INTERPRET)
     x64 = np.asarray(x, np.float64)
     want, terms = x64 @ weight.T, np.abs(x64) @ np.abs(weight).T
     assert out.dtype == jnp.bfloat16
-    assert np.all(np.abs(np.asarray(out, np.float64) - want) <= np.abs(want) * 2**-8 + terms * 2**-20)
-    assert many < m or not races_found()
+    assert np.all(
+        np.abs(np.asarray(out, np.float64) - want)
+        <= np.abs(want) * 2**-8 + terms * (2**-8 if m > tuning.many_tokens else 2**-20)
+    )
+    assert tuning.xla_dequantizes or not races_found()
 
 
 @pytest.mark.parametrize(
