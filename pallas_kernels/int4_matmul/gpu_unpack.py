@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mosaic
+from jax.experimental.mosaic import gpu as _mosaic
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 
+mosaic: Any = _mosaic
 plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 ROWS = 64  # features of a tile: the rows of a warpgroup's matrix instruction
@@ -114,8 +115,8 @@ def _pairs(word: Any, bits: int) -> list[Any]:
     for shift in range(0, 16, bits):
         shifted = arith.shrui(word, mosaic.c(shift, i32)) if shift else word
         if bits == 4:
-            pair = llvm.inline_asm(i32, [shifted, mosaic.c(0x43084308, i32)], _NIBBLES, "=r,r,r")
+            pair = mosaic.utils.llvm.inline_asm(i32, [shifted, mosaic.c(0x43084308, i32)], _NIBBLES, "=r,r,r")
         else:
-            pair = llvm.inline_asm(i32, [shifted], _BYTES, "=r,r")
+            pair = mosaic.utils.llvm.inline_asm(i32, [shifted], _BYTES, "=r,r")
         found.append(mosaic.utils.bitcast(pair, two))
     return found
