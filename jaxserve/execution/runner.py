@@ -122,16 +122,10 @@ def lower_load(dims: ConstraintDims, mesh: Mesh) -> jax.stages.Lowered:
 GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
-# A graph begins once all of its kernels are in it: after 2 ms, for a model of 32 layers. A step that reads prompts
-# takes longer than to launch its kernels one after another: without a graph the device works from the first on.
-NO_GRAPH: dict[str, bool | str] = {"xla_gpu_enable_command_buffer": ""}
-
-
-def compile_step(lowered: jax.stages.Lowered, mesh: Mesh, *, in_graph: bool = True) -> jax.stages.Compiled:
-    """Compiles a step or a sampler for its mesh; on GPUs as one graph of kernels, or as launches of each."""
-    if mesh.devices.flat[0].platform != "gpu":
-        return lowered.compile()
-    return lowered.compile(compiler_options=GPU_OPTIONS if in_graph else GPU_OPTIONS | NO_GRAPH)
+def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles a step or a sampler for its mesh."""
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return lowered.compile(compiler_options=GPU_OPTIONS if is_gpu else {})
 
 
 class Runner:
@@ -180,7 +174,7 @@ class Runner:
         done, lock = 0, threading.Lock()
 
         def compile_one(bucket: Bucket, lowered: jax.stages.Lowered) -> None:
-            self._compiled[bucket] = compile_step(lowered, self.mesh, in_graph=not bucket.prefill_tokens)
+            self._compiled[bucket] = compile_step(lowered, self.mesh)
             count()
 
         def compile_sampler(num_rows: int, asked: Sampling, lowered: jax.stages.Lowered) -> None:
