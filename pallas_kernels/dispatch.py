@@ -39,6 +39,12 @@ def best_grouped_matmul(device: Any) -> Implementation:
     return "reference" if device.platform == "cpu" else "xla"
 
 
+def best_quantized_matmul(device: Any) -> Implementation:
+    """As ``best``, for products with 4-bit and 8-bit matrices: the reference is a loop, which makes an accelerator
+    wait."""
+    return "reference" if device.platform == "cpu" else "xla"
+
+
 def choose(implementations: dict[str, Callable[..., Any]], name: Implementation | None) -> Callable[..., Any]:
     """The implementation called ``name``; None is the reference, which runs everywhere."""
     if name is None:
