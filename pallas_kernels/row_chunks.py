@@ -10,7 +10,7 @@ CHUNK_ELEMENTS = 2**17  # of dequantized rows: 512 KiB of f32, half of a core's 
 
 
 def multiply_by_chunks(
-    multiply: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], num_tokens: int, shape: tuple[int, int]
+    multiply: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], num_tokens: int, shape: tuple[int, ...]
 ) -> jax.Array:
     """``[M, F]`` f32 of a matrix of ``shape`` [F, D], some rows after others.
 

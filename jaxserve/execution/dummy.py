@@ -54,7 +54,9 @@ def dummy_params(
     named = list(zip(named_leaves(shapes), named_leaves(formats), strict=True))
     made: list[jax.Array] = []
     for number, ((name, spec), (_, place_as)) in enumerate(named):
-        made.append(maker(spec.shape, spec.dtype, place_as, name.rpartition(".")[2] if spec.dtype else _kind(name))(number))
+        made.append(
+            maker(spec.shape, spec.dtype, place_as, name.rpartition(".")[2] if spec.dtype else _kind(name))(number)
+        )
         if on_tensor is not None:
             # The next one's workspace comes on top of what is there: made one by one, it is one array's, not all's.
             made[-1].block_until_ready()

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.config import ModelConfig
 from jaxserve.execution.step import StageParams, stage_param_shapes, stage_param_specs
 from jaxserve.model.array_spec import ArraySpec
-from jaxserve.model.params import ParamSource, TreeSource, layer_fields, named_leaves
+from jaxserve.model.params import ParamSource, TreeSource, layer_fields, named_leaves, path_name
 from jaxserve.model.quantized import QuantizedMatrix
 from jaxserve.parallel.placed import ReplicatedHeads, copies_of_kv_heads
 from pallas_kernels import dispatch, int4_matmul
@@ -114,12 +115,12 @@ def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
     def prepared(path: tuple, matrix: Any) -> Any:
         if not isinstance(matrix, QuantizedMatrix):
             return matrix
-        name = ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)
+        name = path_name(path)
         implementation = dispatch.best_quantized_matmul(mesh.devices.flat[0])
-        is_layout = implementation in int4_matmul.OWN_LAYOUT
+        is_layout = implementation in int4_matmul.PREPARE
         if matrix.format.kind != "int4" or not is_layout or name == "embed" or "experts" in name:
             # Rows of an embedding are taken by themselves, and experts' matrices are put together again.
-            return matrix.replace(implementation="xla" if is_layout else implementation)
+            return replace(matrix, implementation="xla" if is_layout else implementation)
         lead = is_layer(name)
 
         def prepare_part(q: jax.Array, scale: jax.Array, bias: jax.Array | None) -> Any:
@@ -129,10 +130,11 @@ def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
             return jax.tree.map(lambda x: x[None], made) if lead else made
 
         own = P("stage", "tensor") if lead else P("tensor")
-        specs = tuple(x and x.sharding.spec for x in (matrix.q, matrix.scale, matrix.bias))
+        specs = tuple(None if x is None else x.sharding.spec for x in (matrix.q, matrix.scale, matrix.bias))
         make = jax.shard_map(prepare_part, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
         local = matrix.q.sharding.shard_shape(matrix.q.shape)
-        return matrix.replace(
+        return replace(
+            matrix,
             q=None,
             scale=None,
             bias=None,

@@ -20,8 +20,8 @@ from jaxserve.config import ModelConfig
 from jaxserve.execution import constraints, sampling
 from jaxserve.execution.constraints import Constraints
 from jaxserve.model import decoder, layers
-from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.array_spec import ArraySpec, is_spec
+from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import LayerParams, Params, param_specs
 from jaxserve.model.quantized import QuantizedMatrix, check_split
 from jaxserve.model.rope import rope_tables

@@ -201,7 +201,13 @@ def layer_fields(config: ModelConfig, layer: int) -> frozenset[str]:
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """(name, leaf) of every parameter of a ``Params`` (of arrays or of specs), in tree order."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)[0]:
-        yield ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path), leaf
+        yield path_name(path), leaf
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A parameter's name from its path in the tree, as ``jax.tree_util`` gives it."""
+    keys = (next((getattr(key, a) for a in ("name", "idx", "key") if hasattr(key, a)), key) for key in path)
+    return ".".join(map(str, keys))
 
 
 def num_params(config: ModelConfig) -> int:

@@ -6,6 +6,7 @@ along whole groups.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -67,9 +68,9 @@ class QuantizedMatrix:
         if shape[-1] not in (-1, self.shape[-1]):
             raise ValueError(f"a quantized matrix {self.shape} keeps its columns, asked was {shape}")
         if self.prepared_shape is not None:
-            return self.replace(prepared_shape=(*shape[:-1], self.shape[-1]))
+            return replace(self, prepared_shape=(*shape[:-1], self.shape[-1]))
         parts = {n: None if x is None else x.reshape(*shape[:-1], x.shape[-1]) for n, x in self._parts().items()}
-        return self.replace(**parts)
+        return replace(self, **parts)
 
     def _parts(self) -> dict[str, Any]:
         return {"q": self.q, "scale": self.scale, "bias": self.bias}
@@ -77,8 +78,8 @@ class QuantizedMatrix:
     def at(self, index: Any) -> "QuantizedMatrix":
         """Rows or an expert, as indexing the first axis gives them."""
         parts = {name: None if x is None else x[index] for name, x in self._parts().items()}
-        has_own_perm = self.perm is not None and self.perm.ndim == 2
-        return self.replace(**parts, perm=self.perm[index] if has_own_perm else self.perm)
+        has_own_perm = getattr(self.perm, "ndim", 1) == 2
+        return replace(self, **parts, perm=self.perm[index] if has_own_perm else self.perm)
 
 
 def quantized_specs(name: str, spec: ArraySpec, matrix_format: MatrixFormat) -> QuantizedMatrix:
@@ -97,7 +98,7 @@ def quantized_specs(name: str, spec: ArraySpec, matrix_format: MatrixFormat) -> 
             raise ValueError(f"params.{name}: {what}={size} does not divide its {columns} input columns")
     num_groups, group_axis = (1, None) if group is None else (columns // group, column_axis)
     per_group = ArraySpec((*rows, num_groups), (*row_axes, group_axis), "float32")
-    experts = (1 if field.startswith("experts_") else 0)  # leading axes of perm
+    experts = 1 if field.startswith("experts_") else 0  # leading axes of perm
     return QuantizedMatrix(
         q=ArraySpec((*rows, columns // per_byte), spec.axes, NUMBERS[matrix_format.kind]),
         scale=per_group,

@@ -3,6 +3,7 @@
 A matrix is prepared once, where it will lie (``prepare``); what comes out of that is what ``int4_matmul`` takes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import reference, xla
 
 _IMPLEMENTATIONS = {"reference": reference.int4_matmul, "xla": xla.int4_matmul}
-# Implementations whose ``prepare`` makes something else of a matrix.
-OWN_LAYOUT: frozenset[dispatch.Implementation] = frozenset()
+# Of implementations that want another layout than ``Int4Matrix``: what makes it.
+PREPARE: dict[dispatch.Implementation, Callable[..., Any]] = {}
 
 
 class Int4Matrix(NamedTuple):
@@ -32,14 +33,13 @@ class Int4Matrix(NamedTuple):
 
 def prepare(w: Int4Matrix, *, implementation: dispatch.Implementation | None = None) -> Any:
     """What ``int4_matmul`` takes for ``w``: a pytree of arrays in the layout that the implementation wants, made on the
-    device. The reference and XLA take the matrix as it is.
+    device. Those without an entry in ``PREPARE`` take the matrix as it is.
 
     Raises:
         ValueError: shapes that do not fit each other, with both numbers.
     """
     check_matrix(w)
-    dispatch.choose(_IMPLEMENTATIONS, implementation)
-    return w
+    return PREPARE[implementation](w) if implementation in PREPARE else w
 
 
 def int4_matmul(
@@ -63,10 +63,13 @@ def int4_matmul(
     Raises:
         ValueError: shapes that do not fit each other, with both numbers.
     """
+    multiply = dispatch.choose(_IMPLEMENTATIONS, implementation)
+    if implementation in PREPARE:
+        return multiply(x, w).astype(out_dtype or x.dtype)
     check_matrix(w)
     if x.ndim != 2 or x.shape[1] != 2 * w.q.shape[1]:
         raise ValueError(f"x {x.shape} must be [M, D={2 * w.q.shape[1]}]")
-    return dispatch.choose(_IMPLEMENTATIONS, implementation)(x, *w).astype(out_dtype or x.dtype)
+    return multiply(x, *w).astype(out_dtype or x.dtype)
 
 
 def dequantize(w: Int4Matrix, dtype: Any = jnp.float32) -> jax.Array:
