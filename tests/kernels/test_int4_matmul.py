@@ -65,9 +65,9 @@ def test_products_are_those_of_the_dequantized_matrix(group, symmetric, implemen
     assert int4_matmul(given, prepared, implementation=implementation, out_dtype=jnp.float32).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("rows", [7, 9, 40])
+@pytest.mark.parametrize("rows", [1, 7, 9, 40])
 def test_chunks_cover_every_row(monkeypatch, rows):
-    monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", 8 * 64)
+    monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", {"few": 8 * 64, "many": 8 * 64})
     w, exact = matrix("random", rows, 64, 32, False)
     x = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
     np.testing.assert_allclose(jax.jit(lambda x, w: int4_matmul(x, w))(x, w), x @ exact.T, rtol=1e-4, atol=1e-3)
