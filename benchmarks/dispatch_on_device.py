@@ -20,17 +20,17 @@ from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from benchmarks.engine_on_device import TINY, say, sizes  # noqa: E402
-from benchmarks.profile_summary import planes_of  # noqa: E402
-from jaxserve.checkpoint.shapes import read_shape  # noqa: E402
-from jaxserve.config import CacheConfig  # noqa: E402
-from jaxserve.execution import runner  # noqa: E402
-from jaxserve.execution.dummy import dummy_params  # noqa: E402
-from jaxserve.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
-from jaxserve.step_io import Bucket, StepDims, new_inputs  # noqa: E402
+from benchmarks.engine_on_device import TINY, say, sizes
+from benchmarks.profile_summary import planes_of
+from jaxserve.checkpoint.shapes import read_shape
+from jaxserve.config import CacheConfig
+from jaxserve.execution import runner
+from jaxserve.execution.dummy import dummy_params
+from jaxserve.parallel.mesh import make_mesh, parse_mesh
+from jaxserve.step_io import Bucket, StepDims, new_inputs
 
 
 def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 60) -> dict[str, float]:

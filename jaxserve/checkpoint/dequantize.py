@@ -1,16 +1,13 @@
 """Quantized matrices on the host, in numpy: packing, and what they stand for."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 
 from jaxserve.config import MatrixFormat, ModelConfig
 
-if TYPE_CHECKING:
-    from jaxserve.model.params import ParamSource
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # ``model.params.ParamSource.read``
 
 
 def pack_nibbles(values: np.ndarray) -> np.ndarray:
@@ -41,14 +38,14 @@ def dequantize(
 
 
 class DequantizedSource:
-    """A ``ParamSource`` of the plain parameters over one that has some of them quantized, as ``config`` says.
+    """A ``ParamSource`` of the plain parameters over ``read`` of those of ``config``, some of them quantized.
 
     Attributes:
         config: the plain model's.
     """
 
-    def __init__(self, source: ParamSource, config: ModelConfig):
-        self._source = source
+    def __init__(self, read: Read, config: ModelConfig):
+        self._read = read
         self._formats = {} if config.quantization is None else config.quantization.formats()
         self._columns = _columns_of(config)
         self.config = dataclasses.replace(config, quantization=None)
@@ -57,7 +54,7 @@ class DequantizedSource:
         """See ``ParamSource``; f32 where the parameter is quantized."""
         matrix_format = self._formats.get(name)
         if matrix_format is None:
-            return self._source.read(name, index)
+            return self._read(name, index)
         columns, num_columns = index[-1], self._columns[name]
         rows, has_groups = index[:-1], matrix_format.group_size is not None
         group = matrix_format.group_size or num_columns
@@ -66,13 +63,13 @@ class DequantizedSource:
         start, stop = start // group * group, -(-stop // group) * group
         per_byte = 2 if matrix_format.kind == "int4" else 1
         groups = slice(start // group, stop // group) if has_groups else slice(0, 1)
-        q = self._source.read(f"{name}.q", (*rows, slice(start // per_byte, stop // per_byte)))
-        scale = self._source.read(f"{name}.scale", (*rows, groups))
-        bias = self._source.read(f"{name}.bias", (*rows, groups)) if matrix_format.has_bias else None
+        q = self._read(f"{name}.q", (*rows, slice(start // per_byte, stop // per_byte)))
+        scale = self._read(f"{name}.scale", (*rows, groups))
+        bias = self._read(f"{name}.bias", (*rows, groups)) if matrix_format.has_bias else None
         perm = None
         if matrix_format.has_perm:
             experts = rows[:1] if ".experts_" in name else ()
-            perm = self._source.read(f"{name}.perm", (*experts, slice(0, num_columns)))
+            perm = self._read(f"{name}.perm", (*experts, slice(0, num_columns)))
         values = dequantize(matrix_format, q, scale, bias, perm)
         return values[..., columns.start - start : columns.stop - start]
 

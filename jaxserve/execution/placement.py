@@ -22,9 +22,9 @@ from jaxserve.config import ModelConfig
 from jaxserve.execution.step import StageParams, stage_param_shapes, stage_param_specs
 from jaxserve.model.array_spec import ArraySpec
 from jaxserve.model.params import ParamSource, TreeSource, layer_fields, named_leaves, path_name
-from jaxserve.model.quantized import QuantizedMatrix
+from jaxserve.model.quantized import PER_BYTE, QuantizedMatrix
 from jaxserve.parallel.placed import ReplicatedHeads, copies_of_kv_heads
-from pallas_kernels import dispatch, int4_matmul
+from pallas_kernels import dispatch, int4_matmul, int8_matmul
 
 READERS = 8  # threads at most; each holds one device's part of one parameter
 # Matrices [..., out, in] of which GPUs have the output features contiguous in memory: XLA's products of few tokens read
@@ -116,34 +116,52 @@ def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
         if not isinstance(matrix, QuantizedMatrix):
             return matrix
         name = path_name(path)
-        implementation = dispatch.best_quantized_matmul(mesh.devices.flat[0])
-        is_layout = implementation in int4_matmul.PREPARE
-        if matrix.format.kind != "int4" or not is_layout or name == "embed" or "experts" in name:
-            # Rows of an embedding are taken by themselves, and experts' matrices are put together again.
-            return replace(matrix, implementation="xla" if is_layout else implementation)
+        local = matrix.q.sharding.shard_shape(matrix.q.shape)
+        hopper = _hopper_kernel(matrix, dtype) if name != "embed" and "experts" not in name else None
+        # Rows of an embedding are taken by themselves, and experts' matrices are put together again.
+        implementation = dispatch.best_quantized_matmul(mesh.devices.flat[0], hopper=hopper)
+        kernel = int4_matmul if matrix.format.kind == "int4" else int8_matmul
+        if hopper is None or implementation not in kernel.PREPARE:
+            return replace(matrix, implementation=implementation)
         lead = is_layer(name)
 
         def prepare_part(q: jax.Array, scale: jax.Array, bias: jax.Array | None) -> Any:
             parts = [x if x is None else x[0] if lead else x for x in (q, scale, bias)]
             flat = [x if x is None else x.reshape(-1, x.shape[-1]) for x in parts]
-            made = int4_matmul.prepare(int4_matmul.Int4Matrix(*flat), implementation=implementation)
+            if kernel is int4_matmul:
+                made = int4_matmul.prepare(int4_matmul.Int4Matrix(*flat), implementation=implementation)
+            else:
+                made = int8_matmul.prepare(int8_matmul.Int8Matrix(*flat), implementation=implementation)
             return jax.tree.map(lambda x: x[None], made) if lead else made
 
         own = P("stage", "tensor") if lead else P("tensor")
         specs = tuple(None if x is None else x.sharding.spec for x in (matrix.q, matrix.scale, matrix.bias))
         make = jax.shard_map(prepare_part, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
-        local = matrix.q.sharding.shard_shape(matrix.q.shape)
         return replace(
             matrix,
             q=None,
             scale=None,
             bias=None,
             prepared=jax.jit(make)(matrix.q, matrix.scale, matrix.bias),
-            prepared_shape=(*local[lead:-1], 2 * local[-1]),
+            prepared_shape=(*local[lead:-1], local[-1] * PER_BYTE[matrix.format.kind]),
             implementation=implementation,
         )
 
+    dtype = params.final_norm.dtype
     return jax.tree_util.tree_map_with_path(prepared, params, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
+
+
+def _hopper_kernel(matrix: QuantizedMatrix, dtype: jnp.dtype) -> str | None:
+    """The kernel for Hopper that multiplies with a placed matrix, in a model of ``dtype``; None if none does."""
+    local = matrix.q.sharding.shard_shape(matrix.q.shape)
+    groups = matrix.scale.sharding.shard_shape(matrix.scale.shape)[-1]
+    form = matrix.format
+    if dtype != jnp.bfloat16 or form.activations != "none":
+        return None
+    if form.kind == "int4":
+        refused = int4_matmul.gpu.refusal(math.prod(local[:-1]), 2 * local[-1], groups)
+        return "int4_matmul" if refused is None else None
+    return "int8_matmul" if form.kind == "int8" and form.group_size is None and not form.has_bias else None
 
 
 def is_layer(name: str) -> bool:

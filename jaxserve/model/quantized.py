@@ -153,15 +153,13 @@ def matmul(x: jax.Array, w: QuantizedMatrix, out_dtype: Any = None) -> jax.Array
         if is_split:  # a device's columns are sorted by group: they may be for any element of the input
             x = lax.all_gather(x, "tensor", axis=1, tiled=True)
         x = jnp.take(x, w.perm, axis=1)
-    if w.prepared is not None:
-        out = int4.int4_matmul(x, w.prepared, out_dtype=out_dtype, implementation=w.implementation)
-    elif w.format.kind == "int4":
-        matrix = int4.Int4Matrix(w.q, w.scale, w.bias)
+    if w.format.kind == "int4":
+        matrix = int4.Int4Matrix(w.q, w.scale, w.bias) if w.prepared is None else w.prepared
         out = int4.int4_matmul(x, matrix, out_dtype=out_dtype, implementation=w.implementation)
     else:
         out = int8.int8_matmul(
             x,
-            int8.Int8Matrix(w.q, w.scale, w.bias),
+            int8.Int8Matrix(w.q, w.scale, w.bias) if w.prepared is None else w.prepared,
             activations=w.format.activations,
             activation_group=w.format.activation_group,
             across=(lambda largest: lax.pmax(largest, "tensor")) if is_split else None,

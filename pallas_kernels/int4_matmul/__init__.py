@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.int4_matmul import reference, xla
+from pallas_kernels.int4_matmul import gpu, reference, xla
 
-_IMPLEMENTATIONS = {"reference": reference.int4_matmul, "xla": xla.int4_matmul}
+_IMPLEMENTATIONS = {"reference": reference.int4_matmul, "xla": xla.int4_matmul, "mosaic_gpu": gpu.int4_matmul}
 # Of implementations that want another layout than ``Int4Matrix``: what makes it.
-PREPARE: dict[dispatch.Implementation, Callable[..., Any]] = {}
+PREPARE: dict[dispatch.Implementation | None, Callable[..., Any]] = {"mosaic_gpu": gpu.prepare}
 
 
 class Int4Matrix(NamedTuple):

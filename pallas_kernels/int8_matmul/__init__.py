@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.int8_matmul import reference, xla
+from pallas_kernels.int8_matmul import gpu, reference, xla
 
-_IMPLEMENTATIONS = {"reference": reference.int8_matmul, "xla": xla.int8_matmul}
+_IMPLEMENTATIONS = {"reference": reference.int8_matmul, "xla": xla.int8_matmul, "mosaic_gpu": gpu.int8_matmul}
+# Of implementations that want another layout than ``Int8Matrix``: what makes it. They round no activations.
+PREPARE: dict[dispatch.Implementation | None, Callable[..., Any]] = {"mosaic_gpu": gpu.prepare}
 Activations = Literal["none", "int8", "fp8"]
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
@@ -28,9 +30,20 @@ class Int8Matrix(NamedTuple):
     bias: Any = None
 
 
+def prepare(w: Int8Matrix, *, implementation: dispatch.Implementation | None = None) -> Any:
+    """What ``int8_matmul`` takes for ``w``: a pytree of arrays in the layout that the implementation wants, made on the
+    device. Those without an entry in ``PREPARE`` take the matrix as it is.
+
+    Raises:
+        ValueError: shapes that do not fit each other, with both numbers.
+    """
+    check_matrix(w)
+    return PREPARE[implementation](w) if implementation in PREPARE else w
+
+
 def int8_matmul(
     x: jax.Array,
-    w: Int8Matrix,
+    w: Any,
     *,
     activations: Activations = "none",
     activation_group: int | None = None,
@@ -42,7 +55,7 @@ def int8_matmul(
 
     Args:
         x: ``[M, D]``.
-        w: of [F, D].
+        w: what ``prepare`` made of an ``Int8Matrix`` of [F, D] for the same implementation.
         activations: 8-bit numbers that x is rounded to first, each token by a scale of its own (dynamic): its largest
             magnitude becomes the largest of the type.
         activation_group: columns of a token that share a scale; None: all.
@@ -56,11 +69,15 @@ def int8_matmul(
     Raises:
         ValueError: shapes that do not fit each other, with both numbers.
     """
+    multiply = dispatch.choose(_IMPLEMENTATIONS, implementation)
+    dtype = out_dtype or x.dtype
+    if implementation in PREPARE:
+        if activations != "none":
+            raise ValueError(f"activations={activations!r}: implementation={implementation!r} rounds none")
+        return multiply(x, w).astype(dtype)
     check_matrix(w)
     if x.ndim != 2 or x.shape[1] != w.q.shape[1]:
         raise ValueError(f"x {x.shape} must be [M, D={w.q.shape[1]}]")
-    multiply = dispatch.choose(_IMPLEMENTATIONS, implementation)
-    dtype = out_dtype or x.dtype
     if activations == "none":
         return multiply(x, *w).astype(dtype)
     rounded, scale = round_tokens(x, activations, activation_group, across)

@@ -40,7 +40,7 @@ def test_the_parameters_are_those_of_the_dequantized_model(name, tmp_path):
     ):
         assert checkpoint.config.quantization is not None
         assert dequantized.config == expected.config == dataclasses.replace(checkpoint.config, quantization=None)
-        source = DequantizedSource(checkpoint, checkpoint.config)
+        source = DequantizedSource(checkpoint.read, checkpoint.config)
         for parameter, spec in named_leaves(param_specs(expected.config)):
             want = expected.read(parameter, whole(spec.shape))
             error = 2e-6 * np.abs(want).max()

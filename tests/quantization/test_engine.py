@@ -135,7 +135,10 @@ def test_a_kernels_own_layout_is_made_on_the_devices(monkeypatch):
 
     monkeypatch.setitem(int4_matmul._IMPLEMENTATIONS, "mosaic_gpu", multiply)
     monkeypatch.setitem(int4_matmul.PREPARE, "mosaic_gpu", prepare)
-    monkeypatch.setattr(dispatch, "best_quantized_matmul", lambda device: "mosaic_gpu")
+    monkeypatch.setattr(placement, "_hopper_kernel", lambda matrix, dtype: "int4_matmul")
+    monkeypatch.setattr(
+        dispatch, "best_quantized_matmul", lambda device, hopper: "mosaic_gpu" if hopper else "reference"
+    )
     biased = MatrixFormat(kind="int4", group_size=8, has_bias=True)
     config, params, plain = quantized_model(
         tiny.CONFIG, tiny.params(), {"qkv": biased, "down": biased, "embed": biased, "head": biased}
@@ -187,3 +190,30 @@ def test_formats_that_cannot_be():
     with pytest.raises(ValueError, match=re.escape("params.embed.scale has shape (259, 1), expected (259, 2)")):
         engine(config, lacking)
     assert placement.is_layer("layers.0.qkv.q")
+
+
+@pytest.mark.parametrize(
+    "form, dtype, want",
+    [
+        (MatrixFormat(kind="int4", group_size=128), "bfloat16", "int4_matmul"),
+        (MatrixFormat(kind="int4", group_size=128), "float32", None),
+        (MatrixFormat(kind="int4", group_size=16), "bfloat16", None),
+        (MatrixFormat(kind="int8"), "bfloat16", "int8_matmul"),
+        (MatrixFormat(kind="int8", group_size=32), "bfloat16", None),
+        (MatrixFormat(kind="int8", activations="int8"), "bfloat16", None),
+        (MatrixFormat(kind="fp8"), "bfloat16", None),
+    ],
+)
+def test_the_kernels_for_hopper_are_chosen_for_what_they_take(form, dtype, want):
+    class Hopper:
+        platform, compute_capability = "gpu", "9.0"
+
+    spec = quantized.quantized_specs("layers.0.down", ArraySpec((256, 256), (None, "ffn")), form)
+    matrix = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype or dtype), spec, is_leaf=lambda x: isinstance(x, ArraySpec)
+    )
+    kernel = placement._hopper_kernel(matrix, jnp.dtype(dtype))
+    assert kernel == want
+    checked = want in dispatch.MOSAIC_GPU_CHECKED
+    assert dispatch.best_quantized_matmul(Hopper(), hopper=kernel) == ("mosaic_gpu" if checked else "xla")
+    assert dispatch.best_quantized_matmul(jax.devices()[0], hopper=kernel) == "reference"

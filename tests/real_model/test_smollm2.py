@@ -51,3 +51,14 @@ def test_stream_concatenates_to_the_text(engine):
     ids = [e.token_id for e in events]
     assert events[-1].finish_reason == "stop" and ids[-1] == engine.tokenizer.eos_token_ids[0]
     assert "".join(e.text for e in events) == engine.tokenizer.decode(ids)
+
+
+def test_greedy_tokens_of_the_4_bit_weights_as_they_are():
+    prompts = REFERENCE["prompts"][:2]
+    options = {"max_model_len": 256, "max_num_seqs": 2, "decode_sizes": (2,), "prefill_sizes": (64,)}
+    with Engine.from_pretrained(
+        DEFAULT_MODEL, quantization="gguf", dtype="float32", samplings=("greedy",), **options
+    ) as engine:
+        completions = engine.generate([p["prompt_token_ids"] for p in prompts], [params(p) for p in prompts])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.token_ids == prompt["new_token_ids"], prompt["name"]

@@ -117,8 +117,8 @@ class GGUFCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part ``index`` (one slice with a start and a stop for each axis) of parameter ``name``, in float32 (of a
-        quantized one in the leaf's own type); maybe a read-only view of the mapped file. Dequantizes the rows of that part alone, and of them the blocks that it
-        meets. Threads may call it at once.
+        quantized one in the leaf's own type); maybe a read-only view of the mapped file. Dequantizes the rows of that
+        part alone, and of them the blocks that it meets. Threads may call it at once.
 
         Raises:
             CheckpointError: no such parameter, the file is closed, or its tensor is of a type that cannot be read.
