@@ -121,6 +121,19 @@ class QuantizationConfig:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"QuantizationConfig gives {twice} two formats")
 
+    def __str__(self) -> str:
+        """For people: the formats and how many parameters have each."""
+        texts = []
+        for matrices in self.matrices:
+            f = matrices.format
+            parts = [f.kind, f"groups of {f.group_size}" if f.group_size else "a scale a row"]
+            parts += ["biases"] * f.has_bias + ["act-order"] * f.has_perm
+            parts += [f"{f.activations} activations"] * (f.activations != "none")
+            texts.append(
+                f"{len(matrices.parameters)} of {' with '.join(parts[:2])}{''.join(f', {p}' for p in parts[2:])}"
+            )
+        return f"{self.method}: {'; '.join(texts)}"
+
     def formats(self) -> dict[str, MatrixFormat]:
         """Format by parameter."""
         return {name: matrices.format for matrices in self.matrices for name in matrices.parameters}

@@ -1,6 +1,7 @@
 """Quantized Hugging Face folders against the same models dequantized: every layout read whole and in parts."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -160,7 +161,6 @@ def broken(tmp_path: Path, change, config=None) -> str:
     tensors = {name: np.array(files[name]) for name in files}
     files.close()
     change(tensors)
-    import json
 
     write_folder(folder, json.loads((folder / "config.json").read_text()), tensors)
     with pytest.raises(CheckpointError) as error, HFCheckpoint(folder) as checkpoint:
@@ -275,3 +275,14 @@ def test_layouts_by_columns_and_missing_numbers(tmp_path):
     (plain / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match="quantization_config says gptq, but no tensor is quantized"):
         HFCheckpoint(plain)
+
+
+def test_info_has_it_in_short(tmp_path, capsys):
+    from jaxserve.cli.app import run
+
+    quantized, _ = write_pair(*SCHEMES["gptq, act-order"], tmp_path)
+    assert run(["info", str(quantized)]) == 0
+    assert "gptq: 16 of int4 with groups of 8, biases, act-order" in " ".join(capsys.readouterr().out.split())
+    assert run(["info", str(quantized), "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["quantization"]
+    assert config["matrices"][0]["parameters"][0] == "layers.0.qkv"

@@ -54,11 +54,9 @@ def test_stream_concatenates_to_the_text(engine):
 
 
 def test_greedy_tokens_of_the_4_bit_weights_as_they_are():
-    prompts = REFERENCE["prompts"][:2]
-    options = {"max_model_len": 256, "max_num_seqs": 2, "decode_sizes": (2,), "prefill_sizes": (64,)}
-    with Engine.from_pretrained(
-        DEFAULT_MODEL, quantization="gguf", dtype="float32", samplings=("greedy",), **options
-    ) as engine:
-        completions = engine.generate([p["prompt_token_ids"] for p in prompts], [params(p) for p in prompts])
-    for prompt, completion in zip(prompts, completions, strict=True):
-        assert completion.token_ids == prompt["new_token_ids"], prompt["name"]
+    prompt, count = REFERENCE["prompts"][0], 40
+    options = {"max_model_len": 128, "max_num_seqs": 1, "prefill_sizes": (64,), "samplings": ("greedy",)}
+    with Engine.from_pretrained(DEFAULT_MODEL, quantization="gguf", dtype="float32", **options) as engine:
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        (completion,) = engine.generate([prompt["prompt_token_ids"]], sampling)
+    assert completion.token_ids == prompt["new_token_ids"][:count]
