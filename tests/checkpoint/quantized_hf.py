@@ -22,15 +22,16 @@ Packer = Callable[[np.random.Generator, int, int], Packed]
 
 
 def write_pair(
-    golden: str, config: dict[str, Any], pack: Packer, folder: Path, excluded: str = "nothing"
+    golden: str, config: dict[str, Any], pack: Packer, folder: Path, excluded: str = "nothing", also: str = "nothing"
 ) -> tuple[Path, Path]:
-    """The golden model's folder with its linear layers quantized, and the dequantized one."""
+    """The golden model's folder with its linear layers, and ``also`` others, quantized; and the dequantized one."""
     values = json.loads((GOLDEN / golden / "config.json").read_text())
     files = TensorFiles(GOLDEN / golden)
     r = np.random.default_rng(11)
     quantized, plain = {}, {}
     for name in files:
-        if not LINEAR.fullmatch(name) or re.search(excluded, name):
+        is_linear = LINEAR.fullmatch(name) and not re.search(excluded, name)
+        if not is_linear and not re.match(also, name):
             quantized[name] = plain[name] = np.array(files[name])
             continue
         tensors, matrix = pack(r, *files[name].shape)

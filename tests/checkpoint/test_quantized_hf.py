@@ -111,6 +111,16 @@ def test_excluded_modules_stay_as_they_are(tmp_path):
         assert checkpoint.read("layers.1.down", whole((32, 48))).dtype.name == "bfloat16"
 
 
+def test_a_head_may_be_quantized(tmp_path):
+    """Of 99 rows: the last words of the zero points are not full."""
+    quantized, plain = write_pair("llama", gptq_config(lm_head=True), gptq(), tmp_path, also="lm_head")
+    with HFCheckpoint(quantized) as checkpoint, HFCheckpoint(plain) as expected:
+        assert checkpoint.config.quantization is not None and "head" in checkpoint.config.quantization.formats()
+        source = DequantizedSource(checkpoint.read, checkpoint.config)
+        want = expected.read("head", whole((99, 32)))
+        np.testing.assert_allclose(source.read("head", whole((99, 32))), want, atol=2e-6 * np.abs(want).max())
+
+
 def greedy(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 

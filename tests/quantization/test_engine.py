@@ -1,4 +1,4 @@
-"""Quantized matrices of every kind in one model, served on one device and on a mesh, against the oracle."""
+"""Quantized matrices of every kind in one model, served on a mesh, against the oracle; and what cannot be."""
 
 import dataclasses
 import re
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxserve import Engine, SamplingParams
 from jaxserve.config import MatrixFormat, ParallelConfig, QuantizationConfig, QuantizedMatrices
 from jaxserve.execution import placement
+from jaxserve.execution.dummy import dummy_params
 from jaxserve.execution.placement import place_params
 from jaxserve.model import quantized
 from jaxserve.model.array_spec import ArraySpec
@@ -31,7 +32,6 @@ FORMATS = {
     "gate_up": MatrixFormat(kind="int8", has_perm=True),
     "down": MatrixFormat(kind="fp8", group_size=8),
 }
-MESHES = [None, "stage=2,tensor=2"]
 
 
 @cache
@@ -44,11 +44,10 @@ def engine(config, params, **options) -> Engine:
     return Engine.from_params(config, params, max_prefill_rows=1, samplings=("greedy",), **(sizes | options))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_tokens_are_those_of_the_dequantized_model(mesh):
+def test_tokens_on_a_mesh_are_those_of_the_dequantized_model():
     config, params, plain = model()
     prompt = tiny.prompts(1, seed=5, longest=12)[0]
-    with engine(config, params, mesh=mesh) as served:
+    with engine(config, params, mesh="stage=2,tensor=2") as served:
         (completion,) = served.generate([prompt], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
         assert served.stats().recompilations_after_ready == 0
     assert completion.token_ids == oracle_greedy(tiny.CONFIG, plain, prompt, 16)
@@ -217,3 +216,15 @@ def test_the_kernels_for_hopper_are_chosen_for_what_they_take(form, dtype, want)
     checked = want in dispatch.MOSAIC_GPU_CHECKED
     assert dispatch.best_quantized_matmul(Hopper(), hopper=kernel) == ("mosaic_gpu" if checked else "xla")
     assert dispatch.best_quantized_matmul(jax.devices()[0], hopper=kernel) == "reference"
+
+
+def test_dummy_parameters_lie_as_placed_ones():
+    small = {"embed": FORMATS["embed"], "attn_out": FORMATS["attn_out"], "qkv": FORMATS["qkv"]}
+    config, params, _ = quantized_model(tiny.CONFIG, tiny.params(), small)
+    mesh = make_mesh(ParallelConfig(stage=2, tensor=2))
+    dummy = dict(named_leaves(dummy_params(config, mesh, jnp.dtype("float32"))))
+    placed = dict(named_leaves(place_params(TreeSource(params, config), config, config, mesh, jnp.dtype("float32"))))
+    facts = [{name: (x.shape, x.dtype, x.sharding) for name, x in leaves.items()} for leaves in (dummy, placed)]
+    assert facts[0] == facts[1]
+    assert len(np.unique(np.asarray(dummy["layers.0.qkv.q"]))) > 100
+    np.testing.assert_array_equal(np.sort(np.asarray(dummy["layers.0.attn_out.perm"])[1]), np.arange(64))

@@ -148,16 +148,16 @@ class QuantizedModule:
     def zeros(self) -> np.ndarray:
         """Zero points ``[out, groups]`` f32, of unsigned numbers but in the plain layout."""
         stored, bits = self._files[self._full(self._layout.zeros)], self._scheme.bits
-        rows = np.arange(self.shape[0])
+        num_rows = self.shape[0]  # the last word of a column may have room for more
         match self._scheme.layout:
             case "plain":
-                return stored.reshape(self.shape[0], -1).astype(np.float32)
+                return stored.reshape(num_rows, -1).astype(np.float32)
             case "packed":
-                return _numbers_along_words(np.ascontiguousarray(stored.T), bits)[:, : self.shape[0]].T
+                return _numbers_along_words(np.ascontiguousarray(stored.T), bits)[:, :num_rows].T
             case "gptq":
-                return _numbers_along_words(stored, bits).T + self._scheme.zero_offset
+                return _numbers_along_words(stored, bits)[:, :num_rows].T + self._scheme.zero_offset
             case "awq":
-                return _awq_numbers(stored, rows).T.astype(np.float32)
+                return _awq_numbers(stored, np.arange(num_rows)).T.astype(np.float32)
 
     def biases(self, scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """What is added to ``scale`` times the numbers."""
