@@ -64,6 +64,7 @@ class Engine:
         load_format: Literal["auto", "dummy"] = "auto",
         skip_tokenizer_init: bool = False,
         generation_config: Literal["auto", "none"] = "auto",
+        quantization: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         mesh: Mesh | ParallelConfig | str | None = None,
         compilation_cache_dir: str | Path | None = None,
@@ -79,6 +80,8 @@ class Engine:
             skip_tokenizer_init: no tokenizer: prompts are token ids, and completions have no text.
             generation_config: "auto" takes the sampling that the checkpoint recommends (generation_config.json) as
                 ``sampling_defaults``, "none" does not.
+            quantization: "auto" serves matrices of few bits as they are (those of GGUF files dequantized), "none"
+                dequantizes all, a method's name keeps them: see ``open_checkpoint``.
             compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
                 this process; None leaves the process' own setting.
             on_progress: called with (stage, done, total) while loading, compiling and warming up.
@@ -94,6 +97,8 @@ class Engine:
             raise ValueError(f"load_format={load_format!r} is not one of auto, dummy")
         if generation_config not in ("auto", "none"):
             raise ValueError(f"generation_config={generation_config!r} is not one of auto, none")
+        if load_format == "dummy" and quantization != "auto":
+            raise ValueError(f"quantization={quantization!r}: with load_format='dummy' the config.json says it")
         if load_format == "dummy":
             return cls.from_shape(
                 name_or_path,
@@ -103,7 +108,7 @@ class Engine:
                 on_progress=on_progress,
                 **options,
             )
-        with open_checkpoint(name_or_path, on_progress=on_progress) as checkpoint:
+        with open_checkpoint(name_or_path, quantization=quantization, on_progress=on_progress) as checkpoint:
             return cls.from_params(
                 checkpoint.config,
                 checkpoint,

@@ -80,6 +80,7 @@ def lower_step(
         dims,
         attention=dispatch.best(device, hopper=hopper),
         grouped_matmul=dispatch.best_grouped_matmul(device),
+        params_specs=jax.tree.map(lambda x: x.sharding.spec, params),
     )
     return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
 
