@@ -1,10 +1,12 @@
 """The device's owner: parameters, state, and one compiled step for each bucket."""
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,12 +129,20 @@ def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled
     return lowered.compile(compiler_options=options)
 
 
+class Computed(NamedTuple):
+    """A step between its two programs."""
+
+    num_rows: int  # B
+    logits: jax.Array  # [B, V] f32
+    fields: jax.Array  # what sampling reads of the step's inputs
+
+
 class Runner:
     """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns, and for each
     number of rows that they have a sampler for everything in ``samplings``; no step may ask more than the last of them
     in ``SAMPLINGS``' order.
 
-    One thread at a time may use it. ``dispatch`` returns before the device is done; ``read`` waits.
+    One thread at a time may use it. ``forward`` and ``sample`` return before the device is done; ``read`` waits.
 
     Attributes:
         compile_counter: at zero when the constructor returns; its owner watches the steps with it.
@@ -204,22 +214,27 @@ class Runner:
         """Runs every bucket on padding once: what the runtime does on a first call is not left to the first user."""
         jobs: list[tuple[Bucket, Sampling]] = [(b, asked) for b in buckets for asked in self._samplings]
         for i, (bucket, asked) in enumerate(jobs):
-            self.read(self.dispatch(bucket, new_inputs(bucket, self.dims)[0], asked))
+            self.read(self.sample(self.forward(bucket, new_inputs(bucket, self.dims)[0]), asked))
             if on_progress:
                 on_progress("warm-up", i + 1, len(jobs))
 
-    def dispatch(self, bucket: Bucket, buffer: np.ndarray, asked: Sampling) -> jax.Array:
-        """Starts a step on ``buffer`` (``step_io.new_inputs``), whose rows ask no more than ``asked`` of sampling.
+    def forward(self, bucket: Bucket, buffer: np.ndarray) -> Computed:
+        """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits."""
+        inputs = jax.device_put(buffer, self._replicated)
+        self._state, logits, fields = self._compiled[bucket](self._params, self._state, inputs)
+        return Computed(bucket.num_rows, logits, fields)
+
+    def sample(self, computed: Computed, asked: Sampling) -> jax.Array:
+        """Goes on with a step whose rows ask no more than ``asked`` of sampling, before the next ``forward``.
 
         Returns a handle for ``read``.
         """
         while asked not in self._samplings:
             asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
-        inputs = jax.device_put(buffer, self._replicated)
-        state, logits, fields = self._compiled[bucket](self._params, self._state, inputs)
         held = self._held if asked == "constrained" else None
-        last_tokens, held, packed = self._samplers[bucket.num_rows, asked](state.last_tokens, held, logits, fields)
-        self._state = state.replace(last_tokens=last_tokens)
+        sampler = self._samplers[computed.num_rows, asked]
+        last_tokens, held, packed = sampler(self._state.last_tokens, held, computed.logits, computed.fields)
+        self._state = dataclasses.replace(self._state, last_tokens=last_tokens)
         if held is not None:
             self._held = held
         return packed

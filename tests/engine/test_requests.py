@@ -229,10 +229,10 @@ def test_streams_interleave_and_a_closed_one_is_aborted(engine):
     assert drain(engine) == [] and engine.stats().num_pages_held == 0
 
 
-@pytest.mark.parametrize("where", ["dispatch", "read"])
+@pytest.mark.parametrize("where", ["forward", "read"])
 def test_ctrl_c_in_a_step_ends_generate_and_leaves_the_engine_whole(engine, monkeypatch, where):
     expected = [c.token_ids for c in engine.generate(tiny.prompts(7), GREEDY)]
-    original = getattr(engine._runner, where)
+    original = getattr(engine.loop.runner, where)
     calls = 0
 
     def interrupted(*arguments):
@@ -242,7 +242,7 @@ def test_ctrl_c_in_a_step_ends_generate_and_leaves_the_engine_whole(engine, monk
             signal.raise_signal(signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(engine._runner, where, interrupted)
+    monkeypatch.setattr(engine.loop.runner, where, interrupted)
     other = engine.stream(PROMPT, GREEDY)
     first = next(other).token_id
     with pytest.raises(KeyboardInterrupt):
@@ -257,7 +257,7 @@ def test_after_an_error_in_a_step_every_call_says_so(monkeypatch):
     with tiny.engine() as engine:
         stream = engine.stream(PROMPT, GREEDY)
         next(stream)
-        monkeypatch.setattr(engine._runner, "read", lambda handle: 1 / 0)
+        monkeypatch.setattr(engine.loop.runner, "read", lambda handle: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.generate([PROMPT], GREEDY)
         for call in (lambda: next(stream), lambda: engine.generate([PROMPT], GREEDY), engine.step):
@@ -271,9 +271,9 @@ def test_whatever_a_step_compiles_is_counted(monkeypatch):
     with tiny.engine() as engine:
         engine.generate([PROMPT], GREEDY)
         assert engine.stats().recompilations_after_ready == 0
-        commit = engine._scheduler.commit
+        commit = engine.loop.scheduler.commit
         monkeypatch.setattr(
-            engine._scheduler, "commit", lambda batch, tokens: commit(batch, np.asarray(jnp.sort(tokens)))
+            engine.loop.scheduler, "commit", lambda batch, tokens: commit(batch, np.asarray(jnp.sort(tokens)))
         )
         engine.generate([PROMPT], GREEDY)
         assert engine.stats().recompilations_after_ready > 0
