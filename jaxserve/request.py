@@ -1,8 +1,10 @@
 """What a user asks for and what comes back, as frozen values. Imports nothing of jax."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from dataclasses import field as dataclass_field
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
@@ -32,12 +34,63 @@ class QueueFullError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutputs:
+    """The language that a completion's text is in. Exactly one of the fields is given.
+
+    Attributes:
+        json: a JSON schema, as text or as what ``json.loads`` makes of it; kept as text.
+        json_object: True: any JSON object.
+        regex: a regular expression in the syntax of Rust's ``regex``, for the whole text.
+        choice: the texts to choose from.
+        grammar: a context-free grammar in Lark's syntax (as `llguidance` reads it) with the rule ``start``.
+    """
+
+    json: Any = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    kind: str = dataclass_field(init=False, repr=False, compare=False)  # the name of the field that is given
+
+    def __post_init__(self):
+        field = "structured_outputs"
+        if not isinstance(self.json_object, bool):
+            raise RequestError(field, f"json_object={self.json_object!r} is not true or false")
+        kinds = [f.name for f in fields(self) if f.init]
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        if isinstance(self.json, bool):  # a schema, too: of everything, or of nothing
+            given = ["json", *(name for name in given if name != "json")]
+        if len(given) != 1:
+            raise RequestError(field, f"has {' and '.join(given) or 'nothing'}, give exactly one of {', '.join(kinds)}")
+        object.__setattr__(self, "kind", given[0])
+        if given == ["json"] and not isinstance(self.json, str):
+            try:
+                object.__setattr__(self, "json", json.dumps(self.json, ensure_ascii=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(field, f"json is not a JSON schema: {error}") from None
+        if given == ["choice"]:
+            choice = self.choice
+            if isinstance(choice, str) or not isinstance(choice, Iterable) or not (choice := tuple(choice)):
+                raise RequestError(field, f"choice={choice!r} is not a sequence of one text or more")
+            object.__setattr__(self, "choice", choice)
+        for text in self.choice or (self.json, self.regex, self.grammar):
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise RequestError(field, f"{self.kind} has {text!r}, which is not a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(field, f"{self.kind}: not valid Unicode at character {error.start}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Everything a request may ask. A field that is not implemented yet is refused by name, never ignored.
 
-    Logit order: what may not be sampled (``allowed_token_ids``, ``bad_words``, ``min_tokens``), ``logit_bias``,
-    penalties, temperature, ``top_k``, ``top_p`` over what ``top_k`` kept (renormalised), ``min_p``. Log-probabilities
-    are of the raw distribution, before all of these.
+    Logit order: what may not be sampled (``structured_outputs``, ``allowed_token_ids``, ``bad_words``,
+    ``min_tokens``), ``logit_bias``, penalties, temperature, ``top_k``, ``top_p`` over what ``top_k`` kept
+    (renormalised), ``min_p``. Log-probabilities are of the raw distribution, before all of these.
 
     Attributes:
         max_tokens: output tokens at most; None means up to the engine's ``max_model_len``.
@@ -64,6 +117,10 @@ class SamplingParams:
         bad_words: texts that the output does not have: each as tokens, with and without a space before it. Of several
             tokens the last cannot be sampled after the others.
         truncate_prompt_tokens: only so many of the prompt's last tokens are read.
+        structured_outputs: the language that the text is in; a mapping of its fields will do. End-of-sequence can be
+            sampled where the text is in it; a text that nothing can follow ends by itself, whatever ``min_tokens`` and
+            ``ignore_eos`` say. Where other fields forbid all that it lets follow, the completion ends with the reason
+            "abort".
     """
 
     max_tokens: int | None = None
@@ -88,6 +145,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     prompt_logprobs: int | None = None  # not implemented yet, see NOT_IMPLEMENTED
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self):
         for name, neutral in NOT_IMPLEMENTED.items():
@@ -158,6 +216,8 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", allowed)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        if self.structured_outputs is not None:
+            object.__setattr__(self, "structured_outputs", _structured_outputs(self.structured_outputs))
 
 
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:
@@ -168,6 +228,18 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...]:
         if isinstance(i, bool) or not isinstance(i, Integral) or i < 0:
             raise RequestError(name, f"{i!r} is not a token id")
     return tuple(int(i) for i in values)
+
+
+def _structured_outputs(value: Any) -> StructuredOutputs:
+    if isinstance(value, StructuredOutputs):
+        return value
+    if not isinstance(value, Mapping):
+        raise RequestError("structured_outputs", f"{value!r} has none of its fields")
+    known = [f.name for f in fields(StructuredOutputs) if f.init]
+    for name in value:
+        if name not in known:
+            raise RequestError("structured_outputs", f"{name!r} is not one of {', '.join(known)}")
+    return StructuredOutputs(**value)
 
 
 def _logit_bias(values: Any) -> dict[int, float]:
@@ -198,6 +270,7 @@ class Request:
     bad_sequences: tuple[tuple[int, ...], ...] = ()  # the params' bad_words as tokens, none empty
     choice: int = 0  # of the params' n completions the one that this is
     group_id: str | None = None  # request_id of the request whose choice this is; None where n is 1
+    grammar: Any = None  # the params' structured_outputs as a text.grammar.Grammar
 
     @property
     def is_constrained(self) -> bool:
@@ -253,7 +326,8 @@ class TokenEvent(NamedTuple):
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] | None = None  # (token id, logprob), descending
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the stop id or stop string that ended it, None for end-of-sequence
+    # The stop id or stop string that ended it, None for end-of-sequence; why, where structured output was aborted.
+    stop_reason: int | str | None = None
     usage: Usage | None = None
     choice: int = 0  # which of the request's n completions
     num_open: int = 0  # choices of the request that go on after this event; counted where ``finish_reason`` is set

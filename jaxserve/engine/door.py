@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxserve.config import ModelConfig
 from jaxserve.engine.constraints import CONSTRAINTS, bad_sequences, check_constraints
-from jaxserve.request import Request, RequestError, SamplingParams
+from jaxserve.request import Request, RequestError, SamplingParams, StructuredOutputs
 from jaxserve.step_io import SAMPLINGS, Sampling
+from jaxserve.text.grammar import Grammar, GrammarCompiler
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 Prompt = str | Sequence[int]
@@ -43,6 +44,7 @@ class Door:
         self._best_sampling = max(map(SAMPLINGS.index, samplings))
         ends = (*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))
         self._eos_token_ids = tuple(dict.fromkeys(ends))
+        self._grammars = tokenizer and GrammarCompiler(tokenizer, self._vocab_size, self._eos_token_ids)
 
     def make_request(
         self,
@@ -82,9 +84,17 @@ class Door:
             deadline=deadline,
             arrival=time.monotonic(),
             bad_sequences=sequences,
+            grammar=self._grammar(params.structured_outputs),
         )
         self._check(request)
         return request
+
+    def _grammar(self, asked: StructuredOutputs | None) -> Grammar | None:
+        if asked is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("structured_outputs", "this engine has no tokenizer")
+        return self._grammars.compile(asked)
 
     def _check_sampling(self, params: SamplingParams) -> None:
         asks = {

@@ -3,18 +3,20 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from itertools import pairwise
 
 import jax
+import numpy as np
 
 from jaxserve.constraint_io import ConstraintDims
 from jaxserve.engine.output import RequestOutput
 from jaxserve.engine.step_times import StepTimes
+from jaxserve.engine.structured import StructuredOutput
 from jaxserve.execution.runner import Runner
 from jaxserve.request import FinishReason, Request, RequestError, TokenEvent
 from jaxserve.scheduler.batch import ScheduledBatch, build_inputs, choose_sampling, slot_loads
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.step_io import StepOutputs
+from jaxserve.text.grammar import Filler
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -36,6 +38,9 @@ class StepLoop:
         self._outputs: dict[str, RequestOutput] = {}  # unfinished sequences, by their own request ids
         self._groups: dict[str, dict[int, str]] = {}  # requests of several choices: the unfinished ones' own ids
         self._events: list[TokenEvent] = []
+        self._filler = Filler()
+        self._times: dict[str, float] = {}  # of the step that runs
+        self._lap = 0.0
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises as ``Engine.add_request``."""
@@ -65,51 +70,90 @@ class StepLoop:
     def advance(self, on_dispatch: Callable[[], None] | None) -> StepTimes:
         """Schedules and dispatches one step, and reads and commits the one before it (itself at lookahead 0).
 
+        Rows with structured output need the token before to know what may follow. Only the sampler needs that: while
+        the device is in the forward pass, the step before is read and the masks are computed.
+
         ``on_dispatch`` is called after a dispatch, before what the step before ended is freed.
         """
-        clock = [time.perf_counter()]  # at the ends of schedule, build, dispatch, wait, commit
+        self._times = dict.fromkeys(StepTimes._fields[1:], 0.0)
+        self._lap = time.perf_counter()
         for request_id in self.scheduler.expire(time.monotonic()):
             self._emit(self._outputs.pop(request_id).on_end("deadline"))
         batch = self.scheduler.schedule()
-        clock.append(time.perf_counter())
+        self._spent("schedule_s")
         if batch is not None:
-            buffer, inputs = build_inputs(batch, self.scheduler.slots, self.runner.dims)
-            asked = choose_sampling(inputs)
-            for load in slot_loads(batch, self._constraint_dims):
-                self.runner.load_constraints(load)
-            clock.append(time.perf_counter())
-            handle = self.runner.sample(self.runner.forward(batch.bucket, buffer), asked)
-            self.in_flight.append((batch, handle))
-            self.num_steps += 1
-            if on_dispatch is not None:
-                on_dispatch()
-            clock.append(time.perf_counter())
-        else:
-            clock += clock[-1:] * 2
+            self._dispatch(batch, on_dispatch)
         if len(self.in_flight) > (self.scheduler.config.lookahead if batch is not None else 0):
-            read, handle = self.in_flight.popleft()
-            outputs = self.runner.read(handle)
-            clock.append(time.perf_counter())
-            self._commit(read, outputs)
-            clock.append(time.perf_counter())
-        else:
-            clock += clock[-1:] * 2
-        return StepTimes(batch, *(end - start for start, end in pairwise(clock)))
+            self._read()
+        return StepTimes(batch, **self._times)
+
+    def _spent(self, part: str) -> None:
+        """Counts the time since the last call for a part of the step."""
+        now = time.perf_counter()
+        self._times[part] += now - self._lap
+        self._lap = now
+
+    def _dispatch(self, batch: ScheduledBatch, on_dispatch: Callable[[], None] | None) -> None:
+        buffer, inputs = build_inputs(batch, self.scheduler.slots, self.runner.dims)
+        asked = choose_sampling(inputs)
+        for load in slot_loads(batch, self._constraint_dims):
+            self.runner.load_constraints(load)
+        self._spent("build_s")
+        computed = self.runner.forward(batch.bucket, buffer)
+        allowed = None
+        if any(row.samples and row.sequence.request.grammar is not None for row in batch.rows):
+            asked = "constrained"
+            self._spent("dispatch_s")
+            while self.in_flight:
+                self._read()
+            allowed = self._allowed(batch)
+            self._spent("masks_s")
+        self.in_flight.append((batch, self.runner.sample(computed, asked, allowed)))
+        self.num_steps += 1
+        if on_dispatch is not None:
+            on_dispatch()
+        self._spent("dispatch_s")
+
+    def _allowed(self, batch: ScheduledBatch) -> np.ndarray:
+        """[B, W] i32: the tokens that the batch's rows may sample as far as structured output goes. Ends sequences
+        that may sample none; their rows, as those of all that have ended, are not looked at any more."""
+        allowed = np.full((batch.bucket.num_rows, self._constraint_dims.num_words), -1, np.int32)
+        rows: list[tuple[StructuredOutput, int]] = []
+        for i, row in enumerate(batch.rows):
+            if row.samples and row.sequence.status != "finished":
+                structured = self._outputs[row.sequence.request_id].structured
+                if structured is not None:
+                    rows.append((structured, batch.row_index(i)))
+        if rows:
+            self._filler.fill([(structured.matcher, row) for structured, row in rows], allowed)
+        for structured, row in rows:
+            ended = structured.restrict(allowed[row])
+            if ended is not None:
+                self._end(structured.request_id, *ended)
+        return allowed
+
+    def _read(self) -> None:
+        """Reads and commits the oldest step in flight."""
+        batch, handle = self.in_flight.popleft()
+        outputs = self.runner.read(handle)
+        self._spent("wait_s")
+        self._commit(batch, outputs)
+        self._spent("commit_s")
 
     def _commit(self, batch: ScheduledBatch, outputs: StepOutputs) -> None:
         for token in self.scheduler.commit(batch, outputs.tokens):
             event = self._outputs[token.request_id].on_token(token, outputs)
             if event.finish_reason:
                 del self._outputs[token.request_id]
-                if not token.finish_reason:  # a stop string, which the scheduler cannot see
+                if not token.finish_reason:  # a stop string or a complete text, which the scheduler cannot see
                     self.scheduler.finish(token.request_id, "stop")
             self._emit(event)
 
-    def _end(self, own_id: str, reason: FinishReason) -> bool:
+    def _end(self, own_id: str, reason: FinishReason, stop_reason: str | None = None) -> bool:
         """Ends one sequence; False if unknown."""
         if not self.scheduler.finish(own_id, reason):
             return False
-        self._emit(self._outputs.pop(own_id).on_end(reason))
+        self._emit(self._outputs.pop(own_id).on_end(reason, stop_reason))
         return True
 
     def _emit(self, event: TokenEvent) -> None:

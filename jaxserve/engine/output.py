@@ -1,5 +1,6 @@
 """From a request's tokens to what its reader gets: text, stop strings, log-probabilities."""
 
+from jaxserve.engine.structured import StructuredOutput
 from jaxserve.request import Completion, FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from jaxserve.scheduler.scheduler import CommittedToken
 from jaxserve.scheduler.sequence import Sequence
@@ -27,6 +28,8 @@ class RequestOutput:
             if tokenizer
             else None
         )
+        grammar = sequence.request.grammar
+        self.structured = StructuredOutput(sequence, grammar, tokenizer) if grammar and tokenizer else None
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._is_plain = tokenizer is None and params.logprobs is None  # ids are all there is to tell
 
@@ -45,6 +48,8 @@ class RequestOutput:
             )
         # A token that ends the request is part of its ids, and of its text only on demand.
         silent = reason == "stop" and not self._params.include_stop_str_in_output
+        if self.structured and reason != "stop" and self.structured.consume(token.token):
+            reason = "stop"
         text = self._detokenizer.add(token.token) if self._detokenizer and not silent else ""
         if reason and self._detokenizer:
             text += self._detokenizer.flush()
@@ -73,7 +78,7 @@ class RequestOutput:
             choice=self._choice,
         )
 
-    def on_end(self, reason: FinishReason) -> TokenEvent:
+    def on_end(self, reason: FinishReason, stop_reason: str | None = None) -> TokenEvent:
         """The event that ends the request without a token; text that was held back comes with it."""
         text = self._stops.add(self._detokenizer.flush())[0] + self._stops.flush() if self._detokenizer else ""
         return TokenEvent(
@@ -82,6 +87,7 @@ class RequestOutput:
             token_id=None,
             text=text,
             finish_reason=reason,
+            stop_reason=stop_reason,
             usage=self.usage(),
             choice=self._choice,
         )

@@ -95,11 +95,13 @@ def lower_sampler(
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, specs.REPLICATED))
 
     sampler = jax.jit(make_sampler(mesh, num_rows, dims, asked), donate_argnums=(0, 1))
+    constraint_dims = ConstraintDims.of(dims, config.vocab_size)
     return sampler.lower(
         shape(jnp.int32, dims.num_slots),
-        held_shape(ConstraintDims.of(dims, config.vocab_size), mesh) if asked == "constrained" else None,
+        held_shape(constraint_dims, mesh) if asked == "constrained" else None,
         shape(jnp.float32, num_rows, config.vocab_size),
         shape(jnp.int32, num_elements(sampling_shapes(num_rows, dims))),
+        shape(jnp.int32, num_rows, constraint_dims.num_words) if asked == "constrained" else None,
     )
 
 
@@ -172,7 +174,11 @@ class Runner:
         self._compile(buckets, on_progress)
         self._state = _zeros(self._state_shape)
         self._held: Constraints | None = None
+        self._all_allowed: dict[int, jax.Array] = {}  # by rows
         if "constrained" in self._samplings:
+            for num_rows in {b.num_rows for b in buckets}:
+                bits = np.full((num_rows, self._constraint_dims.num_words), -1, np.int32)
+                self._all_allowed[num_rows] = jax.device_put(bits, self._replicated)
             self._held = _zeros(held_shape(self._constraint_dims, mesh))
             self._load = compile_step(lower_load(self._constraint_dims, mesh), mesh)
             self.load_constraints(new_slot(self._constraint_dims)[0])
@@ -224,16 +230,26 @@ class Runner:
         self._state, logits, fields = self._compiled[bucket](self._params, self._state, inputs)
         return Computed(bucket.num_rows, logits, fields)
 
-    def sample(self, computed: Computed, asked: Sampling) -> jax.Array:
+    def sample(self, computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
         """Goes on with a step whose rows ask no more than ``asked`` of sampling, before the next ``forward``.
 
-        Returns a handle for ``read``.
+        Args:
+            allowed: [B, W] i32, a bit for each token that a row may sample, for rows that ask "constrained"; not
+                written to afterwards. None: all.
+
+        Returns:
+            A handle for ``read``.
         """
         while asked not in self._samplings:
             asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
-        held = self._held if asked == "constrained" else None
+        held = bits = None
+        if asked == "constrained":
+            held = self._held
+            bits = self._all_allowed[computed.num_rows]
+            if allowed is not None:
+                bits = jax.device_put(allowed, self._replicated)
         sampler = self._samplers[computed.num_rows, asked]
-        last_tokens, held, packed = sampler(self._state.last_tokens, held, computed.logits, computed.fields)
+        last_tokens, held, packed = sampler(self._state.last_tokens, held, computed.logits, computed.fields, bits)
         self._state = dataclasses.replace(self._state, last_tokens=last_tokens)
         if held is not None:
             self._held = held
@@ -262,9 +278,9 @@ class Runner:
     def close(self) -> None:
         """Frees the device's memory; the runner cannot be used afterwards."""
         self.compile_counter.close()
-        for x in jax.tree.leaves((self._state, self._held)):
+        for x in jax.tree.leaves((self._state, self._held, self._all_allowed)):
             x.delete()
-        del self._params, self._state, self._held, self._compiled, self._samplers
+        del self._params, self._state, self._held, self._all_allowed, self._compiled, self._samplers
 
 
 def _zeros[T](shapes: T) -> T:

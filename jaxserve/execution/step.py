@@ -168,18 +168,25 @@ def make_step(
 
 def make_sampler(
     mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
-) -> Callable[[jax.Array, Constraints | None, jax.Array, jax.Array], tuple[jax.Array, Constraints | None, jax.Array]]:
-    """``sampler(last_tokens [R], held, logits [B, V], fields) -> (last_tokens, held, packed [B, 2 + 2 * KL] i32)``.
+) -> Callable[..., tuple[jax.Array, Constraints | None, jax.Array]]:
+    """``sampler(last_tokens [R], held, logits [B, V], fields, allowed [B, W]) -> (last_tokens, held, packed
+    [B, 2 + 2 * KL] i32)``.
 
-    ``held`` are the slots' constraints where ``asked`` is "constrained", else None; ``packed`` is for
+    Where ``asked`` is "constrained", ``held`` are the slots' constraints and ``allowed`` has a bit for each token that
+    the row may sample as far as its structured output goes; else both are None. ``packed`` is for
     ``step_io.unpack_outputs``. Every device computes the same.
     """
 
     def sampler(
-        last_tokens: jax.Array, held: Constraints | None, logits: jax.Array, fields: jax.Array
+        last_tokens: jax.Array,
+        held: Constraints | None,
+        logits: jax.Array,
+        fields: jax.Array,
+        allowed: jax.Array | None,
     ) -> tuple[jax.Array, Constraints | None, jax.Array]:
         inputs = unpack(fields, sampling_shapes(num_rows, dims))
         changed = logits if held is None else constraints.constrain(logits, held, inputs)
+        changed = changed if allowed is None else constraints.allow(changed, allowed)
         tokens = sampling.sample(changed, inputs, asked)  # [B]
         if held is not None:
             held = constraints.record(held, tokens, inputs)
@@ -193,4 +200,4 @@ def make_sampler(
         packed = jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
         return last_tokens, held, packed
 
-    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 4, out_specs=(P(),) * 3, check_vma=False)
+    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 5, out_specs=(P(),) * 3, check_vma=False)

@@ -18,6 +18,7 @@ from jaxserve.request import (
     FinishReason,
     RequestError,
     SamplingParams,
+    StructuredOutputs,
     TokenEvent,
     TokenLogprobs,
     Usage,
@@ -48,6 +49,7 @@ READ_FIELD: dict[str, Callable[[Any], Any]] = {
     "bad_words": tuple,
     "logit_bias": dict,
     "allowed_token_ids": lambda value: tuple(value.ids),
+    "structured_outputs": lambda value: _read_structured(value),
 }  # sampling field -> its Python value; the others are scalars
 
 Prompt = str | tuple[int, ...] | list[dict[str, str]]  # text, token ids, chat messages: told apart by their type
@@ -90,6 +92,15 @@ def read_sampling(message: pb.SamplingParams, defaults: Mapping[str, Any]) -> Sa
     """
     given = {field.name: READ_FIELD.get(field.name, _same)(value) for field, value in message.ListFields()}
     return sampling_params_from({**defaults, **given})
+
+
+def _read_structured(message: pb.StructuredOutputs) -> StructuredOutputs:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise RequestError("structured_outputs", "none of its fields is set")
+    value = getattr(message, kind)
+    given: dict[str, Any] = {kind: tuple(value.texts) if kind == "choice" else value}
+    return StructuredOutputs(**given)
 
 
 # Requests: client to wire.
@@ -138,6 +149,8 @@ def sampling_message(values: Mapping[str, Any]) -> pb.SamplingParams:
             if name == "allowed_token_ids":
                 message.allowed_token_ids.ids.extend(value)
                 message.allowed_token_ids.SetInParent()  # no token allowed is not the same as unset
+            elif name == "structured_outputs":
+                message.structured_outputs.CopyFrom(_structured_message(value))
             elif name == "logit_bias":
                 message.logit_bias.update(value)
             elif name in READ_FIELD:
@@ -145,6 +158,14 @@ def sampling_message(values: Mapping[str, Any]) -> pb.SamplingParams:
             else:
                 setattr(message, name, value)
     return message
+
+
+def _structured_message(value: Any) -> pb.StructuredOutputs:
+    structured = SamplingParams(structured_outputs=value).structured_outputs
+    assert structured is not None
+    value = getattr(structured, structured.kind)
+    given: dict[str, Any] = {structured.kind: pb.Texts(texts=value) if structured.kind == "choice" else value}
+    return pb.StructuredOutputs(**given)
 
 
 def chat_messages(messages: Sequence[Mapping[str, str]]) -> pb.ChatMessages:

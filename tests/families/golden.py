@@ -86,12 +86,12 @@ def sampled_logits(engine: Engine) -> Iterator[list[tuple[int, np.ndarray]]]:
     runner, seen = engine.loop.runner, list[tuple[int, np.ndarray]]()
     sample = runner.sample
 
-    def watched(computed: Computed, asked: Sampling) -> jax.Array:
+    def watched(computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
         buffer, views = new_inputs(Bucket(computed.num_rows, 0, 0), runner.dims)
         buffer[-computed.fields.size :] = np.asarray(computed.fields)
         values = np.asarray(computed.logits)
         seen.extend((int(views.kv_lens[row]), values[row]) for row in np.flatnonzero(views.does_sample))
-        return sample(computed, asked)
+        return sample(computed, asked, allowed)
 
     runner.sample = watched
     try:

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from jaxserve.request import MAX_SEED, NOT_IMPLEMENTED, RequestError, SamplingParams
+from jaxserve.request import MAX_SEED, NOT_IMPLEMENTED, RequestError, SamplingParams, StructuredOutputs
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 from tests.server.conftest import endless_engine, serving
@@ -36,6 +36,13 @@ TAKEN = {
     "allowed_token_ids": ((0,), (1, 2, 2)),
     "bad_words": ((), ("word",), (" word", "né")),
     "truncate_prompt_tokens": (1, 8),
+    "structured_outputs": (
+        StructuredOutputs(json='{"type": "object"}'),
+        StructuredOutputs(json_object=True),
+        StructuredOutputs(regex="a+"),
+        StructuredOutputs(choice=("a", "né")),
+        StructuredOutputs(grammar="start: /a/"),
+    ),
     **{name: (() if neutral is None else (neutral,)) for name, neutral in NOT_IMPLEMENTED.items()},
 }
 
@@ -62,6 +69,7 @@ REFUSED = {
     "bad_words": (("",), ("a", " ")),
     "prompt_logprobs": (0, 1),
     "truncate_prompt_tokens": (0, -1),
+    "structured_outputs": (),  # what is wrong with one is told by the engine's door, or already here
 }
 
 NOT_ON_THE_WIRE = {
@@ -71,6 +79,7 @@ NOT_ON_THE_WIRE = {
     "stop": ("\ud800",),
     "stop_token_ids": ((2**31,),),
     "logit_bias": ({"a": 1.0},),
+    "structured_outputs": ({}, {"regex": "a", "grammar": "b"}, {"regex": 3}, {"choice": ()}, {"what": "a"}, "a"),
 }
 
 
@@ -119,6 +128,12 @@ async def test_a_dropped_stream_ends_all_its_choices():
         assert sorted(c.choice for c in rest if c.finish_reason == "abort") == [0, 1]
 
 
+async def test_a_schema_may_be_a_mapping():
+    async with serving() as s:
+        [_ async for _ in s.client.generate("a", structured_outputs={"json": {"type": "integer"}}, max_tokens=1)]
+        assert s.engine.requests[-1].params.structured_outputs == StructuredOutputs(json='{"type": "integer"}')
+
+
 async def test_a_single_stop_may_be_a_string():
     async with serving() as s:
         [_ async for _ in s.client.generate("a", stop="x", max_tokens=1)]
@@ -142,6 +157,11 @@ async def test_unset_is_the_default_and_not_zero():
                 explicit = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=0))
                 [_ async for _ in stub.Generate(explicit)]
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            for structured in (pb.StructuredOutputs(), pb.StructuredOutputs(choice=pb.Texts())):
+                with pytest.raises(grpc.aio.AioRpcError, match="structured_outputs: ") as caught:
+                    sampling = pb.SamplingParams(structured_outputs=structured)
+                    [_ async for _ in stub.Generate(pb.GenerateRequest(text="a", sampling=sampling))]
+                assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_unset_is_the_models_default_where_it_has_one():
