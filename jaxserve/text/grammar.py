@@ -19,6 +19,8 @@ from jaxserve.text.tokenizer import Tokenizer
 
 FIELD = "structured_outputs"
 MAX_GRAMMAR_BYTES = 256 * 1024  # of a schema, expression or grammar as text
+# A model that has lost its way fills max_tokens with spaces where it may.
+JSON_DEFAULTS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 NUM_PROBED = 3  # tokens that are tried before a grammar is taken
 MAX_CACHED = 64  # grammars that are kept for the next request with the same one
 
@@ -146,17 +148,10 @@ class GrammarCompiler:
         if isinstance(text, str) and (num_bytes := len(text.encode())) > MAX_GRAMMAR_BYTES:
             raise RequestError(FIELD, f"{kind} of {num_bytes} bytes, at most {MAX_GRAMMAR_BYTES} are taken")
         make = llguidance.LLMatcher
-        match kind:
-            case "json":
-                source = make.grammar_from_json_schema(value)
-            case "json_object":
-                source = make.grammar_from_json_schema('{"type": "object"}')
-            case "regex":
-                source = make.grammar_from_regex(value)
-            case "choice":
-                source = make.grammar_from_regex("|".join(map(_literal, value)))
-            case _:
-                source = make.grammar_from_lark(value)
+        try:
+            source = _source(make, kind, value)
+        except ValueError as error:
+            raise RequestError(FIELD, f"{kind}: {_first_line(str(error))}") from None
         prototype = make(self._vocabulary, source, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
         num_words = -(-self._vocab_size // 32)
         # Much is built when it is first needed: here, where it can still be refused.
@@ -233,6 +228,21 @@ class Vocabulary:
             else:
                 break
         return ids
+
+
+def _source(make: Any, kind: str, value: Any) -> str:
+    """The grammar as `llguidance` takes it. Raises ValueError for what is no JSON."""
+    match kind:
+        case "json":
+            return make.grammar_from_json_schema(value, defaults=JSON_DEFAULTS)
+        case "json_object":
+            return make.grammar_from_json_schema('{"type": "object"}', defaults=JSON_DEFAULTS)
+        case "regex":
+            return make.grammar_from_regex(value)
+        case "choice":
+            return make.grammar_from_regex("|".join(map(_literal, value)))
+        case _:
+            return make.grammar_from_lark(value)
 
 
 def _literal(text: str) -> str:

@@ -142,6 +142,17 @@ def test_regex_and_lark(kind):
         assert not matcher.is_accepting or inside == "x"
 
 
+def test_spaces_of_json_have_an_end():
+    found = grammar("bytes", json={"type": "array", "items": {"type": "integer"}})
+    matcher, (bracket, space) = found.matcher(), tokenizer("bytes").encode("[ ")
+    assert matcher.consume(bracket)
+    taken = 0
+    while space in following(matcher, found.num_words):
+        assert matcher.consume(space)
+        taken += 1
+    assert taken == 64 and following(matcher, found.num_words)
+
+
 def test_tokens_of_what_must_follow_have_its_bytes():
     for kind in KINDS:
         words = Vocabulary(tokenizer(kind), tokenizer(kind).vocab_size, tokenizer(kind).eos_token_ids)
