@@ -234,7 +234,8 @@ def _source(make: Any, kind: str, value: Any) -> str:
     """The grammar as `llguidance` takes it. Raises ValueError for what is no JSON."""
     match kind:
         case "json":
-            return make.grammar_from_json_schema(value, defaults=JSON_DEFAULTS)
+            schema = "{}" if value.strip() == "true" else value  # the schema of everything
+            return make.grammar_from_json_schema(schema, defaults=JSON_DEFAULTS)
         case "json_object":
             return make.grammar_from_json_schema('{"type": "object"}', defaults=JSON_DEFAULTS)
         case "regex":

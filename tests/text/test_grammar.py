@@ -203,6 +203,7 @@ def test_equal_requests_are_compiled_once():
         ({"json": {"type": "objec"}}, "json: Invalid type: objec"),
         ({"json": {"type": "array", "uniqueItems": True}}, 'json: Unimplemented keys: ."uniqueItems"'),
         ({"json": False}, "json: "),
+        ({"json": [1]}, "json: "),
         ({"grammar": "start: missing"}, "grammar: .*missing"),
         ({"grammar": "rule: /a/"}, "grammar: "),
         ({"choice": ["x" * 300_000]}, "choice of 300004 bytes, at most 262144"),
