@@ -9,14 +9,13 @@ from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
+Pooling = Literal["last", "mean"]  # of a prompt's final hidden states: the last token's, or the mean over all
 
 MAX_SEED = 2**64 - 1
 
 
-NOT_IMPLEMENTED: dict[str, float | None] = {
-    "prompt_logprobs": None,
-}  # SamplingParams field -> the one value that is taken, because it changes nothing
-
+ALL_LOGPROBS = -1  # of ``logprobs`` and ``prompt_logprobs``: those of the whole vocabulary
+MAX_ALL_LOGPROBS = 2**23  # values that one request may ask for so: some 100 bytes each
 MAX_LOGIT_BIAS = 100.0  # as OpenAI's API: more than any two logits differ by
 MAX_PENALTY = 2.0
 
@@ -86,7 +85,7 @@ class StructuredOutputs:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Everything a request may ask. A field that is not implemented yet is refused by name, never ignored.
+    """Everything a request may ask.
 
     Logit order: what may not be sampled (``structured_outputs``, ``allowed_token_ids``, ``bad_words``,
     ``min_tokens``), ``logit_bias``, penalties, temperature, ``top_k``, ``top_p`` over what ``top_k`` kept
@@ -105,7 +104,8 @@ class SamplingParams:
         stop_token_ids: ids that end the generation besides end-of-sequence.
         include_stop_str_in_output: keep the matched stop string in the text.
         ignore_eos: end-of-sequence does not end the generation.
-        logprobs: log-probabilities of the k best tokens and the sampled one; 0 the sampled one's only; None none.
+        logprobs: log-probabilities of the k best tokens and the sampled one; 0 the sampled one's only; -1 all tokens';
+            None none.
         skip_special_tokens: leave special tokens out of the text (not out of the ids).
         n: completions of the one prompt, told apart by their ``choice``; choice ``k`` has the seed ``seed + k``.
         presence_penalty: subtracted from the logit of a token that the output has, in [-2, 2].
@@ -116,6 +116,8 @@ class SamplingParams:
         allowed_token_ids: no other can be sampled; end-of-sequence only if it is among them.
         bad_words: texts that the output does not have: each as tokens, with and without a space before it. Of several
             tokens the last cannot be sampled after the others.
+        prompt_logprobs: the same of each of the prompt's tokens but the first, given with the first output token. The
+            prompt is then computed whole, without the prefix cache. Of ``n`` choices the first one has them.
         truncate_prompt_tokens: only so many of the prompt's last tokens are read.
         structured_outputs: the language that the text is in; a mapping of its fields will do. End-of-sequence can be
             sampled where the text is in it; a text that nothing can follow ends by itself, whatever ``min_tokens`` and
@@ -143,16 +145,11 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
-    prompt_logprobs: int | None = None  # not implemented yet, see NOT_IMPLEMENTED
+    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self):
-        for name, neutral in NOT_IMPLEMENTED.items():
-            value = getattr(self, name)
-            same = value is None if neutral is None else isinstance(value, Real) and value == neutral
-            if not same:
-                raise RequestError(name, f"{value!r}: not implemented yet, leave it unset")
         for name in ("stop", "stop_token_ids", "bad_words"):
             value = getattr(self, name)
             if value is None or isinstance(value, str):
@@ -160,7 +157,7 @@ class SamplingParams:
             if not isinstance(value, Iterable):
                 raise RequestError(name, f"{value!r} is not a sequence")
             object.__setattr__(self, name, tuple(value))
-        optional = ("max_tokens", "seed", "logprobs", "truncate_prompt_tokens")
+        optional = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
         for name in ("min_tokens", "top_k", "n", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -193,8 +190,9 @@ class SamplingParams:
             raise RequestError("top_k", f"{self.top_k} must be -1 or 0 (off) or positive")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise RequestError("seed", f"{self.seed} must be in [0, {MAX_SEED}]")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise RequestError("logprobs", f"{self.logprobs} must be at least 0")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and value < ALL_LOGPROBS:
+                raise RequestError(name, f"{value} must be {ALL_LOGPROBS} (all) or at least 0")
         if self.n < 1:
             raise RequestError("n", f"{self.n} must be at least 1")
         for name in penalties:
@@ -271,6 +269,8 @@ class Request:
     choice: int = 0  # of the params' n completions the one that this is
     group_id: str | None = None  # request_id of the request whose choice this is; None where n is 1
     grammar: Any = None  # the params' structured_outputs as a text.grammar.Grammar
+    pooling: Pooling | None = None  # an embedding of the prompt is wanted, and no token
+    normalize: bool = True  # of the embedding: its length is 1
 
     @property
     def is_constrained(self) -> bool:
@@ -284,6 +284,21 @@ class Request:
             or p.allowed_token_ids
             or self.bad_sequences
         )
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt's tokens are wanted."""
+        return self.params.prompt_logprobs is not None and self.choice == 0
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether it asks of a step's hidden states something besides the next token."""
+        return self.scores_prompt or self.params.logprobs == ALL_LOGPROBS or self.pooling is not None
+
+    @property
+    def wants_whole_prompt(self) -> bool:
+        """Whether the hidden states of all its prompt's tokens are: they are not in the KV cache."""
+        return self.scores_prompt or self.pooling == "mean"
 
     def choices(self) -> list["Request"]:
         """One request for each of the params' ``n`` completions; their ids are no user's."""
@@ -330,6 +345,8 @@ class TokenEvent(NamedTuple):
     stop_reason: int | str | None = None
     usage: Usage | None = None
     choice: int = 0  # which of the request's n completions
+    prompt_logprobs: tuple["TokenLogprobs | None", ...] | None = None  # of each prompt token; the first has none
+    embedding: Any = None  # [D] f32 numpy, on the only event of a request for one
     num_open: int = 0  # choices of the request that go on after this event; counted where ``finish_reason`` is set
 
     @property
@@ -340,7 +357,7 @@ class TokenEvent(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """Log-probabilities at one output position, raw distribution."""
+    """Log-probabilities at one position, raw distribution."""
 
     token_id: int
     logprob: float
@@ -360,6 +377,16 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
     choice: int = 0  # which of the request's n completions
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, the first has none; of choice 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """A prompt as a vector, as ``Engine.embed`` returns it."""
+
+    request_id: str
+    values: Any  # [D] f32 numpy
+    prompt_len: int
 
 
 @dataclass(frozen=True, kw_only=True)

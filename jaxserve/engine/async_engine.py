@@ -18,7 +18,17 @@ from typing import Any, Literal, Protocol
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine.event_stream import EventStream
-from jaxserve.request import EngineStats, Request, RequestError, SamplingParams, TokenEvent
+from jaxserve.engine.output import embedding_of
+from jaxserve.request import (
+    Embedding,
+    EngineStats,
+    FinishReason,
+    Pooling,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenEvent,
+)
 from jaxserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -51,6 +61,17 @@ class EngineCore(Protocol):
         priority: int = 0,
         deadline: float | None = None,
     ) -> Request: ...
+    def make_embedding_request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> bool: ...
     def step(self) -> list[TokenEvent]: ...
@@ -66,6 +87,14 @@ class NotServingError(RuntimeError):
 
 class EngineFailedError(RuntimeError):
     """The engine's thread ended by an exception (``__cause__``) while the request was running."""
+
+
+class RequestEndedError(RuntimeError):
+    """A request ended without what it was for; ``reason`` is "abort" or "deadline"."""
+
+    def __init__(self, reason: FinishReason):
+        super().__init__(f"the request ended by {reason}")
+        self.reason = reason
 
 
 class DuplicateRequestError(RequestError):
@@ -147,6 +176,20 @@ class AsyncEngine:
                 yield await stream.take()
         finally:
             stream.close()
+
+    async def embed(self, request: Request) -> Embedding:
+        """The embedding that a request of ``make_embedding_request`` is for. Cancelling aborts it.
+
+        Raises as ``stream``; ``RequestEndedError`` when it was aborted or its deadline passed.
+        """
+        async with aclosing(self.stream(request)) as events:
+            async for event in events:
+                if event.embedding is not None:
+                    return embedding_of(request, event)
+                if event.ends_request:
+                    break
+        assert event.finish_reason is not None
+        raise RequestEndedError(event.finish_reason)
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream gets a last event. False: no such request is queued or running."""

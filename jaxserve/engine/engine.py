@@ -15,7 +15,7 @@ from jaxserve.engine import plan
 from jaxserve.engine.door import Door, Prompt, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.loop import StepLoop
-from jaxserve.engine.output import completions_of
+from jaxserve.engine.output import completions_of, embedding_of
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.execution.dummy import dummy_params
 from jaxserve.execution.placement import place_params
@@ -26,7 +26,9 @@ from jaxserve.parallel.mesh import parallel_config
 from jaxserve.parallel.placed import placed_config
 from jaxserve.request import (
     Completion,
+    Embedding,
     EngineStats,
+    Pooling,
     QueueFullError,
     Request,
     RequestError,
@@ -259,7 +261,7 @@ class Engine:
                 f"num_pages={num_pages} of {page_size} hold {num_pages * page_size} tokens, fewer than max_model_len="
                 f"{self.scheduler_config.max_model_len}"
             )
-        dims = plan.step_dims(self.scheduler_config, self.cache_config)
+        dims = plan.step_dims(self.scheduler_config, self.cache_config, samplings)
         scheduler = Scheduler(self.cache_config, self.scheduler_config, dims)
         self._door = Door(model_config, self.scheduler_config.max_model_len, tokenizer, scheduler.check, samplings)
         self._events: list[TokenEvent] = []  # for the next ``step``
@@ -308,13 +310,18 @@ class Engine:
         if len(params) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(params)} SamplingParams")
         requests = [self.make_request(p, s) for p, s in zip(listed, params, strict=True)]
-        completions: dict[str, list[Completion]] = {}
+        events = self._run(requests)
+        return [c for request in requests for c in completions_of(request, events[request.request_id])]
+
+    def _run(self, requests: list[Request]) -> dict[str, list[TokenEvent]]:
+        """All events of each request, when all have ended."""
+        num_ended = 0
         waiting = deque(requests)
         inboxes = {r.request_id: deque[TokenEvent]() for r in requests}
         collected: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests}
         self._inboxes |= inboxes
         try:
-            while len(completions) < len(requests):
+            while num_ended < len(requests):
                 while waiting:
                     try:
                         self.add_request(waiting[0])
@@ -329,12 +336,11 @@ class Engine:
                     events = collected[request.request_id]
                     events.extend(inbox)
                     inbox.clear()
-                    if any(e.ends_request for e in events[-1:]):
-                        completions[request.request_id] = completions_of(request, events)
+                    num_ended += events[-1].ends_request
         finally:
             for request in requests:
                 self._drop(request.request_id)
-        return [c for r in requests for c in completions[r.request_id]]
+        return collected
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Events of one request as its tokens appear. Closing the iterator aborts it; streams may be interleaved."""
@@ -358,6 +364,31 @@ class Engine:
         self._inboxes.pop(request_id, None)
         self._events = [e for e in self._events if e.request_id != request_id]
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[Embedding]:
+        """Every prompt as a vector of the model's width, in the prompts' order: the hidden state after the final norm
+        of its last token, or the mean over all its tokens.
+
+        Args:
+            normalize: the vector has length 1.
+            truncate_prompt_tokens: only so many of a prompt's last tokens are read.
+
+        Raises:
+            RequestError: a prompt that cannot be read; nothing was started.
+        """
+        options: dict[str, Any] = {"normalize": normalize, "truncate_prompt_tokens": truncate_prompt_tokens}
+        requests = [
+            self.make_embedding_request(prompt, pooling=pooling, **options) for prompt in listed_prompts(prompts)
+        ]
+        events = self._run(requests)
+        return [embedding_of(request, events[request.request_id][-1]) for request in requests]
+
     # Single steps.
 
     def make_request(
@@ -378,6 +409,28 @@ class Engine:
             RequestError: names the field, with both numbers.
         """
         return self._door.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
+
+    def make_embedding_request(
+        self,
+        prompt: Prompt,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        """As ``make_request``, of a request for an embedding: its only event has it, and no token."""
+        return self._door.make_embedding_request(
+            prompt,
+            pooling=pooling,
+            normalize=normalize,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            request_id=request_id,
+            priority=priority,
+            deadline=deadline,
+        )
 
     def add_request(self, request: Request) -> None:
         """Queues a request of ``make_request``.
@@ -473,7 +526,7 @@ class Engine:
             )
         with interrupts_held():
             self.loop.runner.update_params(placed)
-            self.loop.scheduler.forget_computed()
+            self.loop.forget_computed()
 
     # Figures and end.
 

@@ -2,13 +2,15 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jaxserve.constraint_io import ConstraintDims
-from jaxserve.engine.output import RequestOutput
+from jaxserve.engine.asides import Asides
+from jaxserve.engine.output import NOTHING, RequestOutput
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.engine.structured import StructuredOutput
 from jaxserve.execution.runner import Runner
@@ -20,18 +22,26 @@ from jaxserve.text.grammar import Filler
 from jaxserve.text.tokenizer import Tokenizer
 
 
+class InFlight(NamedTuple):
+    """A dispatched step."""
+
+    batch: ScheduledBatch
+    handle: jax.Array  # of the runner
+    asides: Asides | None
+
+
 class StepLoop:
     """Runs one engine's scheduler and runner against each other. One thread at a time.
 
     Attributes:
         scheduler, runner: the loop is the only one that makes them go on.
-        in_flight: dispatched steps that are not read yet, oldest first: the batch, and the runner's handle.
+        in_flight: dispatched steps that are not read yet, oldest first.
         num_steps: dispatched since the start.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None):
         self.scheduler, self.runner = scheduler, runner
-        self.in_flight: deque[tuple[ScheduledBatch, jax.Array]] = deque()
+        self.in_flight: deque[InFlight] = deque()
         self.num_steps = 0
         self._tokenizer = tokenizer
         self._constraint_dims = ConstraintDims.of(runner.dims, runner.config.vocab_size)
@@ -100,7 +110,15 @@ class StepLoop:
             self.runner.load_constraints(load)
         self._spent("build_s")
         computed = self.runner.forward(batch.bucket, buffer)
-        allowed = None
+        asides = allowed = None
+        if any(row.sequence.request.is_aside for row in batch.rows):
+            # A new sequence may have the id of one that has ended.
+            outputs = [
+                self._outputs[row.sequence.request_id] if row.sequence.status != "finished" else None
+                for row in batch.rows
+            ]
+            asides = Asides(batch, outputs, inputs)
+            asides.dispatch(self.runner)
         if any(row.samples and row.sequence.request.grammar is not None for row in batch.rows):
             asked = "constrained"
             self._spent("dispatch_s")
@@ -108,7 +126,7 @@ class StepLoop:
                 self._read()
             allowed = self._allowed(batch)
             self._spent("masks_s")
-        self.in_flight.append((batch, self.runner.sample(computed, asked, allowed)))
+        self.in_flight.append(InFlight(batch, self.runner.sample(computed, asked, allowed), asides))
         self.num_steps += 1
         if on_dispatch is not None:
             on_dispatch()
@@ -134,15 +152,22 @@ class StepLoop:
 
     def _read(self) -> None:
         """Reads and commits the oldest step in flight."""
-        batch, handle = self.in_flight.popleft()
-        outputs = self.runner.read(handle)
+        step = self.in_flight.popleft()
+        outputs = self.runner.read(step.handle)
+        in_full = NOTHING if step.asides is None else step.asides.read(self.runner)
         self._spent("wait_s")
-        self._commit(batch, outputs)
+        self._commit(step.batch, outputs, in_full)
         self._spent("commit_s")
 
-    def _commit(self, batch: ScheduledBatch, outputs: StepOutputs) -> None:
+    def forget_computed(self) -> None:
+        """The weights have changed: see ``Scheduler.forget_computed``."""
+        self.scheduler.forget_computed()
+        for output in self._outputs.values():
+            output.forget_scores()
+
+    def _commit(self, batch: ScheduledBatch, outputs: StepOutputs, in_full: Mapping[int, np.ndarray]) -> None:
         for token in self.scheduler.commit(batch, outputs.tokens):
-            event = self._outputs[token.request_id].on_token(token, outputs)
+            event = self._outputs[token.request_id].on_token(token, outputs, in_full)
             if event.finish_reason:
                 del self._outputs[token.request_id]
                 if not token.finish_reason:  # a stop string or a complete text, which the scheduler cannot see

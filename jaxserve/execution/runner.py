@@ -18,6 +18,7 @@ from jaxserve.config import CacheConfig, ModelConfig
 from jaxserve.constraint_io import ConstraintDims, new_slot, slot_buffer_size
 from jaxserve.execution.compile_counter import CompileCounter
 from jaxserve.execution.constraints import Constraints, constraints_shape, load
+from jaxserve.execution.hidden import SCORE_ROWS, head_params, make_pooler, make_scorer
 from jaxserve.execution.step import (
     DeviceState,
     StageParams,
@@ -48,10 +49,15 @@ Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 def state_shape(config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: Mesh, dtype: jnp.dtype) -> DeviceState:
     """``DeviceState`` of sharded ``ShapeDtypeStruct``s."""
     shape = kv_pages_shape(config, cache, mesh.shape["stage"])
-    spec = state_specs(config, mesh.shape["stage"])
+    spec = state_specs(config, mesh.shape["stage"], dims)
+    hidden = None
+    if dims.hidden_tokens:
+        size = (mesh.shape["stage"], dims.hidden_tokens, config.hidden_size)
+        hidden = jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec.hidden))
     return DeviceState(
         kv_pages=tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, s)) for s in spec.kv_pages),
         last_tokens=jax.ShapeDtypeStruct((dims.num_slots,), jnp.int32, sharding=NamedSharding(mesh, spec.last_tokens)),
+        hidden=hidden,
     )
 
 
@@ -121,6 +127,23 @@ def lower_load(dims: ConstraintDims, mesh: Mesh) -> jax.stages.Lowered:
     return function.lower(held, buffer)
 
 
+def lower_scorer(
+    config: ModelConfig, params: StageParams, state: DeviceState, dims: StepDims, mesh: Mesh
+) -> jax.stages.Lowered:
+    """``hidden.make_scorer``, lowered for ``params`` and ``state`` (arrays or shapes)."""
+    fields = jax.ShapeDtypeStruct((2, SCORE_ROWS), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
+    scorer = jax.jit(make_scorer(config, mesh, dims.max_logprobs))
+    return scorer.lower(head_params(params), state.hidden, fields)
+
+
+def lower_pooler(
+    config: ModelConfig, params: StageParams, state: DeviceState, dims: StepDims, mesh: Mesh
+) -> jax.stages.Lowered:
+    """``hidden.make_pooler``, lowered for ``params`` and ``state`` (arrays or shapes)."""
+    rows = jax.ShapeDtypeStruct((dims.hidden_tokens,), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
+    return jax.jit(make_pooler(config, mesh, dims.num_slots)).lower(head_params(params), state.hidden, rows)
+
+
 def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
     """Compiles a step or a sampler for its mesh."""
     options: dict[str, bool] = {}
@@ -171,6 +194,8 @@ class Runner:
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
         self._samplers: dict[tuple[int, Sampling], jax.stages.Compiled] = {}  # by rows
         self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
+        self._scorer: jax.stages.Compiled | None = None
+        self._pooler: jax.stages.Compiled | None = None
         self._compile(buckets, on_progress)
         self._state = _zeros(self._state_shape)
         self._held: Constraints | None = None
@@ -198,20 +223,32 @@ class Runner:
             self._samplers[num_rows, asked] = compile_step(lowered, self.mesh)
             count()
 
+        def compile_scorer() -> None:
+            lowered = lower_scorer(self.config, self._params, self._state_shape, self.dims, self.mesh)
+            self._scorer = compile_step(lowered, self.mesh)
+            count()
+
+        def compile_pooler() -> None:
+            lowered = lower_pooler(self.config, self._params, self._state_shape, self.dims, self.mesh)
+            self._pooler = compile_step(lowered, self.mesh)
+            count()
+
         def count() -> None:
             nonlocal done
             with lock:
                 done += 1
                 if on_progress:
-                    on_progress("compile", done, len(buckets) + len(samplers))
+                    on_progress("compile", done, len(buckets) + len(samplers) + len(others))
 
         # XLA compiles without the interpreter's lock: threads overlap one bucket's compile with the next one's tracing.
         rows = sorted({b.num_rows for b in buckets})
         samplers: list[tuple[int, Sampling]] = [(num_rows, asked) for asked in self._samplings for num_rows in rows]
+        others = [compile_scorer, compile_pooler] if self.dims.hidden_tokens else []
         pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
             futures = [pool.submit(compile_one, b) for b in buckets]
-            for future in futures + [pool.submit(compile_sampler, *sampler) for sampler in samplers]:
+            futures += [pool.submit(compile_sampler, *sampler) for sampler in samplers]
+            for future in futures + [pool.submit(other) for other in others]:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)
@@ -223,6 +260,9 @@ class Runner:
             self.read(self.sample(self.forward(bucket, new_inputs(bucket, self.dims)[0]), asked))
             if on_progress:
                 on_progress("warm-up", i + 1, len(jobs))
+        if self.dims.hidden_tokens:
+            self.read_scores(self.score([0], [0]), in_full=False)
+            self.read_pooled(self.pool(np.zeros(self.dims.hidden_tokens, np.int32)))
 
     def forward(self, bucket: Bucket, buffer: np.ndarray) -> Computed:
         """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits."""
@@ -255,6 +295,39 @@ class Runner:
             self._held = held
         return packed
 
+    def score(self, places: Sequence[int], ids: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        """Scores ``ids``, at most ``SCORE_ROWS``, each as what follows the token at its place in the step of the last
+        ``forward``, before the next one.
+
+        Returns a handle for ``read_scores``.
+        """
+        assert self._scorer is not None, "the engine keeps no hidden states"
+        fields = np.zeros((2, SCORE_ROWS), np.int32)
+        fields[0, : len(places)], fields[1, : len(ids)] = places, ids
+        fields = jax.device_put(fields, self._replicated)
+        return self._scorer(head_params(self._params), self._state.hidden, fields)
+
+    def read_scores(
+        self, handle: tuple[jax.Array, jax.Array], *, in_full: bool
+    ) -> tuple[StepOutputs, np.ndarray | None]:
+        """Waits for ``score``: raw log-probabilities of the ids and of the best; ``in_full`` of all, [C, V] f32."""
+        packed, logprobs = handle
+        outputs = unpack_outputs(np.asarray(packed), self.dims.max_logprobs)
+        return outputs, np.asarray(logprobs) if in_full else None
+
+    def pool(self, rows: np.ndarray) -> jax.Array:
+        """Sums the final norm's outputs of the tokens of the last ``forward``, before the next one: each token's into
+        the row that ``rows`` [TH] i32 says, ``num_slots`` into none.
+
+        Returns a handle for ``read_pooled``.
+        """
+        assert self._pooler is not None, "the engine keeps no hidden states"
+        return self._pooler(head_params(self._params), self._state.hidden, jax.device_put(rows, self._replicated))
+
+    def read_pooled(self, handle: jax.Array) -> np.ndarray:
+        """Waits for ``pool``: the sums [R, D] f32."""
+        return np.asarray(handle)
+
     def load_constraints(self, buffer: np.ndarray) -> None:
         """A slot's constraints (``constraint_io.pack_slot``), for the steps dispatched from now on."""
         self._held = self._load(self._held, jax.device_put(buffer, self._replicated))
@@ -280,7 +353,16 @@ class Runner:
         self.compile_counter.close()
         for x in jax.tree.leaves((self._state, self._held, self._all_allowed)):
             x.delete()
-        del self._params, self._state, self._held, self._all_allowed, self._compiled, self._samplers
+        del (
+            self._scorer,
+            self._pooler,
+            self._params,
+            self._state,
+            self._held,
+            self._all_allowed,
+            self._compiled,
+            self._samplers,
+        )
 
 
 def _zeros[T](shapes: T) -> T:

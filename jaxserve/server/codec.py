@@ -13,7 +13,6 @@ from typing import Any
 
 from jaxserve.engine.async_engine import EngineCore
 from jaxserve.request import (
-    NOT_IMPLEMENTED,
     EngineStats,
     FinishReason,
     RequestError,
@@ -64,6 +63,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens from the second on
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     usage: Usage | None = None
@@ -212,8 +212,10 @@ def _generate_chunk(events: Sequence[TokenEvent]) -> pb.GenerateChunk:
             continue
         chunk.token_ids.append(event.token_id)
         if event.logprob is not None:
-            top = [pb.TopLogprob(token_id=i, logprob=value) for i, value in event.top_logprobs or ()]
-            chunk.logprobs.append(pb.TokenLogprobs(logprob=event.logprob, top=top))
+            chunk.logprobs.append(_logprobs_message(event.logprob, event.top_logprobs or ()))
+    for entry in first.prompt_logprobs or ():
+        if entry is not None:
+            chunk.prompt_logprobs.append(_logprobs_message(entry.logprob, entry.top, entry.token_id))
     if last.finish_reason is not None:
         chunk.finish_reason = FINISH_REASONS[last.finish_reason]
     if isinstance(last.stop_reason, str):
@@ -225,6 +227,19 @@ def _generate_chunk(events: Sequence[TokenEvent]) -> pb.GenerateChunk:
         chunk.usage.completion_tokens = last.usage.completion_tokens
         chunk.usage.cached_tokens = last.usage.cached_tokens
     return chunk
+
+
+def _logprobs_message(
+    logprob: float, top: Sequence[tuple[int, float]], token_id: int | None = None
+) -> pb.TokenLogprobs:
+    top_messages = [pb.TopLogprob(token_id=i, logprob=value) for i, value in top]
+    return pb.TokenLogprobs(logprob=logprob, top=top_messages, token_id=token_id)
+
+
+def _read_logprobs(message: pb.TokenLogprobs, token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_id=token_id, logprob=message.logprob, top=tuple((t.token_id, t.logprob) for t in message.top)
+    )
 
 
 def model_info(engine: EngineCore) -> pb.ModelInfo:
@@ -242,7 +257,7 @@ def model_info(engine: EngineCore) -> pb.ModelInfo:
         eos_token_ids=config.eos_token_ids,
         has_tokenizer=engine.tokenizer is not None,
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.chat_template is not None,
-        unimplemented_sampling_fields=list(NOT_IMPLEMENTED),
+        default_sampling=sampling_message(engine.sampling_defaults),
     )
 
 
@@ -281,10 +296,8 @@ def read_chunk(message: pb.GenerateChunk) -> Chunk:
         index=message.index,
         token_ids=tuple(message.token_ids),
         text=message.text,
-        logprobs=tuple(
-            TokenLogprobs(token_id=i, logprob=entry.logprob, top=tuple((t.token_id, t.logprob) for t in entry.top))
-            for i, entry in zip(message.token_ids, message.logprobs)
-        ),
+        logprobs=tuple(_read_logprobs(entry, i) for i, entry in zip(message.token_ids, message.logprobs)),
+        prompt_logprobs=tuple(_read_logprobs(entry, entry.token_id) for entry in message.prompt_logprobs),
         finish_reason=FINISH_REASON_NAMES.get(message.finish_reason),
         stop_reason=getattr(message, stop) if stop else None,
         usage=Usage(

@@ -13,7 +13,7 @@ import pytest
 
 from jaxserve import Engine, RequestError, SamplingParams
 from jaxserve.model.params import init_params
-from jaxserve.request import NOT_IMPLEMENTED, QueueFullError
+from jaxserve.request import QueueFullError
 from tests import tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -122,15 +122,6 @@ def test_numpy_numbers_and_no_stops_are_taken():
     given: dict[str, Any] = {"temperature": np.float32(0.5), "max_tokens": np.int64(3), "stop": None}
     params = SamplingParams(**given, stop_token_ids=tuple(np.array([4])))
     assert params == SamplingParams(temperature=0.5, max_tokens=3, stop_token_ids=(4,))
-
-
-@pytest.mark.parametrize("field", NOT_IMPLEMENTED)
-def test_fields_not_implemented_are_refused_by_name(field):
-    neutral: dict[str, Any] = {field: NOT_IMPLEMENTED[field]}
-    other: dict[str, Any] = {field: 1.5}
-    with pytest.raises(RequestError, match=f"^{field}: .*not implemented"):
-        SamplingParams(**other)
-    SamplingParams(**neutral)
 
 
 def test_min_tokens_stop_ids_and_eos(engine):

@@ -63,7 +63,7 @@ def test_running_requests_go_on_with_the_new_weights(num_steps: int, lookahead: 
 
         for _ in range(num_steps):
             step()
-        pending = {row.sequence.request_id for batch, _ in engine.loop.in_flight for row in batch.rows if row.samples}
+        pending = {row.sequence.request_id for step in engine.loop.in_flight for row in step.batch.rows if row.samples}
         old_tokens = [len(said[r.request_id]) + (r.request_id in pending) for r in requests]
         engine.update_params(other)
         while engine.has_unfinished():

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from jaxserve.request import MAX_SEED, NOT_IMPLEMENTED, RequestError, SamplingParams, StructuredOutputs
+from jaxserve.request import MAX_SEED, RequestError, SamplingParams, StructuredOutputs
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 from tests.server.conftest import endless_engine, serving
@@ -26,7 +26,8 @@ TAKEN = {
     "stop_token_ids": ((), (0, 255)),
     "include_stop_str_in_output": (False, True),
     "ignore_eos": (False, True),
-    "logprobs": (0, 5),
+    "logprobs": (-1, 0, 5),
+    "prompt_logprobs": (-1, 0, 3),
     "skip_special_tokens": (False, True),
     "n": (1, 3),
     "presence_penalty": (-2.0, 0.0, 2.0),
@@ -43,7 +44,6 @@ TAKEN = {
         StructuredOutputs(choice=("a", "né")),
         StructuredOutputs(grammar="start: /a/"),
     ),
-    **{name: (() if neutral is None else (neutral,)) for name, neutral in NOT_IMPLEMENTED.items()},
 }
 
 REFUSED = {
@@ -58,7 +58,7 @@ REFUSED = {
     "stop_token_ids": ((-1,),),
     "include_stop_str_in_output": (),
     "ignore_eos": (),
-    "logprobs": (-1,),
+    "logprobs": (-2,),
     "skip_special_tokens": (),
     "n": (0, -1),
     "presence_penalty": (2.1, -2.1, math.nan),
@@ -67,7 +67,7 @@ REFUSED = {
     "logit_bias": ({3: 100.5}, {0: -101.0}, {3: math.nan}, {-1: 1.0}),
     "allowed_token_ids": ((), (1, -2)),
     "bad_words": (("",), ("a", " ")),
-    "prompt_logprobs": (0, 1),
+    "prompt_logprobs": (-2,),
     "truncate_prompt_tokens": (0, -1),
     "structured_outputs": (),  # what is wrong with one is told by the engine's door, or already here
 }
