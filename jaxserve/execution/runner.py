@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,14 +144,15 @@ def lower_pooler(
     return jax.jit(make_pooler(config, mesh, dims.num_slots)).lower(head_params(params), state.hidden, rows)
 
 
+# XLA's own choices that are wrong for a step. Slices by address: it would hand a kernel a slice of the packed inputs by
+# its address, which is not aligned as the kernel's call demands, instead of copying a few KiB.
+GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
+
 def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
     """Compiles a step or a sampler for its mesh."""
-    options: dict[str, bool] = {}
-    if mesh.devices.flat[0].platform == "gpu":
-        # It would hand a kernel a slice of the packed inputs by its address, which is not aligned as the kernel's call
-        # demands, instead of copying a few KiB.
-        options["xla_gpu_enable_dynamic_slice_fusion"] = False
-    return lowered.compile(compiler_options=options)
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return lowered.compile(compiler_options=GPU_OPTIONS if is_gpu else {})
 
 
 class Computed(NamedTuple):
@@ -194,8 +195,7 @@ class Runner:
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
         self._samplers: dict[tuple[int, Sampling], jax.stages.Compiled] = {}  # by rows
         self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
-        self._scorer: jax.stages.Compiled | None = None
-        self._pooler: jax.stages.Compiled | None = None
+        self._readers: dict[Callable, jax.stages.Compiled] = {}  # of hidden states, by what lowers them
         self._compile(buckets, on_progress)
         self._state = _zeros(self._state_shape)
         self._held: Constraints | None = None
@@ -213,42 +213,30 @@ class Runner:
     def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
         done, lock = 0, threading.Lock()
 
-        def compile_one(bucket: Bucket) -> None:
-            lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
-            self._compiled[bucket] = compile_step(lowered, self.mesh)
-            count()
-
-        def compile_sampler(num_rows: int, asked: Sampling) -> None:
-            lowered = lower_sampler(self.config, self.dims, num_rows, self.mesh, asked)
-            self._samplers[num_rows, asked] = compile_step(lowered, self.mesh)
-            count()
-
-        def compile_scorer() -> None:
-            lowered = lower_scorer(self.config, self._params, self._state_shape, self.dims, self.mesh)
-            self._scorer = compile_step(lowered, self.mesh)
-            count()
-
-        def compile_pooler() -> None:
-            lowered = lower_pooler(self.config, self._params, self._state_shape, self.dims, self.mesh)
-            self._pooler = compile_step(lowered, self.mesh)
-            count()
-
-        def count() -> None:
+        def compile_one(into: dict[Any, jax.stages.Compiled], key: Any, lowered: jax.stages.Lowered) -> None:
             nonlocal done
+            into[key] = compile_step(lowered, self.mesh)
             with lock:
                 done += 1
                 if on_progress:
-                    on_progress("compile", done, len(buckets) + len(samplers) + len(others))
+                    on_progress("compile", done, len(jobs))
 
-        # XLA compiles without the interpreter's lock: threads overlap one bucket's compile with the next one's tracing.
-        rows = sorted({b.num_rows for b in buckets})
-        samplers: list[tuple[int, Sampling]] = [(num_rows, asked) for asked in self._samplings for num_rows in rows]
-        others = [compile_scorer, compile_pooler] if self.dims.hidden_tokens else []
+        arrays = (self.config, self._params, self._state_shape, self.dims)
+        jobs: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
+        for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
+            jobs.append((self._compiled, bucket, partial(lower_step, *arrays, bucket, self.mesh)))
+        for asked in self._samplings:
+            for num_rows in sorted({b.num_rows for b in buckets}):
+                lower = partial(lower_sampler, self.config, self.dims, num_rows, self.mesh, asked)
+                jobs.append((self._samplers, (num_rows, asked), lower))
+        if self.dims.hidden_tokens:
+            for lower in (lower_scorer, lower_pooler):
+                jobs.append((self._readers, lower, partial(lower, *arrays, self.mesh)))
+        # XLA compiles without the interpreter's lock, in threads. Lowering is Python: here, one after another, so that
+        # each finds what the ones before have traced and the first compilations begin early.
         pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
-            futures = [pool.submit(compile_one, b) for b in buckets]
-            futures += [pool.submit(compile_sampler, *sampler) for sampler in samplers]
-            for future in futures + [pool.submit(other) for other in others]:
+            for future in [pool.submit(compile_one, into, key, lower()) for into, key, lower in jobs]:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)
@@ -301,11 +289,10 @@ class Runner:
 
         Returns a handle for ``read_scores``.
         """
-        assert self._scorer is not None, "the engine keeps no hidden states"
         fields = np.zeros((2, SCORE_ROWS), np.int32)
         fields[0, : len(places)], fields[1, : len(ids)] = places, ids
         fields = jax.device_put(fields, self._replicated)
-        return self._scorer(head_params(self._params), self._state.hidden, fields)
+        return self._readers[lower_scorer](head_params(self._params), self._state.hidden, fields)
 
     def read_scores(
         self, handle: tuple[jax.Array, jax.Array], *, in_full: bool
@@ -321,8 +308,9 @@ class Runner:
 
         Returns a handle for ``read_pooled``.
         """
-        assert self._pooler is not None, "the engine keeps no hidden states"
-        return self._pooler(head_params(self._params), self._state.hidden, jax.device_put(rows, self._replicated))
+        return self._readers[lower_pooler](
+            head_params(self._params), self._state.hidden, jax.device_put(rows, self._replicated)
+        )
 
     def read_pooled(self, handle: jax.Array) -> np.ndarray:
         """Waits for ``pool``: the sums [R, D] f32."""
@@ -353,16 +341,7 @@ class Runner:
         self.compile_counter.close()
         for x in jax.tree.leaves((self._state, self._held, self._all_allowed)):
             x.delete()
-        del (
-            self._scorer,
-            self._pooler,
-            self._params,
-            self._state,
-            self._held,
-            self._all_allowed,
-            self._compiled,
-            self._samplers,
-        )
+        del self._params, self._state, self._held, self._all_allowed, self._compiled, self._samplers, self._readers
 
 
 def _zeros[T](shapes: T) -> T:
