@@ -123,6 +123,9 @@ class SamplingParams:
             sampled where the text is in it; a text that nothing can follow ends by itself, whatever ``min_tokens`` and
             ``ignore_eos`` say. Where other fields forbid all that it lets follow, the completion ends with the reason
             "abort".
+        stream_interval: tokens that a stream's message waits for, so that a slow reader or a fast model costs fewer of
+            them. A choice's first token and its last wait for nothing. (``Engine.stream`` gives tokens one by one.)
+        stream_max_delay_s: seconds that a token waits at most for others.
     """
 
     max_tokens: int | None = None
@@ -148,6 +151,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     structured_outputs: StructuredOutputs | None = None
+    stream_interval: int = 1
+    stream_max_delay_s: float = 0.5
 
     def __post_init__(self):
         for name in ("stop", "stop_token_ids", "bad_words"):
@@ -158,7 +163,7 @@ class SamplingParams:
                 raise RequestError(name, f"{value!r} is not a sequence")
             object.__setattr__(self, name, tuple(value))
         optional = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
-        for name in ("min_tokens", "top_k", "n", *optional):
+        for name in ("min_tokens", "top_k", "n", "stream_interval", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
@@ -166,7 +171,7 @@ class SamplingParams:
                 raise RequestError(name, f"{value!r} is not an integer")
             object.__setattr__(self, name, int(value))
         penalties = ("presence_penalty", "frequency_penalty")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", *penalties):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "stream_max_delay_s", *penalties):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise RequestError(name, f"{value!r} is not a finite number")
@@ -193,8 +198,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None and value < ALL_LOGPROBS:
                 raise RequestError(name, f"{value} must be {ALL_LOGPROBS} (all) or at least 0")
-        if self.n < 1:
-            raise RequestError("n", f"{self.n} must be at least 1")
+        for name in ("n", "stream_interval"):
+            if getattr(self, name) < 1:
+                raise RequestError(name, f"{getattr(self, name)} must be at least 1")
+        if self.stream_max_delay_s < 0:
+            raise RequestError("stream_max_delay_s", f"{self.stream_max_delay_s} must be at least 0")
         for name in penalties:
             if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
                 raise RequestError(name, f"{getattr(self, name)} must be in [{-MAX_PENALTY:g}, {MAX_PENALTY:g}]")

@@ -109,7 +109,10 @@ def test_refused_before_anything_is_started():
         ("n", True),
         ("n", None),
         ("stop_token_ids", (-1,)),
-        ("logprobs", -1),
+        ("logprobs", -2),
+        ("prompt_logprobs", -2),
+        ("stream_interval", 0),
+        ("stream_max_delay_s", -1.0),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(field, value):

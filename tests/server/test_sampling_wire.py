@@ -37,6 +37,8 @@ TAKEN = {
     "allowed_token_ids": ((0,), (1, 2, 2)),
     "bad_words": ((), ("word",), (" word", "né")),
     "truncate_prompt_tokens": (1, 8),
+    "stream_interval": (1, 7),
+    "stream_max_delay_s": (0.0, 2.5),
     "structured_outputs": (
         StructuredOutputs(json='{"type": "object"}'),
         StructuredOutputs(json_object=True),
@@ -69,6 +71,8 @@ REFUSED = {
     "bad_words": (("",), ("a", " ")),
     "prompt_logprobs": (-2,),
     "truncate_prompt_tokens": (0, -1),
+    "stream_interval": (0, -1),
+    "stream_max_delay_s": (-0.1, math.nan, math.inf),
     "structured_outputs": (),  # what is wrong with one is told by the engine's door, or already here
 }
 
