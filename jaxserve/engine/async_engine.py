@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
@@ -76,6 +77,7 @@ class EngineCore(Protocol):
     def abort(self, request_id: str) -> bool: ...
     def step(self) -> list[TokenEvent]: ...
     def has_unfinished(self) -> bool: ...
+    def load_params(self, name_or_path: str | Path) -> Any: ...
     def update_params(self, params: Any) -> None: ...
     def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
@@ -200,6 +202,14 @@ class AsyncEngine:
     async def update_params(self, params: Any) -> None:
         """``Engine.update_params`` between two steps; returns when the next step takes the new weights."""
         await asyncio.wrap_future(self._post(lambda engine: engine.update_params(params)))
+
+    async def update_weights(self, name_or_path: str | Path) -> None:
+        """``update_params`` with those of a checkpoint, which are read while the engine goes on.
+
+        Raises ValueError (``CheckpointError``) for a checkpoint that cannot be used; the engine keeps what it has.
+        """
+        params = await asyncio.to_thread(self.engine.load_params, name_or_path)
+        await self.update_params(params)
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new request, lets the others finish, aborts them after ``timeout_s``. True: all finished."""

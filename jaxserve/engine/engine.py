@@ -515,18 +515,34 @@ class Engine:
             ValueError: names the first parameter that is missing, extra or of another shape, with both shapes.
         """
         self._check_usable()
-        placed = params
-        if not isinstance(placed, StageParams):
-            placed = place_params(
-                _param_source(placed, self.model_config),
-                self.model_config,
-                self.loop.runner.config,
-                self.loop.runner.mesh,
-                np.dtype(self.dtype),
-            )
+        placed = self._placed(params)
         with interrupts_held():
             self.loop.runner.update_params(placed)
             self.loop.forget_computed()
+
+    def load_params(self, name_or_path: str | Path) -> StageParams:
+        """The weights of a checkpoint of the same model, where this engine wants them, for ``update_params``. Any
+        thread may call it while another one runs the engine.
+
+        Raises:
+            CheckpointError: as ``from_pretrained``.
+            ValueError: as ``update_params``.
+        """
+        from jaxserve.checkpoint.open import open_checkpoint
+
+        with open_checkpoint(name_or_path) as checkpoint:
+            return self._placed(checkpoint)
+
+    def _placed(self, params: Params | ParamSource | StageParams) -> StageParams:
+        if isinstance(params, StageParams):
+            return params
+        return place_params(
+            _param_source(params, self.model_config),
+            self.model_config,
+            self.loop.runner.config,
+            self.loop.runner.mesh,
+            np.dtype(self.dtype),
+        )
 
     # Figures and end.
 

@@ -11,10 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from jaxserve.engine.async_engine import EngineCore
 from jaxserve.request import (
+    Embedding,
     EngineStats,
     FinishReason,
+    Pooling,
     RequestError,
     SamplingParams,
     StructuredOutputs,
@@ -41,6 +45,8 @@ SERVER_STATES: dict[str, pb.ServerState] = {
     "failed": pb.SERVER_STATE_FAILED,
     "closed": pb.SERVER_STATE_DRAINING,
 }
+
+POOLINGS: dict[Pooling, pb.Pooling] = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
 
 READ_FIELD: dict[str, Callable[[Any], Any]] = {
     "stop": tuple,
@@ -70,19 +76,38 @@ class Chunk:
     choice: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestFailure:
+    """What became of one request of a batch; the .proto describes the fields."""
+
+    request_id: str
+    code: int  # gRPC's
+    message: str
+    field: str | None
+
+
 # Requests: wire to engine.
 
 
-def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
+def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedRequest) -> Prompt:
     """Raises RequestError when none is set."""
     kind = message.WhichOneof("prompt")
     if kind == "text":
         return message.text
-    if kind == "messages":
+    if kind == "messages" and not isinstance(message, pb.EmbedRequest):
         return [{"role": m.role, "content": m.content} for m in message.messages.messages]
-    if isinstance(message, pb.GenerateRequest) and kind == "token_ids":
+    if not isinstance(message, pb.TokenizeRequest) and kind == "token_ids":
         return tuple(message.token_ids.ids)
     raise RequestError("prompt", "none is set")
+
+
+def read_embed_options(message: pb.EmbedRequest) -> dict[str, Any]:
+    """The keywords of ``EngineCore.make_embedding_request`` that are set."""
+    names = ("normalize", "truncate_prompt_tokens", "request_id", "priority")
+    given: dict[str, Any] = {name: getattr(message, name) for name in names if message.HasField(name)}
+    if message.pooling not in (*POOLINGS.values(), pb.POOLING_UNSPECIFIED):
+        raise RequestError("pooling", f"{message.pooling} is not a way to pool")
+    return given | {"pooling": "mean" if message.pooling == pb.POOLING_MEAN else "last"}
 
 
 def read_sampling(message: pb.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -133,6 +158,34 @@ def generate_request(
     if priority is not None:
         with _Refusing("priority"):
             request.priority = priority
+    return request
+
+
+def embed_request(
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    pooling: Pooling | None,
+    normalize: bool | None,
+    truncate_prompt_tokens: int | None,
+    request_id: str | None,
+    priority: int | None,
+) -> pb.EmbedRequest:
+    """Raises RequestError for a value that the wire cannot hold."""
+    if (prompt is None) == (token_ids is None):
+        raise RequestError("prompt", "give exactly one of prompt, token_ids")
+    if pooling is not None and pooling not in POOLINGS:
+        raise RequestError("pooling", f"{pooling!r} is not one of {', '.join(POOLINGS)}")
+    request = pb.EmbedRequest()
+    given = {"truncate_prompt_tokens": truncate_prompt_tokens, "request_id": request_id, "priority": priority}
+    given |= {"normalize": normalize, "text": prompt, "pooling": None if pooling is None else POOLINGS[pooling]}
+    for name, value in given.items():
+        if value is not None:
+            with _Refusing("prompt" if name == "text" else name):
+                setattr(request, name, value)
+    if token_ids is not None:
+        with _Refusing("prompt"):
+            request.token_ids.ids.extend(token_ids)
+            request.token_ids.SetInParent()
     return request
 
 
@@ -281,8 +334,11 @@ def add_engine_info(info: pb.ServerInfo, engine: EngineCore, stats: EngineStats)
     info.page_size = engine.cache_config.page_size
     info.mesh_stage = engine.parallel_config.stage
     info.mesh_tensor = engine.parallel_config.tensor
-    for field in pb.EngineLoad.DESCRIPTOR.fields:  # named as in EngineStats
-        setattr(info.load, field.name, getattr(stats, field.name))
+    info.load.CopyFrom(load_message(stats))
+
+
+def load_message(stats: EngineStats) -> pb.EngineLoad:
+    return pb.EngineLoad(**{f.name: getattr(stats, f.name) for f in pb.EngineLoad.DESCRIPTOR.fields})
 
 
 # Answers: wire to client.
@@ -309,6 +365,20 @@ def read_chunk(message: pb.GenerateChunk) -> Chunk:
         else None,
         choice=message.choice,
     )
+
+
+def read_batch_chunk(message: pb.BatchChunk) -> Chunk | RequestFailure:
+    if message.WhichOneof("kind") == "chunk":
+        return read_chunk(message.chunk)
+    failure = message.failure
+    return RequestFailure(
+        request_id=failure.request_id, code=failure.code, message=failure.message, field=failure.field or None
+    )
+
+
+def read_embedding(message: pb.EmbedResponse) -> Embedding:
+    values = np.array(message.values, np.float32)
+    return Embedding(request_id=message.request_id, values=values, prompt_len=message.prompt_tokens)
 
 
 def _same(value: Any) -> Any:

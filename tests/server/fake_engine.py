@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.num_steps = 0
         self.closed = False
+        self.params: object = None
         self._step_delay_s = step_delay_s
         self._text_scale = text_scale
         self._live: dict[str, tuple[Request, int]] = {}  # request and its number of output tokens
@@ -191,8 +193,14 @@ class FakeEngine:
         self._set_idle()
         return events
 
+    def load_params(self, name_or_path: str | Path) -> str:
+        if not Path(name_or_path).is_file():
+            raise ValueError(f"{name_or_path}: no checkpoint is there")
+        return Path(name_or_path).read_text()
+
     def update_params(self, params: object) -> None:
         self._on_one_thread()
+        self.params = params
 
     def has_unfinished(self) -> bool:
         return bool(self._live)
