@@ -45,7 +45,7 @@ def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 6
         clock.append(time.perf_counter())
         state, logits, fields = run._compiled[bucket](run._params, run._state, inputs)
         clock.append(time.perf_counter())
-        last_tokens, _, packed = run._samplers[bucket.num_rows, "greedy"](state.last_tokens, None, logits, fields)
+        last_tokens, _, packed = run._samplers[bucket.num_rows, "greedy"](state.last_tokens, None, logits, fields, None)
         run._state = state.replace(last_tokens=last_tokens)
         del logits, fields, state, last_tokens
         pending.append(packed)
