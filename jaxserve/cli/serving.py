@@ -10,7 +10,7 @@ import typer
 from jaxserve.cli.loading import open_engine
 from jaxserve.cli.options import EngineOptions, Model, flatten_options
 from jaxserve.cli.terminal import ProgressDisplay, note
-from jaxserve.server.options import DEFAULT_HOST, DEFAULT_PORT, ServerOptions
+from jaxserve.server.options import DEFAULT_HOST, DEFAULT_PORT, ServerOptions, ToolCallParser
 
 if TYPE_CHECKING:
     from jaxserve.server.app import Server
@@ -22,12 +22,21 @@ def serve(
     engine: EngineOptions,
     host: Annotated[str, typer.Option(help="Address to bind; there is no TLS here.")] = DEFAULT_HOST,
     grpc_port: Annotated[int, typer.Option(help="0 picks a free one.")] = DEFAULT_PORT,
+    http_port: Annotated[
+        int | None, typer.Option(help="OpenAI-compatible HTTP; 0 picks a free one. (default: none)")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What HTTP requests may call the model; may be repeated.")
+    ] = None,
+    tool_call_parser: Annotated[
+        ToolCallParser, typer.Option(help="How the model writes tool calls; auto: as its chat template shows.")
+    ] = "auto",
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus; 0 picks a free one. (default: none)")] = None,
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to running requests.")] = 30.0,
     slow_reader_timeout: Annotated[float, typer.Option(help="Seconds a reader may take nothing.")] = 30.0,
 ) -> None:
-    """Serve a model over gRPC. SIGTERM or Ctrl-C lets running requests finish, a second one does not."""
+    """Serve a model over gRPC and HTTP. SIGTERM or Ctrl-C lets running requests finish, a second one does not."""
     from jaxserve.checkpoint.resolve import resolve_model
     from jaxserve.server.app import serve as serve_grpc
 
@@ -39,14 +48,18 @@ def serve(
     options = ServerOptions(
         host=host,
         port=grpc_port,
+        http_port=http_port,
+        served_model_names=tuple(served_model_name or ()),
+        tool_call_parser=tool_call_parser,
         metrics_port=metrics_port,
         drain_timeout_s=drain_timeout,
         slow_reader_timeout_s=slow_reader_timeout,
     )
 
     def on_bound(server: "Server") -> None:
+        http = "" if http_port is None else f", http on {host}:{server.http_port}"
         metrics = "" if metrics_port is None else f", metrics on {host}:{server.metrics_port}"
-        note(f"listening on {host}:{server.port}{metrics}")
+        note(f"listening on {host}:{server.port}{http}{metrics}")
         if port_file is not None:
             unfinished = port_file.with_name(port_file.name + ".tmp")
             unfinished.write_text(f"{server.port}\n", encoding="ascii")

@@ -2,11 +2,9 @@
 
 import asyncio
 import atexit
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +19,11 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from jaxserve.engine.async_engine import AsyncEngine, EngineCore, EngineFailedError
+from jaxserve.server.binding import ServeError, address, check_can_bind, listening_socket
+from jaxserve.server.http.app import make_app
+from jaxserve.server.http.backend import Backend
+from jaxserve.server.http.guard import Guard
+from jaxserve.server.http.listener import HttpListener
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.service import InferenceService
@@ -38,20 +41,19 @@ LOADING_TIMEOUT_S = 0.5  # loading may take minutes and cannot be interrupted
 STOP_GRACE_S = 0.2  # for unary calls; a health watch never ends by itself
 
 
-class ServeError(RuntimeError):
-    """The server cannot start: one clear line."""
-
-
 class Server:
-    """One gRPC server before one engine: ``start`` binds and begins to load, ``ready`` waits, ``close`` ends both.
+    """gRPC and HTTP before one engine: ``start`` binds and begins to load, ``ready`` waits, ``close`` ends all.
 
-    After ``start``: ``port`` and ``metrics_port`` (None without metrics) are the bound ports, ``engine`` is loading.
+    After ``start``: ``port``, ``http_port`` and ``metrics_port`` (None where there is none) are the bound ports,
+    ``engine`` is loading.
     """
 
     def __init__(self, engine_factory: Callable[[], EngineCore], options: ServerOptions):
         self.options = options
         self.port = options.port
+        self.http_port = options.http_port
         self.metrics_port = options.metrics_port
+        self._http: HttpListener | None = None
         self._factory = engine_factory
         self._engine: AsyncEngine | None = None
         self._metrics_server: WSGIServer | None = None
@@ -64,9 +66,9 @@ class Server:
     async def start(self) -> None:
         """Binds, serves health (NOT_SERVING), and starts the engine. Raises ServeError when a port cannot be bound."""
         options = self.options
-        for port in (options.port, options.metrics_port):
+        for port in (options.port, options.http_port, options.metrics_port):
             if port is not None:
-                _check_can_bind(options.host, port)
+                check_can_bind(options.host, port)
         self._grpc = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),  # or a second server would take half of the first one's connections
@@ -77,22 +79,28 @@ class Server:
             ]
         )
         try:
-            self.port = self._grpc.add_insecure_port(_address(options.host, options.port))
+            self.port = self._grpc.add_insecure_port(address(options.host, options.port))
         except RuntimeError as error:
-            raise ServeError(f"cannot bind {_address(options.host, options.port)}: {error}") from error
+            raise ServeError(f"cannot bind {address(options.host, options.port)}: {error}") from error
 
         metrics = ServerMetrics(lambda: None if self._engine is None else self._engine.stats())
         if options.metrics_port is not None:
             try:
                 self._metrics_server, _ = start_http_server(options.metrics_port, options.host, metrics.registry)
             except OSError as error:
-                raise ServeError(f"cannot bind {_address(options.host, options.metrics_port)}: {error}") from error
+                raise ServeError(f"cannot bind {address(options.host, options.metrics_port)}: {error}") from error
             self.metrics_port = self._metrics_server.server_port
+        listening = None if options.http_port is None else listening_socket(options.host, options.http_port)
         # Last of what can fail: its thread cannot be interrupted while it loads.
         self._engine = AsyncEngine(
             self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=metrics.observe
         )
         self._service = InferenceService(self.engine, options)
+        if listening is not None:
+            self._guard = Guard(make_app(Backend(self.engine, options, metrics.registry)), options)
+            self._http = HttpListener(self._guard, listening, options.max_message_bytes)
+            self.http_port = self._http.port
+            await self._http.start()
         self._health = health_aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         inference_pb2_grpc.add_InferenceServicer_to_server(self._service, self._grpc)
@@ -116,7 +124,7 @@ class Server:
         finished = await self.engine.drain(self.options.drain_timeout_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(max(deadline - time.monotonic(), FLUSH_TIMEOUT_S)):
-                await self._service.idle.wait()
+                await self._idle()
         return finished
 
     async def close(self) -> bool:
@@ -125,12 +133,20 @@ class Server:
         ended = await self.engine.close(LOADING_TIMEOUT_S if self.engine.state == "loading" else CLOSE_TIMEOUT_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_GRACE_S):  # streams learn why they ended
-                await self._service.idle.wait()
+                await self._idle()
+        if self._http is not None:
+            await self._http.stop(STOP_GRACE_S)
         await self._grpc.stop(STOP_GRACE_S)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
         return ended
+
+    async def _idle(self) -> None:
+        """Returns when no request is open."""
+        await self._service.idle.wait()
+        if self._http is not None:
+            await self._guard.idle.wait()
 
     async def _watch_engine(self) -> None:
         with suppress(EngineFailedError):  # who runs the server learns it from ``engine.wait_stopped``
@@ -215,22 +231,3 @@ def _on_signal(number: int, stop: asyncio.Event) -> None:
     if stop.is_set():
         os._exit(128 + number)  # asked twice: not even the interpreter's own end, which may wait for the device
     stop.set()
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _check_can_bind(host: str, port: int) -> None:
-    """Raises ServeError with the system's reason: grpc itself tells no more than that it failed."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in addresses:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-    except OSError as error:
-        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror or error
-        raise ServeError(f"cannot listen on {_address(host, port)}: {reason}") from error

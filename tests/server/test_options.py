@@ -44,7 +44,7 @@ def test_the_ends_of_the_ranges_are_taken():
 
 
 async def test_a_metrics_port_lost_at_the_last_moment_is_one_error_before_anything_is_loaded(taken_port, monkeypatch):
-    monkeypatch.setattr(app, "_check_can_bind", lambda host, port: None)  # as if it was taken after the check
+    monkeypatch.setattr(app, "check_can_bind", lambda host, port: None)  # as if it was taken after the check
     built = []
     with pytest.raises(ServeError, match=f"^cannot bind 127.0.0.1:{taken_port}: "):
         await Server(lambda: built.append(1) or FakeEngine(), ServerOptions(port=0, metrics_port=taken_port)).start()

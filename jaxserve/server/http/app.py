@@ -1,0 +1,32 @@
+"""The routes together, and the one place where an exception becomes an answer."""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from jaxserve import __version__
+from jaxserve.server.http.about import about_routes
+from jaxserve.server.http.backend import Backend
+from jaxserve.server.http.chat import chat_routes
+from jaxserve.server.http.completions import completions_routes
+from jaxserve.server.http.errors import ANSWERED, error_of, response_of
+
+logger = logging.getLogger(__name__)
+
+
+def make_app(backend: Backend) -> FastAPI:
+    """An ASGI application; ``/openapi.json`` describes it. Pages with code from elsewhere are not served."""
+    app = FastAPI(title="jaxserve", version=__version__, docs_url=None, redoc_url=None)
+    for routes in (completions_routes, chat_routes, about_routes):
+        app.include_router(routes(backend))
+
+    async def answer(http: Request, error: Exception) -> Response:
+        return response_of(error_of(error))
+
+    for kind in (*ANSWERED, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
+
+    return app
