@@ -68,6 +68,7 @@ class FakeEngine:
     Args:
         step_delay_s: how long a step takes.
         text_scale: each token's text is its letter so many times.
+        says: the answer to everything instead, in ASCII: a token a character, then end-of-sequence.
     Attributes:
         fail: once set, the next step raises.
         idle: set while no request is live.
@@ -82,6 +83,7 @@ class FakeEngine:
         tokenizer: Tokenizer | None = None,
         step_delay_s: float = 0.0,
         text_scale: int = 1,
+        says: str | None = None,
     ):
         self.model_name = "fake"
         self.sampling_defaults: dict[str, Any] = {}
@@ -105,6 +107,7 @@ class FakeEngine:
         self.closed = False
         self._step_delay_s = step_delay_s
         self._text_scale = text_scale
+        self._says = says
         self._live: dict[str, tuple[Request, int]] = {}  # request and its number of output tokens
         self._last_events: list[TokenEvent] = []
         self._num_tokens = 0
@@ -194,10 +197,12 @@ class FakeEngine:
 
     def _next_event(self, request: Request, index: int) -> TokenEvent:
         token = _token(request.prompt_token_ids, index + request.choice)
+        if self._says is not None:
+            token = [*self._says.encode("ascii"), EOS_ID][index]
         num_tokens = index + 1
         self._num_tokens += 1
         reason: FinishReason | None = None
-        if token in request.stop_token_ids:
+        if token in request.stop_token_ids or token == EOS_ID:
             reason = "stop"
         elif len(request.prompt_token_ids) + num_tokens >= request.max_total_len:
             reason = "length"
@@ -210,11 +215,11 @@ class FakeEngine:
             request_id=_name(request),
             index=index,
             token_id=token,
-            text=chr(token) * self._text_scale,
+            text="" if token == EOS_ID else chr(token) * self._text_scale,
             logprob=None if k is None else -0.5,
             top_logprobs=None if k is None else tuple((token + j, -0.5 - j) for j in range(k)),
             finish_reason=reason,
-            stop_reason=token if reason == "stop" else None,
+            stop_reason=token if token in request.stop_token_ids else None,
             usage=None if reason is None else self._usage(request, num_tokens),
             choice=request.choice,
             num_open=self._num_open(request),

@@ -60,7 +60,7 @@ class CallScanner:
     def __init__(self) -> None:
         self.name: str | None = None
         self.call_id: str | None = None
-        self.raw = ""
+        self._raw: list[str] = []
         self.state = "open"
         self._pieces: list[str] = []
         self._has_arguments = False
@@ -69,6 +69,10 @@ class CallScanner:
         self._text: list[str] = []  # of a key, or of a value that is not passed on as it comes
         self._expects = "{"
 
+    @property
+    def raw(self) -> str:
+        return "".join(self._raw)
+
     def take_arguments(self) -> str:
         text = "".join(self._pieces)
         self._pieces.clear()
@@ -76,8 +80,8 @@ class CallScanner:
 
     def add(self, char: str) -> None:
         if self.name is None:
-            self.raw += char
-            if len(self.raw) > MAX_HELD_LEN:
+            self._raw.append(char)
+            if len(self._raw) > MAX_HELD_LEN:
                 self.state = "broken"
                 return
         if self._value is not None and self._add_to_value(char):

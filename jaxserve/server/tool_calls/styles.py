@@ -151,8 +151,12 @@ class Llama3Parser:
         return self._reading.take()
 
     def finish(self) -> list[Delta]:
-        if self._held and self._mode == "start":
+        call = self._reading.call
+        if self._mode == "start":
             self._reading.content(self._held)
+        elif call is not None and call.name is None:
+            self._reading.call = None
+            self._reading.content(self._held[:-1] + call.raw)
         self._held = ""
         return self._reading.end()
 
@@ -163,12 +167,14 @@ class Llama3Parser:
         elif self._mode == "start":
             self._held += char
             begun = self._held.lstrip(SPACES)
-            if begun.startswith("{") or begun.startswith(PYTHON_TAG + "{"):
+            if begun.startswith(PYTHON_TAG):
+                begun = begun.removeprefix(PYTHON_TAG).lstrip(SPACES)
+            elif PYTHON_TAG.startswith(begun):
+                return
+            if begun.startswith("{"):
                 self._mode, reading.call = "calls", CallScanner()
                 self._scan(char)
-            elif begun.rstrip(SPACES) == PYTHON_TAG:
-                self._held = PYTHON_TAG
-            elif begun and not PYTHON_TAG.startswith(begun):
+            elif begun:
                 self._become_text(self._held)
         elif reading.call is not None:
             self._scan(char)
@@ -187,7 +193,7 @@ class Llama3Parser:
         elif state == "broken":
             call, reading.call = reading.call, None
             if call.name is None:
-                self._become_text(self._held[:-1] + call.raw if self._held else call.raw)
+                self._become_text(self._held[:-1] + call.raw)
             else:
                 self._become_text("")
 
