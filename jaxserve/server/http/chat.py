@@ -32,7 +32,7 @@ from jaxserve.server.http.fields import (
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
 from jaxserve.server.http.logprobs import chat_logprobs
-from jaxserve.server.http.sse import DONE, EventStream, event
+from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_of
 from jaxserve.server.http.tools import Answer, ToolPlan, call_delta, message_of, tool_plan
 from jaxserve.server.tool_calls import Content
@@ -66,7 +66,7 @@ class Plan:
 def chat_routes(backend: Backend) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         """The next message of a conversation. With `stream`, server-sent events that end with `[DONE]`."""
         model = backend.check_model(body.model)

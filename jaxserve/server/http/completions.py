@@ -28,7 +28,7 @@ from jaxserve.server.http.fields import (
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
 from jaxserve.server.http.logprobs import CompletionLogprobs, Entry
-from jaxserve.server.http.sse import DONE, EventStream, event
+from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_of
 from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
 
@@ -59,7 +59,7 @@ class Plan:
 def completions_routes(backend: Backend) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """Continues each prompt. With `stream`, server-sent events that end with `[DONE]`."""
         model = backend.check_model(body.model)
@@ -110,7 +110,7 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
     requests = []
     texts = []
     for i, prompt in enumerate(prompts):
-        token_ids = _token_ids(backend, prompt, add_special_tokens, cut=params.truncate_prompt_tokens is not None)
+        token_ids = token_ids_of(backend, prompt, add_special_tokens, cut=params.truncate_prompt_tokens is not None)
         if body.max_tokens is None:  # a default is no reason to refuse a prompt
             length = min(len(token_ids), params.truncate_prompt_tokens or len(token_ids))
             room = max(engine.scheduler_config.max_model_len - length, 1)
@@ -128,7 +128,7 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
     return Plan(requests=requests, texts=texts, echo=echo, num_top=num_top, drops_output=max_tokens == 0)
 
 
-def _token_ids(backend: Backend, prompt: str | list[int], add_special_tokens: bool, *, cut: bool) -> list[int]:
+def token_ids_of(backend: Backend, prompt: str | list[int], add_special_tokens: bool, *, cut: bool) -> list[int]:
     if not isinstance(prompt, str):
         return prompt
     tokenizer = tokenizer_of(backend.engine, "prompt")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -48,6 +49,36 @@ KINDS: tuple[tuple[type[Exception], Kind], ...] = (
     (EngineFailedError, Kind(500, "server_error", "engine_failed")),
 )  # the first that matches
 ANSWERED = tuple(kind for kind, _ in KINDS)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's form of an error."""
+
+    error: ErrorDetail
+
+
+STATUSES = {
+    400: "A field is wrong, unknown or not supported: `param` names it.",
+    401: "The bearer token is missing or wrong.",
+    404: "No such model, or no such path.",
+    408: "The body came too slowly.",
+    409: "The request id is in use, or the request was aborted.",
+    413: "The body is too large.",
+    429: "The queue is full: retry later.",
+    500: "The engine failed, or a bug.",
+    503: "The server is loading, draining or has failed.",
+    504: "The request's deadline passed.",
+}
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text} for status, text in STATUSES.items()
+}  # for the OpenAPI document
 
 
 class HTTPError(HTTPException):

@@ -11,6 +11,9 @@ from starlette.responses import Response
 from jaxserve.server.http.guard import Receive, Scope, Send, until_left
 
 DONE = b"data: [DONE]\n\n"
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, whole or in events.", "content": {"text/event-stream": {}}}
+}  # for the OpenAPI document
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # a proxy that buffers would undo the streaming
 
 
