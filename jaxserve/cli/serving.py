@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def serve(
     model: Model,
     engine: EngineOptions,
-    host: Annotated[str, typer.Option(help="Address to bind; there is no TLS here.")] = DEFAULT_HOST,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = DEFAULT_HOST,
     grpc_port: Annotated[int, typer.Option(help="0 picks a free one.")] = DEFAULT_PORT,
     http_port: Annotated[
         int | None, typer.Option(help="OpenAI-compatible HTTP; 0 picks a free one. (default: none)")
@@ -32,6 +32,16 @@ def serve(
         ToolCallParser, typer.Option(help="How the model writes tool calls; auto: as its chat template shows.")
     ] = "auto",
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus; 0 picks a free one. (default: none)")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the server's certificates, for all ports.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM file: clients need a certificate of it.")] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="Bearer tokens, one a line: clients need one.")] = None,
+    max_concurrent_requests: Annotated[int | None, typer.Option(help="Open requests, at most.")] = None,
+    max_output_tokens: Annotated[int | None, typer.Option(help="Output tokens of any request, at most.")] = None,
+    max_message_bytes: Annotated[
+        int, typer.Option(help="Larger messages and bodies are refused.")
+    ] = ServerOptions.max_message_bytes,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds of any request, at most.")] = None,
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to running requests.")] = 30.0,
     slow_reader_timeout: Annotated[float, typer.Option(help="Seconds a reader may take nothing.")] = 30.0,
@@ -52,6 +62,14 @@ def serve(
         served_model_names=tuple(served_model_name or ()),
         tool_call_parser=tool_call_parser,
         metrics_port=metrics_port,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        api_keys_file=api_keys_file,
+        max_concurrent_requests=max_concurrent_requests,
+        max_output_tokens=max_output_tokens,
+        max_message_bytes=max_message_bytes,
+        request_timeout_s=request_timeout,
         drain_timeout_s=drain_timeout,
         slow_reader_timeout_s=slow_reader_timeout,
     )

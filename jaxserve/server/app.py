@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -24,8 +25,10 @@ from jaxserve.server.http.app import make_app
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.guard import Guard
 from jaxserve.server.http.listener import HttpListener
+from jaxserve.server.limits import Admission
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.security import ApiKeys, TokenInterceptor, grpc_credentials, http_context, warn_if_open
 from jaxserve.server.service import InferenceService
 from jaxserve.server.v1 import inference_pb2, inference_pb2_grpc
 
@@ -64,29 +67,51 @@ class Server:
         return self._engine
 
     async def start(self) -> None:
-        """Binds, serves health (NOT_SERVING), and starts the engine. Raises ServeError when a port cannot be bound."""
+        """Binds, serves health (NOT_SERVING), and starts the engine.
+
+        Raises:
+            ServeError: a port cannot be bound.
+            ValueError: a file of tokens or of TLS cannot be used; names it.
+        """
         options = self.options
+        keys = None if options.api_keys_file is None else ApiKeys.from_file(options.api_keys_file)
+        context, credentials = http_context(options), grpc_credentials(options)
+        warn_if_open(options)
+        admission = Admission(options.max_concurrent_requests)
         for port in (options.port, options.http_port, options.metrics_port):
             if port is not None:
                 check_can_bind(options.host, port)
         self._grpc = grpc.aio.server(
+            interceptors=[] if keys is None else [TokenInterceptor(keys)],
             options=[
                 ("grpc.so_reuseport", 0),  # or a second server would take half of the first one's connections
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", 20_000),  # finds clients that vanished without a word
                 ("grpc.keepalive_timeout_ms", 10_000),
-            ]
+            ],
         )
+        where = address(options.host, options.port)
         try:
-            self.port = self._grpc.add_insecure_port(address(options.host, options.port))
+            if credentials is None:
+                self.port = self._grpc.add_insecure_port(where)
+            else:
+                self.port = self._grpc.add_secure_port(where, credentials)
         except RuntimeError as error:
-            raise ServeError(f"cannot bind {address(options.host, options.port)}: {error}") from error
+            raise ServeError(f"cannot bind {where}: {error}") from error
 
         metrics = ServerMetrics(lambda: None if self._engine is None else self._engine.stats())
         if options.metrics_port is not None:
             try:
-                self._metrics_server, _ = start_http_server(options.metrics_port, options.host, metrics.registry)
+                self._metrics_server, _ = start_http_server(
+                    options.metrics_port,
+                    options.host,
+                    metrics.registry,
+                    certfile=_text(options.tls_cert),
+                    keyfile=_text(options.tls_key),
+                    client_cafile=_text(options.tls_client_ca),
+                    client_auth_required=options.tls_client_ca is not None,
+                )
             except OSError as error:
                 raise ServeError(f"cannot bind {address(options.host, options.metrics_port)}: {error}") from error
             self.metrics_port = self._metrics_server.server_port
@@ -95,10 +120,11 @@ class Server:
         self._engine = AsyncEngine(
             self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=metrics.observe
         )
-        self._service = InferenceService(self.engine, options)
+        self._service = InferenceService(self.engine, options, admission)
         if listening is not None:
-            self._guard = Guard(make_app(Backend(self.engine, options, metrics.registry)), options)
-            self._http = HttpListener(self._guard, listening, options.max_message_bytes)
+            backend = Backend(self.engine, options, metrics.registry, admission)
+            self._guard = Guard(make_app(backend), options, keys)
+            self._http = HttpListener(self._guard, listening, options.max_message_bytes, context)
             self.http_port = self._http.port
             await self._http.start()
         self._health = health_aio.HealthServicer()
@@ -225,6 +251,10 @@ async def _first(work, stop: asyncio.Event) -> bool:
     finally:
         working.cancel()
         stopping.cancel()
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _on_signal(number: int, stop: asyncio.Event) -> None:

@@ -18,6 +18,7 @@ from jaxserve.engine.async_engine import (
 from jaxserve.engine.event_stream import SlowReaderError
 from jaxserve.request import QueueFullError, Request, RequestError
 from jaxserve.server import codec
+from jaxserve.server.limits import Admission, limited_deadline, make_request
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -42,9 +43,10 @@ ANSWERED = tuple(kind for kind, _ in STATUS)
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """``idle`` is set while no Generate call is open, its last bytes handed to the transport or its reader too slow."""
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions):
+    def __init__(self, engine: AsyncEngine, options: ServerOptions, admission: Admission):
         self._engine = engine
         self._options = options
+        self._admission = admission
         self._started = time.monotonic()
         self._num_open = 0
         self.idle = asyncio.Event()
@@ -53,10 +55,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         self._count_open(context)
         remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+        deadline = limited_deadline(self._options, None if remaining_s is None else time.monotonic() + remaining_s)
         finish_reason = None
         started = False
+        admitted = False
         try:
+            self._admission.take(1)
+            admitted = True
             # Tokenizing may take long, and the event loop has other streams to serve.
             engine_request = await asyncio.to_thread(self._read_request, request, deadline)
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
@@ -71,6 +76,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort_unread(context, error)
         except ANSWERED as error:
             await _abort(context, error)
+        finally:
+            self._admission.give(admitted)
         if finish_reason == "deadline":
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
         if finish_reason == "abort" and self._engine.state != "ready":
@@ -147,7 +154,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         elif isinstance(prompt, list):
             cut = params.truncate_prompt_tokens is not None
             prompt = encode_chat(engine, prompt, self._options.max_prompt_bytes, cut=cut)
-        return engine.make_request(
+        return make_request(
+            engine,
+            self._options,
             prompt,
             params,
             request_id=message.request_id if message.HasField("request_id") else None,

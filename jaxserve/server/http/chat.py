@@ -35,6 +35,7 @@ from jaxserve.server.http.logprobs import chat_logprobs
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_of
 from jaxserve.server.http.tools import Answer, ToolPlan, call_delta, message_of, tool_plan
+from jaxserve.server.limits import make_request
 from jaxserve.server.tool_calls import Content
 
 
@@ -71,14 +72,14 @@ def chat_routes(backend: Backend) -> APIRouter:
         """The next message of a conversation. With `stream`, server-sent events that end with `[DONE]`."""
         model = backend.check_model(body.model)
         in_chunks, in_all = wants_usage(body)
-        deadline = deadline_of(http.headers)
+        deadline = deadline_of(http.headers, backend.options)
         name = body.request_id or f"chatcmpl-{secrets.token_hex(12)}"
         renames = {"prompt": "messages", "logprobs": "top_logprobs"}
         if body.max_completion_tokens is not None:
             renames["max_tokens"] = "max_completion_tokens"
         plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))
         head = {"id": name, "object": "chat.completion", "created": int(time.time()), "model": model}
-        generation = Generation(backend.async_engine, [plan.request])
+        generation = Generation(backend, [plan.request])
         if boolean("stream", body.stream, False):
             await generation.start(http.receive)
             chunks = _chunks(backend, plan, generation, head, in_chunks, in_all)
@@ -128,7 +129,9 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
         documents=body.documents,
         variables=variables,
     )
-    request = engine.make_request(token_ids, params, request_id=name, priority=priority_of(body), deadline=deadline)
+    request = make_request(
+        engine, backend.options, token_ids, params, request_id=name, priority=priority_of(body), deadline=deadline
+    )
     return Plan(request=request, tools=tools, num_top=num_top)
 
 

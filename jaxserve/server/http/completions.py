@@ -30,6 +30,7 @@ from jaxserve.server.http.generation import Choice, Generation, UsageCount, coll
 from jaxserve.server.http.logprobs import CompletionLogprobs, Entry
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_of
+from jaxserve.server.limits import make_request
 from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -64,14 +65,14 @@ def completions_routes(backend: Backend) -> APIRouter:
         """Continues each prompt. With `stream`, server-sent events that end with `[DONE]`."""
         model = backend.check_model(body.model)
         in_chunks, in_all = wants_usage(body)
-        deadline = deadline_of(http.headers)
+        deadline = deadline_of(http.headers, backend.options)
         name = body.request_id or f"cmpl-{secrets.token_hex(12)}"
         plan = await in_thread(
             {"prompt_logprobs": "logprobs"} if body.logprobs is not None else {},
             lambda: _plan(backend, body, name, deadline),
         )
         head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
-        generation = Generation(backend.async_engine, plan.requests)
+        generation = Generation(backend, plan.requests)
         if boolean("stream", body.stream, False):
             await generation.start(http.receive)
             chunks = _chunks(backend, plan, generation, head, in_chunks, in_all)
@@ -114,8 +115,11 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
         if body.max_tokens is None:  # a default is no reason to refuse a prompt
             length = min(len(token_ids), params.truncate_prompt_tokens or len(token_ids))
             room = max(engine.scheduler_config.max_model_len - length, 1)
-            params = replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, room))
-        request = engine.make_request(
+            limit = backend.options.max_output_tokens or DEFAULT_MAX_TOKENS
+            params = replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, limit, room))
+        request = make_request(
+            engine,
+            backend.options,
             token_ids,
             params,
             request_id=name if len(prompts) == 1 else f"{name}-{i}",

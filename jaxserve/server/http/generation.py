@@ -9,34 +9,43 @@ from dataclasses import dataclass, field
 
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.request import FinishReason, Request, RequestError, TokenEvent, Usage
+from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.errors import unfinished
 from jaxserve.server.http.guard import Receive, until_left
+from jaxserve.server.limits import limited_deadline
+from jaxserve.server.options import ServerOptions
 
 TIMEOUT_HEADER = "jaxserve-timeout-s"
 Piece = tuple[int, list[TokenEvent]]  # which of the requests, and events of it that came together
 
 
-def deadline_of(headers: Mapping[str, str]) -> float | None:
-    """``time.monotonic()`` seconds at which the client no longer wants an answer: from the header. RequestError."""
+def deadline_of(headers: Mapping[str, str], options: ServerOptions) -> float | None:
+    """``time.monotonic()`` seconds at which the request ends: the header's or the server's limit. RequestError."""
     text = headers.get(TIMEOUT_HEADER)
     if text is None:
-        return None
+        return limited_deadline(options, None)
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise RequestError(TIMEOUT_HEADER, f"{text!r:.40} is not a number of seconds more than 0")
-    return time.monotonic() + seconds
+    return limited_deadline(options, time.monotonic() + seconds)
 
 
 class Generation:
-    """The requests of one HTTP call, running: an iterator over their pieces. ``aclose`` aborts what is unfinished."""
+    """The requests of one HTTP call, running: an iterator over their pieces. ``aclose`` aborts what is unfinished.
 
-    def __init__(self, engine: AsyncEngine, requests: Sequence[Request]):
-        self.engine = engine
+    Raises QueueFullError where the server has too many open.
+    """
+
+    def __init__(self, backend: Backend, requests: Sequence[Request]):
+        self.engine = backend.async_engine
         self.requests = requests
-        self._pieces = _merged(engine, requests)
+        self._admission = backend.admission
+        self._admission.take(len(requests))
+        self._num_taken = len(requests)
+        self._pieces = _merged(self.engine, requests)
         self._first: Piece | None = None
 
     async def start(self, receive: Receive) -> None:
@@ -57,6 +66,8 @@ class Generation:
         return await anext(self._pieces)
 
     async def aclose(self) -> None:
+        self._admission.give(self._num_taken)
+        self._num_taken = 0
         await self._pieces.aclose()
 
 

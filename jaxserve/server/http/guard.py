@@ -8,14 +8,17 @@ from contextlib import suppress
 from email.utils import formatdate
 from typing import Any
 
-from jaxserve.server.http.errors import BODY_TOO_SLOW, TOO_LARGE, HTTPError, response_of
+from jaxserve.server.http.errors import BODY_TOO_SLOW, TOO_LARGE, UNAUTHORIZED, HTTPError, response_of
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.security import ApiKeys
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+OPEN_PATHS = ("/", "/health", "/ready")  # no token is asked for: two booleans, and a page without content
+BEARER_PROTOCOL = "jaxserve.bearer"
 REQUEST_ID = b"x-request-id"
 _USABLE_ID = re.compile(r"[!-~]{1,128}", re.ASCII)
 DISCARD_TIMEOUT_S = 2.0  # for a client that sends too much to come to the end and read the answer
@@ -26,18 +29,25 @@ class ClientLeftError(Exception):
 
 
 class Guard:
-    """ASGI middleware around ``app``. ``idle`` is set while no request is open."""
+    """ASGI middleware around ``app``. ``idle`` is set while no request is open.
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], options: ServerOptions):
+    Args:
+        keys: of which a request must carry one; None: none is asked for.
+    """
+
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], options: ServerOptions, keys: ApiKeys | None
+    ):
         self._app = app
         self._options = options
+        self._keys = keys
         self._num_open = 0
         self.idle = asyncio.Event()
         self.idle.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await self._connect(scope, receive, send)
             return
         self._num_open += 1
         self.idle.clear()
@@ -62,6 +72,9 @@ class Guard:
             await send(message)
 
         try:
+            keys = None if scope["path"] in OPEN_PATHS else self._keys
+            if keys is not None and not keys.accept(_header(scope, b"authorization")):
+                raise HTTPError(UNAUTHORIZED, "a bearer token of this server is needed: authorization")
             body = await self._body(scope, receive)
         except HTTPError as error:
             response = response_of(error)
@@ -77,6 +90,25 @@ class Guard:
             return message
 
         await self._app(scope, replay, named_send)
+
+    async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A WebSocket. A page's script cannot set its headers: it names the token as a second subprotocol instead.
+
+        Without tokens no page of another site is let in: browsers let every page open WebSockets to everywhere.
+        """
+        protocols = scope.get("subprotocols", [])
+        if len(protocols) == 2 and protocols[0] == BEARER_PROTOCOL:
+            scope["state"]["subprotocol"] = BEARER_PROTOCOL
+        if self._keys is not None:
+            named = "subprotocol" in scope["state"] and self._keys.has(protocols[1])
+            allowed = named or self._keys.accept(_header(scope, b"authorization"))
+        else:
+            origin = _header(scope, b"origin")
+            allowed = not origin or origin.partition(b"://")[2] == _header(scope, b"host")
+        if allowed:
+            await self._app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body. HTTPError if it is too large or comes too slowly."""

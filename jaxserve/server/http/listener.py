@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from typing import Any
 
 import h11
@@ -24,11 +25,13 @@ class HttpListener:
     Args:
         app: an ASGI application. ``scope["state"]["connection"].abort()`` cuts the connection of a request.
         max_message_bytes: of one WebSocket message.
+        context: TLS; None is none.
     """
 
-    def __init__(self, app: Any, listening: socket.socket, max_message_bytes: int):
+    def __init__(self, app: Any, listening: socket.socket, max_message_bytes: int, context: ssl.SSLContext | None):
         self.port: int = listening.getsockname()[1]
         self._socket = listening
+        self._context = context
         self._state = ServerState()
         self._server: asyncio.Server | None = None
         self._config = uvicorn.Config(
@@ -47,7 +50,11 @@ class HttpListener:
     async def start(self) -> None:
         self._config.load()
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Connection(self._config, self._state, {}), sock=self._socket, backlog=self._config.backlog
+            lambda: _Connection(self._config, self._state, {}),
+            sock=self._socket,
+            backlog=self._config.backlog,
+            ssl=self._context,
+            ssl_handshake_timeout=None if self._context is None else HEADER_TIMEOUT_S,
         )
 
     async def stop(self, grace_s: float) -> None:

@@ -27,6 +27,7 @@ from jaxserve.server.http.fields import MESSAGES, PROMPT, Body, optional, priori
 from jaxserve.server.http.generation import Generation, deadline_of, in_thread
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_of
+from jaxserve.server.limits import make_request
 
 MAX_WAITING_MESSAGES = 4  # of a WebSocket's client, which has to wait for answers
 
@@ -61,10 +62,10 @@ async def _generation(backend: Backend, body: PlainRequest, headers: Mapping[str
         raise RequestError("stream" if body.stream is False else "stream_options", "tokens are always streamed here")
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt", "give exactly one of prompt, messages")
-    deadline = deadline_of(headers)
+    deadline = deadline_of(headers, backend.options)
     renames = {"prompt": "messages"} if body.messages is not None else {}
     request = await in_thread(renames, lambda: _request(backend, body, deadline))
-    return Generation(backend.async_engine, [request])
+    return Generation(backend, [request])
 
 
 def _request(backend: Backend, body: PlainRequest, deadline: float | None) -> EngineRequest:
@@ -80,7 +81,9 @@ def _request(backend: Backend, body: PlainRequest, deadline: float | None) -> En
         if len(prompts) != 1:
             raise RequestError("prompt", f"{len(prompts)} prompts, one stream has 1")
         token_ids = token_ids_of(backend, prompts[0], True, cut=cut)
-    return backend.engine.make_request(
+    return make_request(
+        backend.engine,
+        backend.options,
         token_ids,
         params,
         request_id=body.request_id or f"gen-{secrets.token_hex(12)}",
