@@ -230,7 +230,8 @@ def profile_prefill(engine: Engine, prompts: list[list[int]], folder: Path) -> d
 def trace(folder: Path) -> Any:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # it would slow the host, which is part of what is looked at
-    options.host_tracer_level = 1
+    options.host_tracer_level = 0
+    options.enable_hlo_proto = False  # of every compiled step: they would be most of the trace
     return jax.profiler.trace(str(folder), profiler_options=options)
 
 

@@ -14,10 +14,15 @@ class Interval(NamedTuple):
     duration_ns: float
 
 
+def planes_of(folder: Path) -> list[Any]:
+    """Planes of the newest trace under ``folder``."""
+    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    return list(ProfileData.from_file(str(newest)).planes)
+
+
 def kernels(folder: Path) -> dict[str, list[Interval]]:
     """Intervals of each device's plane of the newest trace under ``folder``; of a CPU, what XLA's own threads ran."""
-    newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    planes = list(ProfileData.from_file(str(newest)).planes)
+    planes = planes_of(folder)
     devices = [p for p in planes if p.name.startswith("/device:") and "CUSTOM" not in p.name]
     found = {p.name: [x for line in p.lines if _is_stream(line.name) for x in _intervals(line)] for p in devices}
     if any(found.values()):

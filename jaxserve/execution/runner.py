@@ -117,14 +117,15 @@ def lower_load(dims: ConstraintDims, mesh: Mesh) -> jax.stages.Lowered:
     return function.lower(held, buffer)
 
 
+# XLA's own choices that are wrong for a step. Slices by address: it would hand a kernel a slice of the packed inputs by
+# its address, which is not aligned as the kernel's call demands, instead of copying a few KiB.
+GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
+
 def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
     """Compiles a step or a sampler for its mesh."""
-    options: dict[str, bool] = {}
-    if mesh.devices.flat[0].platform == "gpu":
-        # It would hand a kernel a slice of the packed inputs by its address, which is not aligned as the kernel's call
-        # demands, instead of copying a few KiB.
-        options["xla_gpu_enable_dynamic_slice_fusion"] = False
-    return lowered.compile(compiler_options=options)
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return lowered.compile(compiler_options=GPU_OPTIONS if is_gpu else {})
 
 
 class Runner:
@@ -172,13 +173,11 @@ class Runner:
     def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
         done, lock = 0, threading.Lock()
 
-        def compile_one(bucket: Bucket) -> None:
-            lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
+        def compile_one(bucket: Bucket, lowered: jax.stages.Lowered) -> None:
             self._compiled[bucket] = compile_step(lowered, self.mesh)
             count()
 
-        def compile_sampler(num_rows: int, asked: Sampling) -> None:
-            lowered = lower_sampler(self.config, self.dims, num_rows, self.mesh, asked)
+        def compile_sampler(num_rows: int, asked: Sampling, lowered: jax.stages.Lowered) -> None:
             self._samplers[num_rows, asked] = compile_step(lowered, self.mesh)
             count()
 
@@ -189,13 +188,20 @@ class Runner:
                 if on_progress:
                     on_progress("compile", done, len(buckets) + len(samplers))
 
-        # XLA compiles without the interpreter's lock: threads overlap one bucket's compile with the next one's tracing.
+        # XLA compiles without the interpreter's lock, in threads. Lowering is Python: here, one after another, so that
+        # each finds what the ones before have traced and the first compilations begin early.
         rows = sorted({b.num_rows for b in buckets})
         samplers: list[tuple[int, Sampling]] = [(num_rows, asked) for asked in self._samplings for num_rows in rows]
         pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
-            futures = [pool.submit(compile_one, b) for b in buckets]
-            for future in futures + [pool.submit(compile_sampler, *sampler) for sampler in samplers]:
+            futures = []
+            for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
+                lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
+                futures.append(pool.submit(compile_one, bucket, lowered))
+            for num_rows, asked in samplers:
+                lowered = lower_sampler(self.config, self.dims, num_rows, self.mesh, asked)
+                futures.append(pool.submit(compile_sampler, num_rows, asked, lowered))
+            for future in futures:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)

@@ -10,10 +10,10 @@ OAI_LIMIT, OAI_ALPHA = 7.0, 1.702  # GPT-OSS's clamped SwiGLU
 def linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """``x`` [..., in] times ``w`` [out, in] transposed plus ``bias`` [out], accumulated in f32, in x's dtype."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = lax.dot_general(
-        x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+    # Without a bias the product's own end rounds: asked for f32, cuBLAS writes f32 and another kernel rounds it.
+    preferred = x.dtype if bias is None else jnp.float32
+    out = lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=preferred)
+    return out if bias is None else (out + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def activate(hidden: jax.Array, activation: str) -> jax.Array:
