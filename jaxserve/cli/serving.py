@@ -1,16 +1,18 @@
 """The ``serve`` command."""
 
 import asyncio
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from jaxserve.cli.loading import open_engine
 from jaxserve.cli.options import EngineOptions, Model, flatten_options
 from jaxserve.cli.terminal import ProgressDisplay, note
+from jaxserve.server.logs import set_up
 from jaxserve.server.options import DEFAULT_HOST, DEFAULT_PORT, ServerOptions, ToolCallParser
+
+LogFormat = Literal["text", "json"]
 
 if TYPE_CHECKING:
     from jaxserve.server.app import Server
@@ -42,6 +44,7 @@ def serve(
         int, typer.Option(help="Larger messages and bodies are refused.")
     ] = ServerOptions.max_message_bytes,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds of any request, at most.")] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="json: a line for every request, too.")] = "text",
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to running requests.")] = 30.0,
     slow_reader_timeout: Annotated[float, typer.Option(help="Seconds a reader may take nothing.")] = 30.0,
@@ -50,8 +53,7 @@ def serve(
     from jaxserve.checkpoint.resolve import resolve_model
     from jaxserve.server.app import serve as serve_grpc
 
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("jaxserve").setLevel(logging.INFO)
+    set_up(log_format)
     engine.keywords()  # a mistake in the command line is told before anything is bound
     with ProgressDisplay() as progress:  # of a download, if there is one
         resolve_model(model, on_progress=progress)

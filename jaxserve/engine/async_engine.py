@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine.event_stream import EventStream
-from jaxserve.request import EngineStats, Request, RequestError, SamplingParams, TokenEvent
+from jaxserve.request import EngineStats, PageMap, Request, RequestError, SamplingParams, TokenEvent
 from jaxserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class EngineCore(Protocol):
     def has_unfinished(self) -> bool: ...
     def update_params(self, params: Any) -> None: ...
     def stats(self) -> EngineStats: ...
+    def page_map(self) -> PageMap: ...
     def close(self) -> None: ...
 
 
@@ -153,6 +154,10 @@ class AsyncEngine:
         return await asyncio.wrap_future(
             self._post(lambda engine: engine.abort(request_id), when=("ready", "draining"))
         )
+
+    async def page_map(self) -> PageMap:
+        """``Engine.page_map`` between two steps."""
+        return await asyncio.wrap_future(self._post(lambda engine: engine.page_map(), when=("ready", "draining")))
 
     async def update_params(self, params: Any) -> None:
         """``Engine.update_params`` between two steps; returns when the next step takes the new weights."""

@@ -30,6 +30,7 @@ from jaxserve.request import (
     Completion,
     EngineStats,
     FinishReason,
+    PageMap,
     QueueFullError,
     Request,
     RequestError,
@@ -540,9 +541,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Figures of now. Read from another thread they may be of neighbouring steps."""
-        stats = asdict(self._scheduler.stats())
-        own = {"num_steps": self._num_steps, "recompilations_after_ready": self._runner.compile_counter.count}
+        stats: dict[str, Any] = asdict(self._scheduler.stats())
+        own: dict[str, Any] = {"num_steps": self._num_steps, "recompilations_after_ready": self._runner.compile_counter.count}
         return EngineStats(**{name: (stats | own)[name] for name in EngineStats.__dataclass_fields__})
+
+    def page_map(self) -> PageMap:
+        """Who holds which KV pages. Between two steps only, as ``step``."""
+        return self._scheduler.page_map()
 
     def close(self) -> None:
         """Frees the device's memory. Unfinished requests are dropped. Safe to call twice."""

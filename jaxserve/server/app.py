@@ -20,12 +20,14 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from jaxserve.engine.async_engine import AsyncEngine, EngineCore, EngineFailedError
+from jaxserve.request import Request, TokenEvent
 from jaxserve.server.binding import ServeError, address, check_can_bind, listening_socket
 from jaxserve.server.http.app import make_app
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.guard import Guard
 from jaxserve.server.http.listener import HttpListener
 from jaxserve.server.limits import Admission
+from jaxserve.server.logs import RequestLog
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.security import ApiKeys, TokenInterceptor, grpc_credentials, http_context, warn_if_open
@@ -100,7 +102,9 @@ class Server:
         except RuntimeError as error:
             raise ServeError(f"cannot bind {where}: {error}") from error
 
-        metrics = ServerMetrics(lambda: None if self._engine is None else self._engine.stats())
+        metrics = ServerMetrics(
+            lambda: None if self._engine is None else self._engine.stats(), lambda: self.engine.engine
+        )
         if options.metrics_port is not None:
             try:
                 self._metrics_server, _ = start_http_server(
@@ -116,10 +120,14 @@ class Server:
                 raise ServeError(f"cannot bind {address(options.host, options.metrics_port)}: {error}") from error
             self.metrics_port = self._metrics_server.server_port
         listening = None if options.http_port is None else listening_socket(options.host, options.http_port)
+        log = RequestLog()
+
+        def observe(request: Request, event: TokenEvent) -> None:
+            metrics.observe(request, event)
+            log.observe(request, event)
+
         # Last of what can fail: its thread cannot be interrupted while it loads.
-        self._engine = AsyncEngine(
-            self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=metrics.observe
-        )
+        self._engine = AsyncEngine(self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=observe)
         self._service = InferenceService(self.engine, options, admission)
         if listening is not None:
             backend = Backend(self.engine, options, metrics.registry, admission)

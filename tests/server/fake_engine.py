@@ -18,6 +18,8 @@ from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerC
 from jaxserve.request import (
     EngineStats,
     FinishReason,
+    HeldPages,
+    PageMap,
     QueueFullError,
     Request,
     RequestError,
@@ -29,6 +31,7 @@ from jaxserve.text.decoding import BYTE_OF_CHAR
 from jaxserve.text.tokenizer import Tokenizer
 
 EOS_ID = 256
+QUEUE_TIME_S = -5.0  # what every request is said to have waited: nothing real is mistaken for it
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -189,6 +192,24 @@ class FakeEngine:
             prefix_cache_queries=40, prefix_cache_hits=30, num_preemptions=2,
             num_steps=self.num_steps, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.requests),
             generation_tokens=self._num_tokens, recompilations_after_ready=0,
+            step_tokens=self._num_tokens, steps_by_size=(0, self.num_steps, *(0 for _ in range(14))),
+        )  # fmt: skip
+
+    def page_map(self) -> PageMap:
+        """Every live request holds page 0, and one of its own."""
+        self._on_one_thread()
+        held = enumerate(self._live.values(), 1)
+        return PageMap(
+            num_pages=100,
+            page_size=16,
+            cached=(97, 98, 99),
+            sequences=tuple(
+                HeldPages(
+                    request_id=_name(request), choice=request.choice, is_running=True, num_preemptions=0, pages=(0, i),
+                    num_tokens=len(request.prompt_token_ids) + num_tokens, num_output_tokens=num_tokens,
+                )
+                for i, (request, num_tokens) in held
+            ),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -249,7 +270,12 @@ class FakeEngine:
 
     @staticmethod
     def _usage(request: Request, num_tokens: int) -> Usage:
-        return Usage(prompt_tokens=len(request.prompt_token_ids), completion_tokens=num_tokens, cached_tokens=1)
+        return Usage(
+            prompt_tokens=len(request.prompt_token_ids),
+            completion_tokens=num_tokens,
+            cached_tokens=1,
+            admitted_at=request.arrival + QUEUE_TIME_S,
+        )
 
     def _on_one_thread(self) -> None:
         self._thread = self._thread or threading.get_ident()

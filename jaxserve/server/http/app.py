@@ -1,6 +1,5 @@
 """The routes together, and the one place where an exception becomes an answer."""
 
-import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,8 +14,6 @@ from jaxserve.server.http.chat import chat_routes
 from jaxserve.server.http.completions import completions_routes
 from jaxserve.server.http.errors import ANSWERED, DOCUMENTED, error_of, response_of
 from jaxserve.server.http.plain import plain_routes
-
-logger = logging.getLogger(__name__)
 
 
 class _App(FastAPI):

@@ -3,11 +3,13 @@
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from email.utils import formatdate
 from typing import Any
 
+from jaxserve.server import logs
 from jaxserve.server.http.errors import BODY_TOO_SLOW, TOO_LARGE, UNAUTHORIZED, HTTPError, response_of
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.security import ApiKeys
@@ -65,12 +67,31 @@ class Guard:
         request_id = given if _USABLE_ID.fullmatch(given) else secrets.token_hex(8)
         scope["state"]["request_id"] = request_id
 
+        started, status = time.perf_counter(), 0
+
         async def named_send(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 date = formatdate(usegmt=True).encode()
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id.encode()), (b"date", date)]
             await send(message)
 
+        try:
+            await self._checked(scope, receive, named_send)
+        finally:
+            fields = {
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,  # 0: the client left before there was one
+                "seconds": round(time.perf_counter() - started, 6),
+                "client": (scope.get("client") or ("",))[0],
+            }
+            logs.access.info("%s %s %d", scope["method"], scope["path"], status, extra={logs.FIELDS: fields})
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers what may not be asked, or has no usable body; the rest is the application's."""
         try:
             keys = None if scope["path"] in OPEN_PATHS else self._keys
             if keys is not None and not keys.accept(_header(scope, b"authorization")):
@@ -79,7 +100,7 @@ class Guard:
         except HTTPError as error:
             response = response_of(error)
             response.headers["connection"] = "close"  # what is left of the body is not read
-            await response(scope, receive, named_send)
+            await response(scope, receive, send)
             return
 
         async def replay() -> Message:
@@ -89,7 +110,7 @@ class Guard:
             message, body = {"type": "http.request", "body": body, "more_body": False}, None
             return message
 
-        await self._app(scope, replay, named_send)
+        await self._app(scope, replay, send)
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A WebSocket. A page's script cannot set its headers: it names the token as a second subprotocol instead.
