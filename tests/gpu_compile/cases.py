@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from jaxserve.step_io import Bucket
+from pallas_kernels.int4_matmul.gpu_stream import Tuning as ProductTuning
 from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
 from pallas_kernels.paged_attention.gpu_split import Tuning
 
@@ -21,6 +22,16 @@ class KernelCase(NamedTuple):
     sinks: bool = False
     spilled_bytes: int = 0  # of registers, at most
     refused: str = ""  # what the compiler's error must say
+
+
+class ProductCase(NamedTuple):
+    """A product of [tokens, 4096] with a packed matrix [4096, 4096]."""
+
+    tokens: int
+    bits: int = 4
+    group: int = 128
+    biases: bool = False
+    tuning: ProductTuning = ProductTuning()
 
 
 class StepCase(NamedTuple):
@@ -67,6 +78,20 @@ VARIANTS: dict[str, tuple[KernelCase, int, int]] = {
 for _name, (_case, _decode, _prefill) in VARIANTS.items():
     KERNELS[f"decode-{_name}"] = _case._replace(spilled_bytes=_decode)
     KERNELS[f"prefill-{_name}"] = _case._replace(tuning=PrefillTuning(), spilled_bytes=_prefill)
+
+PRODUCTS = {
+    "int4-1-token": ProductCase(1),
+    "int4-16-tokens-biases": ProductCase(16, biases=True),
+    "int4-16-tokens-groups-of-32-biases": ProductCase(16, group=32, biases=True),
+    "int4-64-tokens-groups-of-64": ProductCase(64, group=64),
+    "int4-64-tokens-biases": ProductCase(64, biases=True),
+    "int4-512-tokens-whole-blocks": ProductCase(512),
+    "int4-16-tokens-launched-early": ProductCase(16, tuning=ProductTuning(launch_early=True)),
+    "int4-dequantized-biases": ProductCase(1024, biases=True),
+    "int8-16-tokens": ProductCase(16, bits=8),
+    "int8-64-tokens": ProductCase(64, bits=8),
+    "int8-dequantized": ProductCase(1024, bits=8),
+}
 
 MODEL = "llama-3.1-8b"
 NUM_LAYERS = 2  # layers are unrolled and all alike: two show what happens inside one and between two

@@ -28,12 +28,23 @@ from jaxserve.model.params import named_leaves
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.parallel.placed import placed_config
 from jaxserve.step_io import StepDims
+from pallas_kernels.int4_matmul import gpu_product
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
 from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
 from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
 from pallas_kernels.paged_attention.gpu_split import Tuning
 from tests.gpu_compile import hlo, hopper
-from tests.gpu_compile.cases import CHUNK_TOKENS, KERNELS, MODEL, NUM_LAYERS, STEPS, KernelCase, StepCase
+from tests.gpu_compile.cases import (
+    CHUNK_TOKENS,
+    KERNELS,
+    MODEL,
+    NUM_LAYERS,
+    PRODUCTS,
+    STEPS,
+    KernelCase,
+    ProductCase,
+    StepCase,
+)
 
 NUM_PAGES, PAGE_SIZE, MAX_MODEL_LEN, NUM_SLOTS = 4096, 16, 4096, 256
 MOSAIC_CALL = "mosaic_gpu_v2"
@@ -89,6 +100,17 @@ def compile_kernel(case: KernelCase) -> dict[str, Any]:
     sinks = shape((case.num_heads,), jnp.float32) if case.sinks else None
     attend = jax.jit(lambda sinks, *arguments: kernel(*arguments, sinks=sinks))
     return assembled(with_output(lambda: attend.lower(sinks, *arguments).compile())[1])
+
+
+def compile_product(case: ProductCase) -> dict[str, Any]:
+    sharding = jax.sharding.SingleDeviceSharding(hopper.devices(1)[0])
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    x, row_scale = shape((case.tokens, 4096), jnp.bfloat16), shape((4096,), jnp.float32)
+    weights = shape((4096 // 64, 4096 // 128, 2 * case.bits, 128), jnp.int32)
+    scale = shape((4096 // 64, 4096 // case.group, 64), jnp.float16) if case.bits == 4 else None
+    multiply = jax.jit(functools.partial(gpu_product.multiply, t=case.tuning, interpret=None))
+    arguments = x, weights, scale, scale if case.biases else None, row_scale
+    return assembled(with_output(lambda: multiply.lower(*arguments).compile())[1])
 
 
 def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
@@ -150,13 +172,18 @@ def main() -> None:
     out, dump, *names = sys.argv[1:]
     report = {}
     for name in names:
-        case = (KERNELS | STEPS)[name]
+        case = (KERNELS | PRODUCTS | STEPS)[name]
         for path in Path(dump).glob("*"):  # what XLA dumped of the case before
             path.unlink()
         start = time.perf_counter()
         try:
-            is_kernel = isinstance(case, KernelCase)
-            report[name] = compile_kernel(case) if is_kernel else compile_bucket(case, Path(dump))
+            match case:
+                case KernelCase():
+                    report[name] = compile_kernel(case)
+                case ProductCase():
+                    report[name] = compile_product(case)
+                case StepCase():
+                    report[name] = compile_bucket(case, Path(dump))
         except Exception as e:  # belongs to this case's tests, not to all others'
             report[name] = {"error": f"{type(e).__name__}: {e}"}
         report[name]["seconds"] = round(time.perf_counter() - start, 2)

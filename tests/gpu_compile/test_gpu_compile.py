@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from jaxserve.checkpoint.shapes import read_shape
-from tests.gpu_compile.cases import KERNELS, MODEL, NUM_LAYERS, PREFILL_SPILLS, STEPS
+from tests.gpu_compile.cases import KERNELS, MODEL, NUM_LAYERS, PREFILL_SPILLS, PRODUCTS, STEPS
 
 pytestmark = pytest.mark.timeout(500)  # the first to ask for the report waits for all of it
 
@@ -34,6 +34,14 @@ def test_kernel_fits_in_registers_and_shared_memory(name, report):
     assert "error" not in found, found["error"]
     assert found["registers"]
     assert found["spilled_bytes"] and max(found["spilled_bytes"]) <= case.spilled_bytes
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product_is_one_kernel_that_spills_nothing(name, report):
+    found = report[name]
+    assert "error" not in found, found["error"]
+    assert len(found["registers"]) == 1
+    assert found["spilled_bytes"] == [0]
 
 
 def test_step_lowers_and_compiles_each_kernel_once(case, step):
