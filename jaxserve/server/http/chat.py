@@ -33,7 +33,7 @@ from jaxserve.server.http.fields import (
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
 from jaxserve.server.http.logprobs import chat_logprobs
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
-from jaxserve.server.http.structured import constraint_of
+from jaxserve.server.http.structured import constraint_name, constraint_of
 from jaxserve.server.http.tools import Answer, ToolPlan, call_delta, message_of, tool_plan
 from jaxserve.server.limits import make_request
 from jaxserve.server.tool_calls import Content
@@ -75,6 +75,7 @@ def chat_routes(backend: Backend) -> APIRouter:
         deadline = deadline_of(http.headers, backend.options)
         name = body.request_id or f"chatcmpl-{secrets.token_hex(12)}"
         renames = {"prompt": "messages", "logprobs": "top_logprobs"}
+        renames["structured_outputs"] = constraint_name(body, body.response_format, body.tool_choice)
         if body.max_completion_tokens is not None:
             renames["max_tokens"] = "max_completion_tokens"
         plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))

@@ -29,7 +29,7 @@ from jaxserve.server.http.fields import (
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
 from jaxserve.server.http.logprobs import CompletionLogprobs, Entry
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
-from jaxserve.server.http.structured import constraint_of
+from jaxserve.server.http.structured import constraint_name, constraint_of
 from jaxserve.server.limits import make_request
 from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
 
@@ -67,10 +67,9 @@ def completions_routes(backend: Backend) -> APIRouter:
         in_chunks, in_all = wants_usage(body)
         deadline = deadline_of(http.headers, backend.options)
         name = body.request_id or f"cmpl-{secrets.token_hex(12)}"
-        plan = await in_thread(
-            {"prompt_logprobs": "logprobs"} if body.logprobs is not None else {},
-            lambda: _plan(backend, body, name, deadline),
-        )
+        renames = {"prompt_logprobs": "logprobs"}
+        renames["structured_outputs"] = constraint_name(body, body.response_format)
+        plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))
         head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
         generation = Generation(backend, plan.requests)
         if boolean("stream", body.stream, False):

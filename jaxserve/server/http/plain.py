@@ -26,7 +26,7 @@ from jaxserve.server.http.errors import ANSWERED, INVALID, HTTPError, body_of, e
 from jaxserve.server.http.fields import MESSAGES, PROMPT, Body, optional, priority_of, sampling_params
 from jaxserve.server.http.generation import Generation, deadline_of, in_thread
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
-from jaxserve.server.http.structured import constraint_of
+from jaxserve.server.http.structured import constraint_name, constraint_of
 from jaxserve.server.limits import make_request
 
 MAX_WAITING_MESSAGES = 4  # of a WebSocket's client, which has to wait for answers
@@ -63,7 +63,9 @@ async def _generation(backend: Backend, body: PlainRequest, headers: Mapping[str
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt", "give exactly one of prompt, messages")
     deadline = deadline_of(headers, backend.options)
-    renames = {"prompt": "messages"} if body.messages is not None else {}
+    renames = {"structured_outputs": constraint_name(body, None)}
+    if body.messages is not None:
+        renames["prompt"] = "messages"
     request = await in_thread(renames, lambda: _request(backend, body, deadline))
     return Generation(backend, [request])
 

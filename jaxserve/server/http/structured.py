@@ -38,6 +38,15 @@ def constraint_of(body: Body, response_format: Any, schema: dict[str, Any] | Non
     return {"structured_outputs": value}
 
 
+def constraint_name(body: Body, response_format: Any, tool_choice: Any = None) -> str:
+    """Which field of the body holds the answer to something: what a refusal of ``structured_outputs`` is about."""
+    if tool_choice not in (None, "auto", "none"):
+        return "tools"
+    if response_format is not None:
+        return "response_format"
+    return next((name for name in GUIDED if getattr(body, name) is not None), "structured_outputs")
+
+
 def _of_response_format(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
