@@ -30,6 +30,7 @@ from jaxserve.server.limits import Admission
 from jaxserve.server.logs import RequestLog
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.recent import RecentLatencies
 from jaxserve.server.security import ApiKeys, TokenInterceptor, grpc_credentials, http_context, warn_if_open
 from jaxserve.server.service import InferenceService
 from jaxserve.server.v1 import inference_pb2, inference_pb2_grpc
@@ -120,17 +121,18 @@ class Server:
                 raise ServeError(f"cannot bind {address(options.host, options.metrics_port)}: {error}") from error
             self.metrics_port = self._metrics_server.server_port
         listening = None if options.http_port is None else listening_socket(options.host, options.http_port)
-        log = RequestLog()
+        log, recent = RequestLog(), RecentLatencies()
 
         def observe(request: Request, event: TokenEvent) -> None:
             metrics.observe(request, event)
             log.observe(request, event)
+            recent.observe(request, event)
 
         # Last of what can fail: its thread cannot be interrupted while it loads.
         self._engine = AsyncEngine(self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=observe)
         self._service = InferenceService(self.engine, options, admission)
         if listening is not None:
-            backend = Backend(self.engine, options, metrics.registry, admission)
+            backend = Backend(self.engine, options, metrics.registry, admission, recent)
             self._guard = Guard(make_app(backend), options, keys)
             self._http = HttpListener(self._guard, listening, options.max_message_bytes, context)
             self.http_port = self._http.port

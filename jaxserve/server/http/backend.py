@@ -9,6 +9,7 @@ from jaxserve.engine.async_engine import AsyncEngine, EngineCore
 from jaxserve.server.http.errors import NO_SUCH_MODEL, HTTPError
 from jaxserve.server.limits import Admission
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.recent import RecentLatencies
 from jaxserve.server.tool_calls import detect_style
 
 
@@ -18,6 +19,7 @@ class Backend:
     options: ServerOptions
     registry: CollectorRegistry
     admission: Admission
+    recent: RecentLatencies
 
     @property
     def engine(self) -> EngineCore:
