@@ -28,7 +28,7 @@ def serve(
         int | None, typer.Option(help="OpenAI-compatible HTTP; 0 picks a free one. (default: none)")
     ] = None,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What HTTP requests may call the model; may be repeated.")
+        list[str] | None, typer.Option(help="What HTTP requests may call the model; may be repeated. (default: MODEL)")
     ] = None,
     tool_call_parser: Annotated[
         ToolCallParser, typer.Option(help="How the model writes tool calls; auto: as its chat template shows.")
@@ -61,7 +61,7 @@ def serve(
         host=host,
         port=grpc_port,
         http_port=http_port,
-        served_model_names=tuple(served_model_name or ()),
+        served_model_names=tuple(served_model_name or (served_name(model),)),
         tool_call_parser=tool_call_parser,
         metrics_port=metrics_port,
         tls_cert=tls_cert,
@@ -94,3 +94,9 @@ def serve(
         if port_file is not None:
             port_file.unlink(missing_ok=True)
     note("stopped")
+
+
+def served_name(model: str) -> str:
+    """What HTTP requests call the model that was asked for as ``model``: that, or of a path on disk its last part."""
+    path = Path(model)
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else model

@@ -4,11 +4,13 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from jaxserve.cli.serving import served_name
 from jaxserve.server.client import Client
 from tests.cli.test_serving import START_S
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.timeout(2 * START_S)
 @pytest.fixture
 def ports(spawn, tiny: list[str]) -> Iterator[tuple[int, int]]:
     """gRPC and HTTP ports of a server that is ready; SIGTERM must end it well."""
-    process = spawn("serve", *tiny, "--grpc-port=0", "--http-port=0", "--served-model-name=tiny")
+    process = spawn("serve", *tiny, "--grpc-port=0", "--http-port=0")  # tiny.gguf, in some folder
     lines: list[str] = []
     found = None
     for line in process.stderr:
@@ -77,3 +79,9 @@ def test_openai_client_of_a_real_model(ports: tuple[int, int]):
         load = client.server_info().load
         assert load.num_running == load.num_pages_held == load.recompilations_after_ready == 0
     assert len(token_ids) == 12
+
+
+def test_names_of_models(tmp_path: Path):
+    (tmp_path / "some-model").mkdir()
+    assert served_name(str(tmp_path / "some-model")) == served_name(f"{tmp_path}/some-model/") == "some-model"
+    assert served_name("org/model@main") == "org/model@main"
