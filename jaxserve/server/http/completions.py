@@ -81,7 +81,7 @@ def completions_routes(backend: Backend) -> APIRouter:
         shown = []
         for i, of_prompt in enumerate(choices):
             for choice in of_prompt:
-                shown.append(_choice(backend, plan, i, choice, len(shown)))
+                shown.append(_choice(backend, plan, i, choice, of_prompt[0], len(shown)))
                 usage.add(i, choice.events)
             usage.cached(i, of_prompt[0].usage)
         return JSONResponse({**head, "choices": shown, "usage": usage.total()})
@@ -103,6 +103,8 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
         prompt_logprobs=num_top if echo else None,
         **constraint_of(body, body.response_format, None),
     )
+    if echo and num_top is not None and params.n > 1 and body.stream:
+        raise RequestError("n", f"{params.n}, streamed log-probabilities of the prompt (echo) come with 1")
     if max_tokens == 0 and params.min_tokens:
         raise RequestError("min_tokens", f"{params.min_tokens} is more than max_tokens=0")
     prompts = read_prompts(body.prompt)
@@ -167,11 +169,13 @@ def _text_of(backend: Backend, prompt: str | list[int], request: EngineRequest, 
     return tokenizer.decode(request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
 
 
-def _choice(backend: Backend, plan: Plan, request_index: int, choice: Choice, index: int) -> dict[str, Any]:
+def _choice(
+    backend: Backend, plan: Plan, request_index: int, choice: Choice, first: Choice, index: int
+) -> dict[str, Any]:
     logprobs = None
     events = [] if plan.drops_output else choice.events
     if plan.num_top is not None:
-        entries = [*_prompt_entries(plan, request_index, choice.events), *entries_of(events)]
+        entries = [*_prompt_entries(plan, request_index, first.events), *entries_of(events)]
         logprobs = CompletionLogprobs(backend.engine.tokenizer, plan.num_top).add(entries)
     return {
         "index": index,
@@ -187,7 +191,13 @@ def entries_of(events: Sequence[TokenEvent]) -> list[Entry]:
 
 
 def _prompt_entries(plan: Plan, request_index: int, events: Sequence[TokenEvent]) -> list[Entry]:
-    return []
+    """Of the prompt's tokens, where ``echo`` and ``logprobs`` ask for them: they come with the first choice's first
+    token, and of the first token of all there are none."""
+    found: Any = next((p for e in events if (p := getattr(e, "prompt_logprobs", None)) is not None), None)
+    if not plan.echo or found is None:
+        return []
+    ids = plan.requests[request_index].prompt_token_ids
+    return [(i, None, ()) if p is None else (p.token_id, p.logprob, p.top) for i, p in zip(ids, found)]
 
 
 async def _chunks(

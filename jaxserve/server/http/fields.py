@@ -125,6 +125,7 @@ class Body(BaseModel):
     priority: Any = optional(PRIORITY)
     stream_options: Any = optional(OBJECT)
     request_id: str | None = None
+    stream_interval: Any = optional(COUNT)
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +134,8 @@ class Body(BaseModel):
             return values
         kept = {}
         for name, value in values.items():
+            if name == "stream_interval" and value is not None and name not in SamplingParams.__dataclass_fields__:
+                raise RequestError(name, "not supported yet")
             if name in cls.model_fields:
                 kept[name] = value
             elif name in NO_OPS:
