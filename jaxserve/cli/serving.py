@@ -24,6 +24,9 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="0 picks a free one.")] = DEFAULT_PORT,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus; 0 picks a free one. (default: none)")] = None,
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None,
+    weights_from: Annotated[
+        list[Path] | None, typer.Option(help="A folder that UpdateWeights may read from; may be repeated.")
+    ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to running requests.")] = 30.0,
     slow_reader_timeout: Annotated[float, typer.Option(help="Seconds a reader may take nothing.")] = 30.0,
 ) -> None:
@@ -40,6 +43,7 @@ def serve(
         host=host,
         port=grpc_port,
         metrics_port=metrics_port,
+        weight_folders=tuple(weights_from or ()),
         drain_timeout_s=drain_timeout,
         slow_reader_timeout_s=slow_reader_timeout,
     )

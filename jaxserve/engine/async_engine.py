@@ -14,11 +14,22 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine.event_stream import EventStream
-from jaxserve.request import EngineStats, Request, RequestError, SamplingParams, TokenEvent
+from jaxserve.engine.output import embedding_of
+from jaxserve.request import (
+    Embedding,
+    EngineStats,
+    FinishReason,
+    Pooling,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenEvent,
+)
 from jaxserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -51,10 +62,22 @@ class EngineCore(Protocol):
         priority: int = 0,
         deadline: float | None = None,
     ) -> Request: ...
+    def make_embedding_request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> bool: ...
     def step(self) -> list[TokenEvent]: ...
     def has_unfinished(self) -> bool: ...
+    def load_params(self, name_or_path: str | Path) -> Any: ...
     def update_params(self, params: Any) -> None: ...
     def stats(self) -> EngineStats: ...
     def close(self) -> None: ...
@@ -66,6 +89,14 @@ class NotServingError(RuntimeError):
 
 class EngineFailedError(RuntimeError):
     """The engine's thread ended by an exception (``__cause__``) while the request was running."""
+
+
+class RequestEndedError(RuntimeError):
+    """A request ended without what it was for; ``reason`` is "abort" or "deadline"."""
+
+    def __init__(self, reason: FinishReason):
+        super().__init__(f"the request ended by {reason}")
+        self.reason = reason
 
 
 class DuplicateRequestError(RequestError):
@@ -148,6 +179,20 @@ class AsyncEngine:
         finally:
             stream.close()
 
+    async def embed(self, request: Request) -> Embedding:
+        """The embedding that a request of ``make_embedding_request`` is for. Cancelling aborts it.
+
+        Raises as ``stream``; ``RequestEndedError`` when it was aborted or its deadline passed.
+        """
+        async with aclosing(self.stream(request)) as events:
+            async for event in events:
+                if event.embedding is not None:
+                    return embedding_of(request, event)
+                if event.ends_request:
+                    break
+        assert event.finish_reason is not None
+        raise RequestEndedError(event.finish_reason)
+
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream gets a last event. False: no such request is queued or running."""
         return await asyncio.wrap_future(
@@ -157,6 +202,14 @@ class AsyncEngine:
     async def update_params(self, params: Any) -> None:
         """``Engine.update_params`` between two steps; returns when the next step takes the new weights."""
         await asyncio.wrap_future(self._post(lambda engine: engine.update_params(params)))
+
+    async def update_weights(self, name_or_path: str | Path) -> None:
+        """``update_params`` with those of a checkpoint, which are read while the engine goes on.
+
+        Raises ValueError (``CheckpointError``) for a checkpoint that cannot be used; the engine keeps what it has.
+        """
+        params = await asyncio.to_thread(self.engine.load_params, name_or_path)
+        await self.update_params(params)
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new request, lets the others finish, aborts them after ``timeout_s``. True: all finished."""

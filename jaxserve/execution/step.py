@@ -45,6 +45,7 @@ class DeviceState:
 
     kv_pages: KVPages  # LS entries [ST, NP, K, 2, PS, H]
     last_tokens: Any  # [R] i32, last sampled token of each slot
+    hidden: Any = None  # [ST, TH, D], what each stage's layers made of the last step's tokens; None: it is not kept
 
 
 @flax.struct.dataclass
@@ -117,10 +118,11 @@ def stage_param_specs(config: ModelConfig, num_stages: int) -> StageParams:
     return jax.tree.map(lambda s: specs.param_spec(s.axes), shapes, is_leaf=is_spec)
 
 
-def state_specs(config: ModelConfig, num_stages: int) -> DeviceState:
+def state_specs(config: ModelConfig, num_stages: int, dims: StepDims) -> DeviceState:
     """PartitionSpecs of a ``DeviceState``."""
     kv_pages = (specs.kv_pages_spec(config),) * (config.num_layers // num_stages)
-    return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED)
+    hidden = specs.HIDDEN if dims.hidden_tokens else None
+    return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED, hidden=hidden)
 
 
 def unpack(buffer: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> StepInputs:
@@ -175,16 +177,19 @@ def make_step(
         if params.positions is not None:
             x = x + params.positions[inputs.positions]
         x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, static)
+        hidden = state.hidden
+        if hidden is not None:
+            hidden = lax.dynamic_update_slice(hidden, x[None].astype(hidden.dtype), (0, 0, 0))
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
         x = layers.norm(x, params.final_norm, params.final_norm_bias, config)
         head = params.embed if params.head is None else params.head
         logits = decoder.logits(head, x, config)  # [B, V] f32
 
-        state = DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=state.last_tokens)
+        state = DeviceState(tuple(x[None] for x in kv_pages), state.last_tokens, hidden)
         return state, logits, buffer[-num_elements(sampling_shapes(bucket.num_rows, dims)) :]
 
     num_stages = mesh.shape["stage"]
-    state = state_specs(config, num_stages)
+    state = state_specs(config, num_stages, dims)
     return jax.shard_map(
         step,
         mesh=mesh,
@@ -194,31 +199,42 @@ def make_step(
     )
 
 
+def pack_outputs(tokens: jax.Array, chosen: jax.Array, top_ids: jax.Array, top: jax.Array) -> jax.Array:
+    """[B, 2 + 2 * KL] i32 for ``step_io.unpack_outputs``, of [B] i32, [B] f32, [B, KL] i32 and [B, KL] f32."""
+
+    def bits(v: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(v, jnp.int32)
+
+    return jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
+
+
 def make_sampler(
     mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
-) -> Callable[[jax.Array, Constraints | None, jax.Array, jax.Array], tuple[jax.Array, Constraints | None, jax.Array]]:
-    """``sampler(last_tokens [R], held, logits [B, V], fields) -> (last_tokens, held, packed [B, 2 + 2 * KL] i32)``.
+) -> Callable[..., tuple[jax.Array, Constraints | None, jax.Array]]:
+    """``sampler(last_tokens [R], held, logits [B, V], fields, allowed [B, W]) -> (last_tokens, held, packed
+    [B, 2 + 2 * KL] i32)``.
 
-    ``held`` are the slots' constraints where ``asked`` is "constrained", else None; ``packed`` is for
+    Where ``asked`` is "constrained", ``held`` are the slots' constraints and ``allowed`` has a bit for each token that
+    the row may sample as far as its structured output goes; else both are None. ``packed`` is for
     ``step_io.unpack_outputs``. Every device computes the same.
     """
 
     def sampler(
-        last_tokens: jax.Array, held: Constraints | None, logits: jax.Array, fields: jax.Array
+        last_tokens: jax.Array,
+        held: Constraints | None,
+        logits: jax.Array,
+        fields: jax.Array,
+        allowed: jax.Array | None,
     ) -> tuple[jax.Array, Constraints | None, jax.Array]:
         inputs = unpack(fields, sampling_shapes(num_rows, dims))
         changed = logits if held is None else constraints.constrain(logits, held, inputs)
+        changed = changed if allowed is None else constraints.allow(changed, allowed)
         tokens = sampling.sample(changed, inputs, asked)  # [B]
         if held is not None:
             held = constraints.record(held, tokens, inputs)
         chosen, top_ids, top = sampling.top_logprobs(logits, tokens, inputs.num_logprobs, dims.max_logprobs, asked)
         slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
         last_tokens = last_tokens.at[slots].set(tokens, mode="drop")
+        return last_tokens, held, pack_outputs(tokens, chosen, top_ids, top)
 
-        def bits(v: jax.Array) -> jax.Array:
-            return lax.bitcast_convert_type(v, jnp.int32)
-
-        packed = jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
-        return last_tokens, held, packed
-
-    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 4, out_specs=(P(),) * 3, check_vma=False)
+    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 5, out_specs=(P(),) * 3, check_vma=False)

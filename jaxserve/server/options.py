@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50051
@@ -16,6 +17,7 @@ class ServerOptions:
         host: address to bind, of the metrics endpoint too. Not loopback means open to whoever reaches it: no TLS here.
         port: gRPC port; 0 picks a free one.
         metrics_port: Prometheus port; 0 picks a free one, None serves no metrics.
+        weight_folders: what UpdateWeights may read from; none: it is refused.
         drain_timeout_s: how long running requests may go on after the first SIGTERM or SIGINT.
         slow_reader_timeout_s: a stream whose client takes nothing for this long while output is pending is aborted.
         max_prompt_bytes: a text prompt (all messages of a chat together) of more UTF-8 bytes is refused; None: any is
@@ -27,6 +29,7 @@ class ServerOptions:
     port: int = DEFAULT_PORT
     metrics_port: int | None = None
     drain_timeout_s: float = 30.0
+    weight_folders: tuple[Path, ...] = ()
     slow_reader_timeout_s: float = 30.0
     max_prompt_bytes: int | None = None
     max_message_bytes: int = 32 * 2**20

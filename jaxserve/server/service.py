@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import NoReturn
 
@@ -15,10 +16,12 @@ from jaxserve.engine.async_engine import (
     EngineCore,
     EngineFailedError,
     NotServingError,
+    RequestEndedError,
 )
 from jaxserve.engine.event_stream import SlowReaderError
 from jaxserve.request import QueueFullError, Request, RequestError
 from jaxserve.server import codec
+from jaxserve.server.batch import MissingIdError, run_batch
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
@@ -82,6 +85,49 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if finish_reason == "abort" and self._engine.state != "ready":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: the request was aborted")
 
+    async def GenerateBatch(
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        self._count_open(context)
+        remaining_s = context.time_remaining()
+        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+
+        async def read(message: pb.GenerateRequest) -> Request:
+            return await asyncio.to_thread(self._read_request, message, deadline)
+
+        async def write(chunk: pb.BatchChunk) -> None:
+            await self._write(context, chunk)
+
+        await context.send_initial_metadata(())
+        try:
+            ends = await run_batch(request_iterator, self._engine, read, write, _failure)
+        except SlowReaderError as error:
+            await _abort_unread(context, error)
+        except MissingIdError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error), ((FIELD_KEY, "request_id"),))
+        except ANSWERED as error:
+            await _abort(context, error)
+        if "deadline" in ends:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
+        if "abort" in ends and self._engine.state != "ready":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: requests were aborted")
+
+    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        self._count_open(context)
+        remaining_s = context.time_remaining()
+        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+        try:
+            engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline)
+            embedding = await self._engine.embed(engine_request)
+        except RequestEndedError as error:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if error.reason == "deadline" else grpc.StatusCode.ABORTED
+            await context.abort(code, str(error))
+        except ANSWERED as error:
+            await _abort(context, error)
+        return pb.EmbedResponse(
+            request_id=embedding.request_id, values=embedding.values, prompt_tokens=embedding.prompt_len
+        )
+
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         try:
             found = await self._engine.abort(request.request_id)
@@ -122,7 +168,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             codec.add_engine_info(info, self._engine.engine, stats)
         return info
 
-    async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk) -> None:
+    async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk | pb.BatchChunk) -> None:
         """Raises SlowReaderError: by itself a write waits for as long as the client does not read."""
         timeout_s = self._options.slow_reader_timeout_s
         try:
@@ -159,6 +205,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             priority=message.priority,
             deadline=deadline,
         )
+
+    def _read_embed_request(self, message: pb.EmbedRequest, deadline: float | None) -> Request:
+        prompt = codec.read_prompt(message)
+        assert not isinstance(prompt, list)
+        limit = self._options.max_prompt_bytes
+        num_bytes = len(prompt.encode()) if isinstance(prompt, str) else 0
+        if limit is not None and num_bytes > limit:
+            raise RequestError("prompt", f"{num_bytes} bytes, this server takes at most {limit}")
+        options = codec.read_embed_options(message)
+        return self._engine.engine.make_embedding_request(prompt, deadline=deadline, **options)
 
     def _tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         engine = self._engine.engine
@@ -210,6 +266,18 @@ def _check_fits(engine: EngineCore, tokenizer: Tokenizer, field: str, text: str)
     max_model_len = engine.scheduler_config.max_model_len
     if (num_tokens := tokenizer.min_num_tokens(text)) > max_model_len:
         raise RequestError(field, f"at least {num_tokens} tokens, max_model_len={max_model_len}")
+
+
+def _failure(request_id: str, error: Exception) -> pb.BatchChunk | None:
+    """What a request of a batch ended with, where it was its own doing."""
+    if isinstance(error, SlowReaderError):  # the one reader of all of them
+        return None
+    code = next((code for kind, code in STATUS if isinstance(error, kind)), None)
+    if code is None:
+        return None
+    field = error.field if isinstance(error, RequestError) else ""
+    number = code.value[0]
+    return pb.BatchChunk(failure=pb.RequestFailure(request_id=request_id, code=number, message=str(error), field=field))
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
