@@ -128,9 +128,9 @@ def test_a_kernels_own_layout_is_made_on_the_devices(monkeypatch):
     def prepare(w):
         return {"low": w.q & 15, "high": w.q >> 4, "per_group": jnp.stack([w.scale, w.bias])}
 
-    def multiply(x, w):
+    def multiply(x, w, out_dtype):
         scale, bias = w["per_group"]
-        return int4_matmul.reference.int4_matmul(x, w["low"] + 16 * w["high"], scale, bias)
+        return int4_matmul.reference.int4_matmul(x, w["low"] + 16 * w["high"], scale, bias).astype(out_dtype)
 
     monkeypatch.setitem(int4_matmul._IMPLEMENTATIONS, "mosaic_gpu", multiply)
     monkeypatch.setitem(int4_matmul.PREPARE, "mosaic_gpu", prepare)
