@@ -145,7 +145,7 @@ def test_a_kernels_own_layout_is_made_on_the_devices(monkeypatch):
     prompt = tiny.prompts(1, seed=6, longest=7)[0]
     with engine(config, params, mesh="stage=2,tensor=2") as served:
         (completion,) = served.generate([prompt], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
-        names = {name for name, _ in named_leaves(served._runner._params)}
+        names = {name for name, _ in named_leaves(served.loop.runner._params)}
     assert {"layers.0.qkv.prepared.low", "layers.1.down.prepared.per_group", "head.prepared.high"} <= names
     assert {"embed.q", "layers.0.gate_up"} <= names and "layers.0.qkv.q" not in names
     assert completion.token_ids == oracle_greedy(tiny.CONFIG, plain, prompt, 6)
