@@ -145,10 +145,14 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerAddress:
-    """Which server a client command talks to."""
+    """Which server a client command talks to, and what it shows there."""
 
     server: Annotated[str, typer.Option(help="HOST:PORT of a running server.")] = DEFAULT_TARGET
-    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call. (default: none)")] = None
+    api_key_file: Annotated[Path | None, typer.Option(help="A file with the server's bearer token.")] = None
+    tls: Annotated[bool, typer.Option("--tls", help="Connect with TLS; implied by the three files.")] = False
+    tls_ca: Annotated[Path | None, typer.Option(help="PEM file: who has signed the server's certificate.")] = None
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the client's own certificate.")] = None
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None
 
 
 def flatten_options(command: Callable[..., None]) -> Callable[..., None]:

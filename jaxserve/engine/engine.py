@@ -28,6 +28,7 @@ from jaxserve.request import (
     Completion,
     Embedding,
     EngineStats,
+    PageMap,
     Pooling,
     QueueFullError,
     Request,
@@ -553,9 +554,16 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Figures of now. Read from another thread they may be of neighbouring steps."""
-        stats = asdict(self.loop.scheduler.stats())
-        own = {"num_steps": self.loop.num_steps, "recompilations_after_ready": self.loop.runner.compile_counter.count}
-        return EngineStats(**{name: (stats | own)[name] for name in EngineStats.__dataclass_fields__})
+        stats: dict[str, Any] = asdict(self.loop.scheduler.stats())
+        stats |= {
+            "num_steps": self.loop.num_steps,
+            "recompilations_after_ready": self.loop.runner.compile_counter.count,
+        }
+        return EngineStats(**{name: stats[name] for name in EngineStats.__dataclass_fields__})
+
+    def page_map(self) -> PageMap:
+        """Who holds which KV pages. Between two steps only, as ``step``."""
+        return self.loop.scheduler.page_map()
 
     def close(self) -> None:
         """Frees the device's memory. Unfinished requests are dropped. Safe to call twice."""
