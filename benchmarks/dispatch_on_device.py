@@ -20,17 +20,17 @@ from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from benchmarks.engine_on_device import TINY, say, sizes  # noqa: E402
-from benchmarks.profile_summary import planes_of  # noqa: E402
-from jaxserve.checkpoint.shapes import read_shape  # noqa: E402
-from jaxserve.config import CacheConfig  # noqa: E402
-from jaxserve.execution import runner  # noqa: E402
-from jaxserve.execution.dummy import dummy_params  # noqa: E402
-from jaxserve.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
-from jaxserve.step_io import Bucket, StepDims, new_inputs  # noqa: E402
+from benchmarks.engine_on_device import TINY, say, sizes
+from benchmarks.profile_summary import planes_of
+from jaxserve.checkpoint.shapes import read_shape
+from jaxserve.config import CacheConfig
+from jaxserve.execution import runner
+from jaxserve.execution.dummy import dummy_params
+from jaxserve.parallel.mesh import make_mesh, parse_mesh
+from jaxserve.step_io import Bucket, StepDims, new_inputs
 
 
 def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 60) -> dict[str, float]:
@@ -98,10 +98,8 @@ def main() -> None:
     dims = StepDims(num_slots=max(args.rows, default=256), max_pages_per_seq=256, num_pages=1024, page_size=16)
     buckets = [Bucket(rows, 0, 0) for rows in args.rows] + [Bucket(0, n, min(64, n)) for n in args.prompt_tokens]
 
-    def compile_step(lowered: jax.stages.Lowered, mesh: Any) -> jax.stages.Compiled:
-        if not args.no_graphs:
-            return original(lowered, mesh)
-        return lowered.compile(compiler_options=runner.GPU_OPTIONS | {"xla_gpu_enable_command_buffer": ""})
+    def compile_step(lowered: jax.stages.Lowered, mesh: Any, **_: Any) -> jax.stages.Compiled:
+        return original(lowered, mesh, in_graph=not args.no_graphs)
 
     original = runner.compile_step
     with mock.patch.object(runner, "compile_step", compile_step):

@@ -198,13 +198,14 @@ class SchedulerConfig:
     """Limits of one engine's scheduler.
 
     ``decode_sizes`` and ``prefill_sizes`` are the padded sizes a step may take (see ``step_io.Bucket``): ascending,
-    the last decode size equal to ``max_num_seqs``. At most ``max_prefill_rows`` sequences have a prompt chunk in a
+    the last decode size equal to ``max_num_seqs``, the last prefill size more than that: a step that reads prompts has
+    the tokens of all that decode, too. At most ``max_prefill_rows`` sequences have a prompt chunk in a
     step. ``batching="static"`` admits only into an empty batch: the benchmark's comparison.
     """
 
     max_model_len: int  # tokens, prompt and output together
     max_num_seqs: int  # R
-    prefill_sizes: tuple[int, ...]  # prompt tokens a step, e.g. (64, 256)
+    prefill_sizes: tuple[int, ...]  # tokens of a step that reads prompts, e.g. (64, 256)
     decode_sizes: tuple[int, ...]  # decode rows a step, e.g. (1, 8)
     max_prefill_rows: int = 4
     max_num_waiting: int = 1024
@@ -218,6 +219,11 @@ class SchedulerConfig:
                 raise ValueError(f"{name}={sizes} must be ascending positive sizes")
         if self.decode_sizes[-1] != self.max_num_seqs:
             raise ValueError(f"decode_sizes ends with {self.decode_sizes[-1]}, max_num_seqs={self.max_num_seqs}")
+        if self.prefill_sizes[-1] <= self.max_num_seqs:
+            raise ValueError(
+                f"prefill_sizes ends with {self.prefill_sizes[-1]}, which must be more than max_num_seqs="
+                f"{self.max_num_seqs}: a step that reads prompts has the tokens of all that decode, too"
+            )
         if self.max_prefill_rows < 1 or self.max_num_waiting < 1 or self.max_model_len < 2:
             raise ValueError(
                 f"max_prefill_rows={self.max_prefill_rows} and max_num_waiting={self.max_num_waiting} must be at "

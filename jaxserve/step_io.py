@@ -1,12 +1,12 @@
 """What crosses the corridor between the host wing and the device wing: numpy in, one small array out.
 
-A step is a flat batch of ``T = BD + TP`` tokens in ``B = BD + BP`` rows:
+A step is a flat batch of ``T`` tokens in ``B = BD + BP`` rows:
 
-* decode region: rows ``0..BD-1``, one token each (token ``i`` belongs to row ``i``);
-* prefill region: rows ``BD..B-1``, whose chunks lie one after another in tokens ``BD..T-1``
-  (``prefill_cu_q_lens`` has their starts, relative to the region).
+* rows ``0..BD-1`` decode, one token each: token ``i`` belongs to row ``i``. Of BD places the first ones are taken;
+* rows ``BD..B-1`` have chunks of prompts, which lie one after another behind the tokens of the rows that decode
+  (``prefill_cu_q_lens`` has their starts).
 
-A row with one new token may lie in either region. All inputs of a step live in ONE int32 buffer (floats bit-cast),
+A row with one new token may be of either kind. All inputs of a step live in ONE int32 buffer (floats bit-cast),
 so that a step costs one host-to-device copy; ``StepInputs`` are numpy views into it.
 """
 
@@ -23,12 +23,12 @@ class Bucket(NamedTuple):
     """The padded shape of a step: the whole compile key."""
 
     decode_rows: int  # BD
-    prefill_tokens: int  # TP
-    prefill_rows: int  # BP, 0 exactly when TP is 0
+    prefill_tokens: int  # T of a step that reads prompts, the tokens of its decode rows among them; else 0
+    prefill_rows: int  # BP, 0 exactly when prefill_tokens is 0
 
     @property
     def num_tokens(self) -> int:  # T
-        return self.decode_rows + self.prefill_tokens
+        return self.prefill_tokens or self.decode_rows
 
     @property
     def num_rows(self) -> int:  # B
@@ -51,11 +51,11 @@ class StepDims:
 class StepInputs(NamedTuple):
     """Views into one step's buffer. Padding: see each field. Shapes by ``input_shapes``."""
 
-    token_ids: Array  # [T] i32; -1: the last token of the row's slot (decode region only); padding 0
+    token_ids: Array  # [T] i32; -1: the last token of the row's slot (decode rows only); padding 0
     positions: Array  # [T] i32, index of the token in its sequence; padding 0
     kv_write_index: Array  # [T] i32, page * PS + offset in the page; padding NP * PS (dropped)
     page_table: Array  # [B, MP] i32, page ids; unused entries 0
-    prefill_cu_q_lens: Array  # [BP + 1] i32, chunk starts in the prefill region; padding rows repeat the last
+    prefill_cu_q_lens: Array  # [BP + 1] i32, first tokens of the chunks; padding rows repeat the last
     sample_index: Array  # [B] i32, flat token whose logits the row samples from; padding 0
     # From here on what sampling reads (``SAMPLING_FIELDS``): the buffer's end, whose size only B decides.
     kv_lens: Array  # [B] i32, tokens of the row's sequence after this step; padding 0

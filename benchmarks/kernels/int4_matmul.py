@@ -1,5 +1,6 @@
 """The int4 and int8 products on Hopper: right against float64, then timed in % of the read bandwidth, beside XLA's.
 
+python -m benchmarks.kernels.int4_matmul smoke    (small cases, the simplest first; one that hangs is given up)
 python -m benchmarks.kernels.int4_matmul check
 python -m benchmarks.kernels.int4_matmul time --out FOLDER [--tokens 1 16] [--shapes qkv] [--variants ours]
 """
@@ -7,7 +8,11 @@ python -m benchmarks.kernels.int4_matmul time --out FOLDER [--tokens 1 16] [--sh
 import argparse
 import functools
 import itertools
+import queue
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +27,7 @@ from pallas_kernels.int4_matmul.gpu import PreparedInt4, Tuning, int4_matmul, pr
 from pallas_kernels.int8_matmul import gpu as int8_gpu
 from pallas_kernels.int8_matmul.gpu import PreparedInt8, int8_matmul
 
-SHAPES = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # [F, D]
+SHAPES = {"gate_up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "out": (4096, 4096)}  # [F, D]
 EVERY_SHAPE = (1, 16, 64, 256)  # tokens that are timed of each shape
 GATE_UP = (8, 32, 128, 512, 2048, 8192)  # and of this one besides
 ROTATED_BYTES = 192 << 20  # of weights that a chain goes through: several times the L2 cache
@@ -92,6 +97,69 @@ def excess(case: Case, seed: int) -> float:
     # The output is rounded to bfloat16, and so are the weights where XLA multiplies; scales are float16 otherwise.
     relative = 2**-8 if case.m > t.many_tokens else 2**-11
     return float(np.max(np.abs(out - want) / (np.abs(want) * 2**-8 + terms * relative)))
+
+
+_BARE = Tuning(num_sms=1, move_registers=False)
+SMOKE: dict[str, Case] = {
+    "dequantized by a kernel": Case(8, 256, 256, tuning=Tuning(many_tokens=0)),
+    "one tile, registers as launched": Case(8, 128, 128, tuning=_BARE),
+    "one tile": Case(8, 128, 128, tuning=Tuning(num_sms=1)),
+    "two halves of a tile, registers as launched": Case(8, 128, 256, tuning=_BARE),
+    "two halves of a tile": Case(8, 128, 256, tuning=Tuning(num_sms=1)),
+    "a ring of 2 that turns": Case(8, 128, 2048, tuning=Tuning(num_sms=1, ring=2)),
+    "cast": Case(8, 128, 2048, repack=False, tuning=Tuning(num_sms=1)),
+    "pieces": Case(16, 768, 4096),
+    "biases, groups of 32": Case(16, 768, 4096, 32, False),
+    "64 tokens": Case(64, 768, 4096),
+    "64 tokens, biases": Case(64, 768, 4096, symmetric=False),
+    "whole blocks of features and tokens": Case(256, 1024, 1024, tuning=Tuning(num_sms=8)),
+    "launched early": Case(16, 768, 4096, tuning=Tuning(launch_early=True)),
+    "qkv of an 8B model, 1 token": Case(1, 6144, 4096),
+}
+
+
+def smoke_from(first: int) -> None:
+    """Runs the cases from ``first`` on; each says when it begins, when it is compiled and how it ended."""
+    for number, (name, case) in list(enumerate(SMOKE.items()))[first:]:
+        print(f"begin {number} {name}", flush=True)
+        start = time.perf_counter()
+        w = prepare(matrix(number, case)[0], repack=case.repack)
+        x = measure.random_normal(number, (case.m, case.d))
+        int4_matmul.lower(x, w, tuning=case.tuning or Tuning()).compile()
+        print(f"compiled {time.perf_counter() - start:.1f} s", flush=True)
+        error = excess(case, number)
+        print(f"{'ok    ' if error < 1 else 'FAILED'} {name}: {error:.3f} of the bound", flush=True)
+
+
+def smoke(seconds: float = 15, compile_seconds: float = 60) -> bool:
+    """All cases in another process, and in a new one from the next case on after one that hangs or dies."""
+    done, ok = 0, True
+    while done < len(SMOKE):
+        command = [sys.executable, "-m", "benchmarks.kernels.int4_matmul", "smoke", "--from", str(done)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1) as child:
+            lines: queue.Queue[str] = queue.Queue()
+
+            def read(lines: queue.Queue[str] = lines, child: subprocess.Popen[str] = child) -> None:
+                for line in child.stdout or ():
+                    lines.put(line)
+                lines.put("")
+
+            threading.Thread(target=read, daemon=True).start()
+            limit = compile_seconds
+            try:
+                while line := lines.get(timeout=limit):
+                    print(line, end="", flush=True)
+                    limit = seconds if line.startswith("compiled") else compile_seconds
+                    if line.startswith(("ok ", "FAILED")):
+                        done, ok = done + 1, ok and line.startswith("ok ")
+                if child.wait() == 0:
+                    break
+                print(f"FAILED case {done}: exit status {child.returncode}", flush=True)
+            except queue.Empty:
+                print(f"FAILED case {done} hangs: nothing in {limit:.0f} s", flush=True)
+            child.kill()
+        done, ok = done + 1, False
+    return ok
 
 
 def int8_excess(m: int, f: int, d: int) -> float:
@@ -256,21 +324,25 @@ def run_times(args: argparse.Namespace) -> None:
                 print(f"{shape:8} {m:5} {variant:10} {s * 1e6:8.1f} us {rate:6.0f} GB/s {100 * rate / best:5.1f} % "
                       f"{tflops:6.1f} TFLOP/s | kernels {alone:.1f} us: {parts}", flush=True)  # fmt: skip
             del weights, one
-        if args.out:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            measure.write(str(Path(args.out) / "int4_matmul.json"), {"ceilings": ceilings, "int4_matmul": rows})
+            if args.out:
+                Path(args.out).mkdir(parents=True, exist_ok=True)
+                measure.write(str(Path(args.out) / "int4_matmul.json"), {"ceilings": ceilings, "int4_matmul": rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("what", choices=["smoke", "check", "time"])
+    parser.add_argument("--from", dest="first", type=int, help="of smoke: in this process, from this case on")
     parser.add_argument("--out", help="folder of int4_matmul.json")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS))
     args = parser.parse_args()
-    if args.what == "check":
-        sys.exit(0 if check() else 1)
+    if args.what == "smoke" and args.first is not None:
+        smoke_from(args.first)
+        return
+    if args.what != "time":
+        sys.exit(0 if (smoke if args.what == "smoke" else check)() else 1)
     run_times(args)
 
 

@@ -20,6 +20,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # A compiled step costs seconds on a CPU, and padding costs little there beside reading the weights.
 CPU = {
     "max_num_seqs": 8,
+    "first_decode_size": 1,
     "growth": 8,
     "prefill_sizes": (64, 256),
     "max_prefill_rows": 4,
@@ -28,8 +29,9 @@ CPU = {
 }
 ACCELERATOR = {
     "max_num_seqs": 256,
+    "first_decode_size": 2,  # two rows take less time than one: XLA makes one kernel of their norms, and two of one's
     "growth": 2,
-    "prefill_sizes": (128, 512, 1024, 2048, 8192),
+    "prefill_sizes": (128, 256, 512, 1024, 2048, 4096, 8192),
     "max_prefill_rows": 64,
     "memory_fraction": 0.88,
     "samplings": SAMPLINGS,
@@ -61,9 +63,9 @@ def resolve_dtype(dtype: str, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(DTYPES[dtype])
 
 
-def default_decode_sizes(max_num_seqs: int, growth: int) -> tuple[int, ...]:
-    """1, growth, growth ** 2, ... up to and including ``max_num_seqs``."""
-    sizes, size = [], 1
+def default_decode_sizes(max_num_seqs: int, first: int, growth: int) -> tuple[int, ...]:
+    """first, first * growth, ... up to and including ``max_num_seqs``."""
+    sizes, size = [], first
     while size < max_num_seqs:
         sizes.append(size)
         size *= growth
@@ -93,11 +95,17 @@ def scheduler_config(
     if seqs < 1:
         raise ValueError(f"max_num_seqs={seqs} must be at least 1")
     options.setdefault("max_prefill_rows", platform["max_prefill_rows"])
+    if prefill_sizes is None:
+        prefill_sizes = platform["prefill_sizes"]
+        if prefill_sizes[-1] <= seqs:  # beside the tokens of all that decode a step has room for a prompt's
+            prefill_sizes = (*prefill_sizes, 2 * seqs)
     return SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=seqs,
-        prefill_sizes=tuple(platform["prefill_sizes"] if prefill_sizes is None else prefill_sizes),
-        decode_sizes=default_decode_sizes(seqs, platform["growth"]) if decode_sizes is None else tuple(decode_sizes),
+        prefill_sizes=tuple(prefill_sizes),
+        decode_sizes=default_decode_sizes(seqs, platform["first_decode_size"], platform["growth"])
+        if decode_sizes is None
+        else tuple(decode_sizes),
         **options,
     )
 

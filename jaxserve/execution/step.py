@@ -132,9 +132,9 @@ def make_step(
         kv_pages = tuple(x[0] for x in state.kv_pages)
         bd = bucket.decode_rows
         on_device = state.last_tokens.at[inputs.slot_ids[:bd]].get(mode="fill", fill_value=0)  # [BD]
-        given, chunks = jnp.split(inputs.token_ids, [bd])
+        given, rest = jnp.split(inputs.token_ids, [bd])  # places that nobody decodes in may have a prompt's tokens
         # Concatenated, not `.at[:bd].set`: that hoists an empty constant, on which XLA's Shardy pass crashes (0.11.2).
-        token_ids = jnp.concatenate([jnp.where(given < 0, on_device, given), chunks])  # [T]
+        token_ids = jnp.concatenate([jnp.where(given < 0, on_device, given), rest])  # [T]
 
         ctx = AttentionContext(
             tuple(rope_tables(inputs.positions, rope, config.rope_dim) for rope in config.ropes),

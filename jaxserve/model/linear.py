@@ -12,9 +12,8 @@ def linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Arr
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     # Without a bias the product's own end rounds: asked for f32, cuBLAS writes f32 and another kernel rounds it.
     preferred = x.dtype if bias is None else jnp.float32
-    out = lax.dot_general(
-        x, w, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=preferred
-    )
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    out = lax.dot_general(x, w, dims, precision=precision, preferred_element_type=preferred)
     return out if bias is None else (out + bias.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -14,6 +14,9 @@ from jaxserve.step_io import Bucket, Sampling, StepDims, StepInputs, new_inputs
 # What a step costs besides its tokens, in tokens: reading the weights takes as long as multiplying some 220 (an 8B
 # model in bfloat16 on an H100); with the rest of a step about this many.
 STEP_TOKENS = 256
+# Larger steps that read prompts have places for decode rows even where none decodes: what these cost, the sampler of
+# more rows and a kernel that finds nothing to do, is little beside the prompts, and a shape to compile is saved.
+PROMPTS_ALONE = 1024
 INT32_MAX = 2**31 - 1
 
 
@@ -22,46 +25,50 @@ def all_buckets(config: SchedulerConfig) -> list[Bucket]:
     buckets = [Bucket(size, 0, 0) for size in config.decode_sizes]
     for tokens in config.prefill_sizes:
         rows = min(config.max_prefill_rows, tokens)
-        buckets += [Bucket(0, tokens, rows), Bucket(config.decode_sizes[-1], tokens, rows)]
+        if tokens <= PROMPTS_ALONE:
+            buckets.append(Bucket(0, tokens, rows))
+        buckets.append(Bucket(min(config.max_num_seqs, tokens), tokens, rows))
     return buckets
 
 
 def choose_bucket(config: SchedulerConfig, num_decode_rows: int, num_prefill_tokens: int) -> Bucket:
-    """The smallest bucket that holds so many decode rows and prompt tokens.
+    """The smallest bucket that holds so many decode rows and, beside their tokens, so many prompt tokens.
 
-    Beside prompt tokens the decode region is empty or whole: the number of shapes to compile stays the sum, not the
-    product, of the two size lists, and a step that reads prompt tokens has decode rows to spare.
+    Beside prompt tokens there are no decode rows, or places for all of them: the number of shapes to compile stays the
+    sum, not the product, of the two size lists. A place that no row takes costs little, since its token is a prompt's.
     """
     if num_prefill_tokens == 0:
         return Bucket(_smallest(config.decode_sizes, num_decode_rows), 0, 0)
-    tokens = _smallest(config.prefill_sizes, num_prefill_tokens)
-    decode_rows = config.decode_sizes[-1] if num_decode_rows else 0
-    return Bucket(decode_rows, tokens, min(config.max_prefill_rows, tokens))
+    tokens = _smallest(config.prefill_sizes, num_decode_rows + num_prefill_tokens)
+    has_decode_rows = num_decode_rows or tokens > PROMPTS_ALONE
+    return Bucket(
+        min(config.max_num_seqs, tokens) if has_decode_rows else 0, tokens, min(config.max_prefill_rows, tokens)
+    )
 
 
-def prefill_size(sizes: tuple[int, ...], num_tokens: int) -> int:
-    """The first of the steps that read ``num_tokens`` prompt tokens at the least cost.
+def first_chunk(sizes: tuple[int, ...], num_prompt_tokens: int, num_decode_rows: int = 0) -> int:
+    """Prompt tokens of the first of the steps that read ``num_prompt_tokens`` at the least cost, each beside the tokens
+    of ``num_decode_rows``.
 
     A step costs its padded size and ``STEP_TOKENS`` more. So 4,096 tokens are two steps of 2,048 and not one of 8,192,
     and 1,900 are one of 2,048.
     """
-    size, _ = _cheapest_cut(sizes, num_tokens)
-    return size
+    room = [(size - num_decode_rows, size + STEP_TOKENS) for size in sizes if size > num_decode_rows]
+    return min(num_prompt_tokens, _cheapest_cut(room, num_prompt_tokens)[0])
 
 
-def _cheapest_cut(sizes: tuple[int, ...], num_tokens: int) -> tuple[int, int]:
-    """(size of the first step, cost of all)."""
-    within = [size for size in sizes if size <= num_tokens]
-    padded = next((size for size in sizes if size >= num_tokens), None)
+def _cheapest_cut(room: list[tuple[int, int]], num_tokens: int) -> tuple[int, int]:
+    """(room of the first step, cost of all); ``room`` has prompt tokens and cost of each size of step, ascending."""
+    within = [step for step in room if step[0] <= num_tokens]
+    padded = next((step for step in room if step[0] >= num_tokens), None)
     options = []
     if padded is not None:
-        options.append((padded + STEP_TOKENS, padded))
+        options.append(padded)
     if within:
-        left = num_tokens - within[-1]
-        rest = _cheapest_cut(sizes, left)[1] if left else 0
-        options.append((within[-1] + STEP_TOKENS + rest, within[-1]))
-    cost, size = min(options, key=lambda option: (option[0], -option[1]))  # of equals the fewer steps
-    return size, cost
+        tokens, cost = within[-1]
+        left = num_tokens - tokens
+        options.append((tokens, cost + (_cheapest_cut(room, left)[1] if left else 0)))
+    return min(options, key=lambda option: (option[1], -option[0]))  # of equals the fewer steps
 
 
 def choose_sampling(inputs: StepInputs) -> Sampling:
@@ -93,7 +100,7 @@ class ScheduledRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """What one step computes: ``num_decode_rows`` rows of the decode region, then those of the prefill region."""
+    """What one step computes: ``num_decode_rows`` rows that decode, then those that have a chunk of a prompt."""
 
     bucket: Bucket
     rows: tuple[ScheduledRow, ...]
@@ -101,7 +108,7 @@ class ScheduledBatch:
     constrained: tuple[Sequence, ...] = ()  # given a slot just now, which the step's sampler must know (``slot_loads``)
 
     def row_index(self, i: int) -> int:
-        """Row of the step's arrays ([B]) that ``rows[i]`` occupies: the prefill region starts after the padding."""
+        """Row of the step's arrays ([B]) that ``rows[i]`` occupies: the chunks' come after all places to decode."""
         return i if i < self.num_decode_rows else i - self.num_decode_rows + self.bucket.decode_rows
 
 
@@ -175,9 +182,8 @@ def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tu
     slot, start, num_new, samples = np.array([row[1:] for row in rows], np.int32).T
     b = np.arange(len(rows), dtype=np.int32)
     b[num_decode:] += first_prefill - num_decode
-    t = b.copy()
-    ends = np.cumsum(num_new[num_decode:])
-    t[num_decode:] = first_prefill + ends - num_new[num_decode:]
+    t = np.cumsum(num_new) - num_new
+    ends = num_decode + np.cumsum(num_new[num_decode:])
 
     inputs.slot_ids[b] = slot
     inputs.kv_lens[b] = start + num_new
@@ -185,8 +191,9 @@ def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tu
     inputs.sample_index[b] = t + num_new - 1
     for name in PER_SLOT_FIELDS:
         getattr(inputs, name)[b] = getattr(slots, name)[slot]
+    inputs.prefill_cu_q_lens[0] = num_decode
     inputs.prefill_cu_q_lens[1 : len(ends) + 1] = ends
-    inputs.prefill_cu_q_lens[len(ends) + 1 :] = ends[-1] if len(ends) else 0
+    inputs.prefill_cu_q_lens[len(ends) + 1 :] = ends[-1] if len(ends) else num_decode
 
     inputs.token_ids[:num_decode] = [
         row.sequence.tokens[row.start] if row.start < len(row.sequence.tokens) else -1 for row in rows[:num_decode]
@@ -195,12 +202,10 @@ def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tu
         chunk = row.sequence.tokens[row.start : row.start + row.num_new_tokens]
         inputs.token_ids[first : first + row.num_new_tokens] = chunk
 
-    # Per token: its row (as an index into the arrays above), its position, its place in [T].
+    # Per token: its row (as an index into the arrays above) and its position.
     token_row = np.repeat(np.arange(len(rows)), num_new)
-    offset = np.arange(len(token_row)) - np.repeat(np.cumsum(num_new) - num_new, num_new)
-    position = start[token_row] + offset
-    token = t[token_row] + offset
-    inputs.positions[token] = position
+    position = start[token_row] + np.arange(len(token_row)) - t[token_row]
+    inputs.positions[: len(position)] = position
     page = slots.page_table[slot[token_row], position // page_size]
-    inputs.kv_write_index[token] = page * page_size + position % page_size
+    inputs.kv_write_index[: len(position)] = page * page_size + position % page_size
     return buffer, inputs

@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.cache.pool import PagePool, extend_digests
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import FinishReason, QueueFullError, Request, RequestError
-from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, prefill_size
+from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, first_chunk
 from jaxserve.scheduler.sequence import NO_SLOT, Sequence
 from jaxserve.step_io import StepDims
 
@@ -242,7 +242,7 @@ class Scheduler:
                 decode.append(_advance(sequence, 1))
 
         wanted = sum(s.num_uncomputed for s in in_prompt)  # prompt tokens
-        budget, max_rows = self.config.prefill_sizes[-1], self.config.max_prefill_rows
+        budget, max_rows = self.config.prefill_sizes[-1] - len(decode), self.config.max_prefill_rows
         # After a preemption the pages are wanted by those who run, and the victim may have a token in flight.
         if self._num_preemptions == preemptions:
             while forms_static_batch or (not static and wanted < budget and len(in_prompt) < max_rows):
@@ -259,8 +259,8 @@ class Scheduler:
         num_prefill_tokens = 0
         if in_prompt:
             in_prompt = in_prompt[:max_rows]
-            wanted = min(sum(s.num_uncomputed for s in in_prompt), budget)
-            budget = min(wanted, prefill_size(self.config.prefill_sizes, wanted))
+            wanted = min(sum(s.num_uncomputed for s in in_prompt), self.config.prefill_sizes[-1] - len(decode))
+            budget = first_chunk(self.config.prefill_sizes, wanted, len(decode))
             for sequence in in_prompt:
                 num_tokens = min(sequence.num_uncomputed, budget - num_prefill_tokens)
                 if num_tokens:

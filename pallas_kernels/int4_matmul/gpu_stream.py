@@ -1,14 +1,14 @@
 """The product of few tokens with a packed int4 matrix on Mosaic GPU (Hopper), at the speed of reading the matrix.
 
 The transposed product ``w @ x.T`` is computed: 64 output features are the rows of a matrix instruction, the tokens its
-columns. All tiles of the matrix (a block of features by 128 inputs) lie on one line, block after block, and each
-multiprocessor takes an equal stretch of it (the stream-K decomposition of Osama et al., 2023), so every one reads the
-same number of bytes whatever the matrix' shape. One warpgroup keeps a ring of shared memory filled by TMA, four
-multiply: of 16 tokens or fewer two have the same features and every second tile, of more each has its own features, so
-that a tile of x serves 256 of them. A warpgroup turns its nibbles into bfloat16 in registers, exactly, and the scale
-of a group multiplies the group's sums in float32. Where a stretch ends inside a block the pieces are added by XLA, in
-one fusion with what follows. If there are so many blocks that whole ones keep nearly all multiprocessors busy, none is
-cut, and the kernel writes the product itself.
+columns. All tiles of the matrix (a block of features by 128 inputs, or 256) lie on one line, block after block, and
+each multiprocessor takes an equal stretch of it (the stream-K decomposition of Osama et al., 2023), so every one reads
+the same number of bytes whatever the matrix' shape. One warpgroup keeps a ring of shared memory filled by TMA, four
+multiply: of 16 tokens or fewer two have the same features and a half of a tile's inputs each, of more each has its own
+features, so that a tile of x serves 256 of them. A warpgroup turns its nibbles into bfloat16 in registers, exactly, and
+the scale of a group multiplies the group's sums in float32. Where a stretch ends inside a block the pieces are added by
+XLA, in one fusion with what follows. If there are so many blocks that whole ones keep nearly all multiprocessors busy,
+none is cut, and the kernel writes the product itself.
 """
 
 import dataclasses
@@ -28,10 +28,23 @@ from pallas_kernels.int4_matmul.gpu_unpack import COLUMNS, ROWS
 plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 BLOCK_TOKENS = 64  # columns of a product at most: more tokens are more blocks on the line
-FEW_TOKENS = 16  # up to these, two warpgroups share features and take turns along the inputs
+FEW_TOKENS = 16  # up to these, two warpgroups share features and divide the inputs
 _CONSUMERS = 4
 _SMEM_BYTES = 220 * 1024  # of 227 KiB; the rest is for barriers and alignment
 _MAX_RING = 24
+
+
+_LOADING_REGISTERS = 24
+
+
+def multiplying_registers(warpgroups: int) -> int:
+    """The registers of a thread that multiplies, of so many warpgroups beside one that loads.
+
+    A block starts with as many as the compiler gives each thread, a multiple of 8, and no more can be had: a warpgroup
+    that asks for more waits for ever.
+    """
+    launched = 65536 // (128 * (warpgroups + 1)) // 8 * 8
+    return (launched * (warpgroups + 1) - _LOADING_REGISTERS) // warpgroups // 8 * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +53,7 @@ class Tuning:
 
     ring: int | None = None  # tiles in shared memory; None: as many as fit
     num_sms: int = 132  # multiprocessors of an H100 or H200
+    move_registers: bool = True  # from the loading warpgroup to those that multiply
     launch_early: bool = False  # programmatic dependent launch: weights are read while the kernel before ends
     busy: float = 0.8  # the share of multiprocessors from which on blocks stay whole
     many_tokens: int = 512  # with more the matrix is dequantized and XLA multiplies
@@ -52,7 +66,7 @@ class Split:
 
     tokens: int  # columns of a product
     across: int  # warpgroups side by side along the features
-    along: int  # warpgroups that take turns along the inputs
+    along: int  # warpgroups that divide the inputs of a tile, 128 each
     token_blocks: int
     blocks: int  # of features times tokens
     steps: int  # tiles of a block
@@ -72,9 +86,9 @@ class Split:
 def split_of(num_tokens: int, row_blocks: int, steps: int, t: Tuning) -> Split:
     """For ``num_tokens`` by ``row_blocks`` (even) times 64 features by ``steps`` times 128 inputs."""
     tokens = min(-(-num_tokens // 8) * 8, BLOCK_TOKENS)
-    few = tokens <= FEW_TOKENS
-    across = 2 if few or row_blocks % _CONSUMERS else _CONSUMERS
-    along = 2 if few else 1
+    along = 2 if tokens <= FEW_TOKENS and steps % 2 == 0 else 1
+    across = 2 if along == 2 or row_blocks % _CONSUMERS else _CONSUMERS
+    steps //= along
     token_blocks = -(-num_tokens // tokens)
     blocks = row_blocks // across * token_blocks
     rounds = -(-blocks // t.num_sms)
@@ -122,14 +136,14 @@ def multiply(
     total, whole = split.blocks * steps, split.pieces == 1
     halves = 1 if whole else 2  # of an output: a piece keeps what rounding leaves over
     group = COLUMNS if scale is None else d // scale.shape[1]
-    groups = COLUMNS // group  # of a tile
+    groups = COLUMNS // group  # of a warpgroup's part of a tile
     # Registers decide how many groups' sums are kept together, and whether factors are read while products are made.
     at_once = max(1, min(groups, (BLOCK_TOKENS if bias is None else BLOCK_TOKENS // 2) // tokens))
-    read_late = bias is not None and tokens > FEW_TOKENS
+    read_late = tokens > (48 if bias is None else FEW_TOKENS)
     repacked = weights.dtype == jnp.int32
     sums = None
     # The copy engine puts what it reads at multiples of 128 bytes in shared memory, and faults elsewhere.
-    sum_rows = max(groups, 128 // (4 * tokens))
+    sum_rows = max(along * groups, 128 // (4 * tokens))
     if bias is not None:  # of the inputs of a group: [MB, D/G, tokens]
         by_group = x.reshape(token_blocks, tokens, -1, group).transpose(0, 2, 1, 3)
         sums = jnp.sum(by_group, axis=3, dtype=jnp.float32)
@@ -138,14 +152,14 @@ def multiply(
 
     columns = min(64, group)  # a slice of the inputs is a number of whole swizzled tiles
     x_tiles = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-    w_shape = (across, *weights.shape[2:]) if repacked else (across * ROWS, COLUMNS)
+    width = along * COLUMNS  # of a tile
+    w_shape = (across, along, *weights.shape[2:]) if repacked else (across * ROWS, width)
     w_tiles = () if repacked else (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(COLUMNS // 2))
     bits = gpu_unpack.bits_of(weights.shape[2]) if repacked else 4
-    tile_bytes = across * ROWS * COLUMNS * bits // 8 + 2 * tokens * COLUMNS
-    tile_bytes += 2 * across * ROWS * groups * len(scales[:2]) + (0 if sums is None else 4 * sum_rows * tokens)
+    tile_bytes = across * ROWS * width * bits // 8 + 2 * tokens * width
+    tile_bytes += 2 * across * ROWS * along * groups * len(scales[:2]) + (0 if sums is None else 4 * sum_rows * tokens)
     out_bytes = across * ROWS * tokens * (2 * halves + (4 if along > 1 else 0))
     ring = t.ring or min(_MAX_RING, (_SMEM_BYTES - out_bytes) // tile_bytes)
-    ring -= ring % along  # a place in the ring belongs to those who take the same turns
     o_tiles = (plgpu.TilingTransform((8, ROWS)), plgpu.SwizzleTransform(128))
     row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -154,17 +168,17 @@ def multiply(
         w_ref,  # [F/64, D/128, 2 bits, 128], or [F, D]
         *refs,  # scale_ref, bias_ref [F/64, D/G, 64], sums_ref [MB, D/G, tokens], if there are such; row_scale_ref [F];
         # out_ref [1, MB tokens, F], or of pieces [P, 2, MB tokens, F]
-        x_smem,  # [ring, tokens, 128]
-        w_smem,  # [ring, across, 2 bits, 128], or [ring, 64 across, 128]
+        x_smem,  # [ring, tokens, 128 along]
+        w_smem,  # [ring, across, along, 2 bits, 128], or [ring, 64 across, 128 along]
         o_smem,  # [across, halves, tokens, 64]
         full,  # [ring]
         free,  # [ring]
         given,  # [across]
         taken,  # [across]
         other_smem: Any = None,  # [across, 64, tokens]
-        scale_smem: Any = None,  # [ring, across, groups, 64]
-        bias_smem: Any = None,  # [ring, across, groups, 64]
-        sums_smem: Any = None,  # [ring, groups or more, tokens]
+        scale_smem: Any = None,  # [ring, across, along * groups, 64]
+        bias_smem: Any = None,  # [ring, across, along * groups, 64]
+        sums_smem: Any = None,  # [ring, along * groups or more, tokens]
     ):
         *scale_refs, row_scale_ref, out_ref = refs
         warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
@@ -173,7 +187,8 @@ def multiply(
 
         @pl.when(warpgroup == along * across)
         def _load():
-            plgpu.set_max_registers(24, action="decrease")
+            if t.move_registers:
+                plgpu.set_max_registers(_LOADING_REGISTERS, action="decrease")
 
             def place_of(entry):
                 """(slot, step, features, tokens) of an entry of the stretch."""
@@ -188,34 +203,37 @@ def multiply(
 
             def load_weights(entry):
                 slot, step, features, _ = place_of(entry)
-                rows, cut = pl.ds(features * across, across), pl.ds(step * groups, groups)
+                rows, cut = pl.ds(features * across, across), pl.ds(step * (along * groups), along * groups)
                 if repacked:
-                    plgpu.copy_gmem_to_smem(w_ref.at[rows, step], w_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(w_ref.at[rows, pl.ds(step * along, along)], w_smem.at[slot], full.at[slot])
                 else:
-                    whole = pl.ds(features * (across * ROWS), across * ROWS), pl.ds(step * COLUMNS, COLUMNS)
+                    whole = pl.ds(features * (across * ROWS), across * ROWS), pl.ds(step * width, width)
                     plgpu.copy_gmem_to_smem(w_ref.at[whole], w_smem.at[slot], full.at[slot])
                 for ref, smem in zip(scale_refs[:2], (scale_smem, bias_smem)):
                     plgpu.copy_gmem_to_smem(ref.at[rows, cut], smem.at[slot], full.at[slot])
 
             def load_tokens(entry):
                 slot, step, _, token_block = place_of(entry)
-                inputs = x_ref.at[token_block, :, pl.ds(step * COLUMNS, COLUMNS)]
+                inputs = x_ref.at[token_block, :, pl.ds(step * width, width)]
                 plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], full.at[slot])
                 if sums is not None:
-                    cut = pl.ds(step * groups, groups)
-                    target = sums_smem.at[slot, pl.ds(0, groups)]
+                    cut = pl.ds(step * (along * groups), along * groups)
+                    target = sums_smem.at[slot, pl.ds(0, along * groups)]
                     plgpu.copy_gmem_to_smem(scale_refs[2].at[token_block, cut], target, full.at[slot])
 
             first = jnp.minimum(count, ring)
-            pl.loop(jnp.int32(0), first)(load_weights)  # they do not depend on what ran before
             if t.launch_early:
+                pl.loop(jnp.int32(0), first)(load_weights)  # they do not depend on what ran before
                 plgpu.griddepcontrol_wait()
                 plgpu.griddepcontrol_launch_dependents()
-            pl.loop(jnp.int32(0), first)(load_tokens)
+                pl.loop(jnp.int32(0), first)(load_tokens)
 
-            @pl.loop(first, count)
+            @pl.loop(first if t.launch_early else jnp.int32(0), count)
             def _(entry):
-                plgpu.barrier_wait(free.at[lax.rem(entry, jnp.int32(ring))])
+                @pl.when(entry >= ring)
+                def _():
+                    plgpu.barrier_wait(free.at[lax.rem(entry, jnp.int32(ring))])
+
                 load_weights(entry)
                 load_tokens(entry)
 
@@ -225,19 +243,20 @@ def multiply(
 
         @pl.when((warpgroup < along * across) & (count > 0))
         def _compute():
-            plgpu.set_max_registers(120 if along * across == _CONSUMERS else 216, action="increase")
+            if t.move_registers:
+                plgpu.set_max_registers(multiplying_registers(along * across), action="increase")
             if t.launch_early:  # what ran before may still read what this writes
                 plgpu.griddepcontrol_wait()
             rows = lax.rem(warpgroup, jnp.int32(across))
-            turn = lax.div(warpgroup, jnp.int32(across))
+            section = lax.div(warpgroup, jnp.int32(across))
             first_block = lax.div(start, jnp.int32(steps))
             num_pieces = lax.div(start + count - 1, jnp.int32(steps)) - first_block + 1
 
             def operands_of(slot):
                 """The tile's groups as left operands."""
                 if repacked:
-                    return gpu_unpack.operands(gpu_unpack.load_words(w_smem.at[slot, rows]), group, interpret)
-                tile = w_smem.at[slot, pl.ds(rows * ROWS, ROWS)]
+                    return gpu_unpack.operands(gpu_unpack.load_words(w_smem.at[slot, rows, section]), group, interpret)
+                tile = w_smem.at[slot, pl.ds(rows * ROWS, ROWS), pl.ds(section * COLUMNS, COLUMNS)]
                 w = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X)
                 return [plgpu.layout_cast(w, plgpu.Layout.WGMMA).astype(x.dtype)]
 
@@ -248,7 +267,7 @@ def multiply(
 
                     def products(*refs, some=some):
                         for g, ref in zip(some, refs, strict=True):
-                            right = x_smem.at[slot, :, pl.ds(g * group, group)].transpose((1, 0))
+                            right = x_smem.at[slot, :, pl.ds(section * COLUMNS + g * group, group)].transpose((1, 0))
                             plgpu.wgmma(ref, left[g], right)
                         factors = None if read_late else read_factors(slot, some)
                         return [ref[...] for ref in refs], factors
@@ -272,29 +291,27 @@ def multiply(
                 """A group's scales [64] and biases [64] and the sums of its inputs [tokens], if there are any."""
                 if scale is None:
                     return None, None, None
-                s = plgpu.load(scale_smem.at[slot, rows, g], layout=row_layout).astype(jnp.float32)
+                s = plgpu.load(scale_smem.at[slot, rows, section * groups + g], layout=row_layout).astype(jnp.float32)
                 if bias is None:
                     return s, None, None
-                b = plgpu.load(bias_smem.at[slot, rows, g], layout=row_layout).astype(jnp.float32)
-                return s, b, plgpu.load(sums_smem.at[slot, g], layout=column_layout)
+                b = plgpu.load(bias_smem.at[slot, rows, section * groups + g], layout=row_layout).astype(jnp.float32)
+                return s, b, plgpu.load(sums_smem.at[slot, section * groups + g], layout=column_layout)
 
             @pl.loop(jnp.int32(0), num_pieces)
             def _(j):
                 block = first_block + j
                 begin = jnp.maximum(block * steps, start) - start
                 end = jnp.minimum((block + 1) * steps, start + count) - start
-                first = begin + lax.rem(turn + lax.rem(begin, jnp.int32(along)), jnp.int32(along))
 
-                def add_entry(i, acc):
-                    slot = lax.rem(first + i * along, jnp.int32(ring))
+                def add_entry(entry, acc):
+                    slot = lax.rem(entry, jnp.int32(ring))
                     plgpu.barrier_wait(full.at[slot])
                     acc = add_tile(slot, acc)
                     plgpu.barrier_arrive(free.at[slot])
                     return acc
 
                 zeros = plgpu.layout_cast(jnp.zeros((ROWS, tokens), jnp.float32), plgpu.Layout.WGMMA)
-                turns = lax.div(jnp.maximum(end - first, 0) + (along - 1), jnp.int32(along))
-                acc = lax.fori_loop(jnp.int32(0), turns, add_entry, zeros)
+                acc = lax.fori_loop(begin, end, add_entry, zeros)
 
                 def write(acc):
                     token_block = lax.rem(block, jnp.int32(token_blocks))
@@ -316,13 +333,13 @@ def multiply(
                     write(acc)
                 else:
 
-                    @pl.when(turn == 1)
+                    @pl.when(section == 1)
                     def _():
                         other_smem[rows] = acc
                         plgpu.barrier_arrive(given.at[rows])
                         plgpu.barrier_wait(taken.at[rows])
 
-                    @pl.when(turn == 0)
+                    @pl.when(section == 0)
                     def _():
                         plgpu.barrier_wait(given.at[rows])
                         other = plgpu.load(other_smem.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -332,11 +349,11 @@ def multiply(
             plgpu.wait_smem_to_gmem(0)
 
     scratch: dict[str, Any] = dict(
-        x_smem=plgpu.SMEM((ring, tokens, COLUMNS), x.dtype, transforms=x_tiles),
+        x_smem=plgpu.SMEM((ring, tokens, width), x.dtype, transforms=x_tiles),
         w_smem=plgpu.SMEM((ring, *w_shape), weights.dtype, transforms=w_tiles),
         o_smem=plgpu.SMEM((across, halves, tokens, ROWS), x.dtype, transforms=o_tiles),
         full=plgpu.Barrier(num_arrivals=len(operands) - 1, num_barriers=ring),
-        free=plgpu.Barrier(num_arrivals=across, num_barriers=ring),
+        free=plgpu.Barrier(num_arrivals=along * across, num_barriers=ring),
         given=plgpu.Barrier(num_barriers=across),
         taken=plgpu.Barrier(num_barriers=across),
     )
@@ -344,7 +361,7 @@ def multiply(
         scratch["other_smem"] = plgpu.SMEM((across, ROWS, tokens), jnp.float32)
     for name, a in (("scale_smem", scale), ("bias_smem", bias)):
         if a is not None:
-            scratch[name] = plgpu.SMEM((ring, across, groups, ROWS), a.dtype)
+            scratch[name] = plgpu.SMEM((ring, across, along * groups, ROWS), a.dtype)
     if sums is not None:
         scratch["sums_smem"] = plgpu.SMEM((ring, sum_rows, tokens), jnp.float32)
     shape = (token_blocks * tokens, weights.shape[0] * (ROWS if repacked else 1))

@@ -26,9 +26,10 @@ def paged_attention(
     """Causal grouped-query attention of a flat batch of tokens over the pages of their sequences.
 
     The K and V of the step's own tokens are already in the pages. Rows ``0..BD-1`` (``BD = num_decode_rows``) have
-    one query each, token ``i`` that of row ``i``. The queries of the other ``BP`` rows lie one chunk after another in
-    tokens ``BD..T-1``: row ``BD + j`` has tokens ``BD + cu[j] .. BD + cu[j + 1] - 1``. A row's queries are the LAST
-    tokens of its sequence: query ``i`` of ``n`` sees keys ``0 .. kv_len - n + i``.
+    one query each, token ``i`` that of row ``i``. The queries of the other ``BP`` rows lie one chunk after another:
+    row ``BD + j`` has tokens ``cu[j] .. cu[j + 1] - 1``. If the first begins before token BD, the decode rows from
+    ``cu[0]`` on are padding. A row's queries are the LAST tokens of its sequence: query ``i`` of ``n`` sees keys
+    ``0 .. kv_len - n + i``.
 
     Args:
         q: ``[T, N, H]``.
@@ -37,7 +38,7 @@ def paged_attention(
             included.
         page_table: ``[B, MP]`` int32, ``B = BD + BP``; entries beyond a row's length may be any valid page id.
         kv_lens: ``[B]`` int32, keys of each row, this step's included; 0 marks a padding row.
-        prefill_cu_q_lens: ``[BP + 1]`` int32, ascending from 0.
+        prefill_cu_q_lens: ``[BP + 1]`` int32, ascending.
         num_decode_rows: BD.
         sm_scale: factor on the scores before the softmax.
         window: keys that a query sees, its own included, counted back from it (sliding window); None: all.
@@ -48,8 +49,8 @@ def paged_attention(
         implementation: of ``pallas_kernels.dispatch``; None is the reference, which runs everywhere.
 
     Returns:
-        ``[T, N, H]`` (with ``value_dim`` that instead of H) in q's dtype; zero for tokens of padding rows and tokens
-        after the last chunk. Accumulated in f32.
+        ``[T, N, H]`` (with ``value_dim`` that instead of H) in q's dtype; zero for tokens that are neither a decode
+        row's nor in a chunk. Accumulated in f32.
 
     Raises:
         ValueError: shapes that do not fit each other, with both numbers.
@@ -73,7 +74,7 @@ def paged_attention(
             f"page_table has {num_rows} rows, kv_lens {kv_lens.shape}, "
             f"num_decode_rows={num_decode_rows} and prefill rows {num_prefill_rows}"
         )
-    if num_tokens < num_decode_rows or (num_prefill_rows == 0) != (num_tokens == num_decode_rows):
+    if num_tokens < num_decode_rows or (num_prefill_rows == 0 and num_tokens != num_decode_rows):
         raise ValueError(f"{num_tokens} tokens, {num_decode_rows} decode rows, {num_prefill_rows} prefill rows")
     return dispatch.choose(_IMPLEMENTATIONS, implementation)(
         q,

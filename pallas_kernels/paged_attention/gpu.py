@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import gpu_decode, gpu_prefill
+from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, reference
 
 
 def needs(
@@ -52,11 +52,12 @@ def paged_attention(
     if value_dim is not None:
         raise ValueError(f"value_dim={value_dim}: not in the Hopper kernel")
     variant: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
-    bd, parts = num_decode_rows, []
+    bd = num_decode_rows
+    decoded = chunks = None
     if bd:
-        parts.append(gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], **variant))
-    if q.shape[0] > bd:
-        parts.append(
-            gpu_prefill.prefill_attention(q[bd:], kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, **variant)
-        )
-    return jnp.concatenate(parts)
+        decoded = gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], **variant)  # [BD, N, H]
+    if page_table.shape[0] > bd:
+        chunks = gpu_prefill.prefill_attention(
+            q, kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, **variant
+        )  # [T, N, H]
+    return reference.merged(decoded, chunks, prefill_cu_q_lens)

@@ -61,7 +61,7 @@ def prefill_attention(
     """Attention of the chunks alone; arguments as of ``paged_attention`` without decode rows.
 
     Args:
-        q: ``[TP, N, H]`` bfloat16; H and PS as of ``decode_attention``, at most 64 query heads a kv head.
+        q: ``[T, N, H]`` bfloat16; H and PS as of ``decode_attention``, at most 64 query heads a kv head.
         kv_pages: ``[NP, K, 2, PS, H]`` bfloat16.
         page_table: ``[BP, MP]`` int32.
         kv_lens: ``[BP]`` int32.
@@ -72,7 +72,7 @@ def prefill_attention(
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
     Returns:
-        ``[TP, N, H]``.
+        ``[T, N, H]``, zero for tokens in no chunk.
     """
     num_tokens, n, h = q.shape
     k_heads, num_rows = kv_pages.shape[1], page_table.shape[0]
@@ -113,10 +113,10 @@ def prefill_attention(
     out = out[:, :, :, : tokens * group].reshape(num_blocks, k_heads, _CONSUMERS, tokens, group, h)
     out = out.transpose(0, 2, 3, 1, 4, 5).reshape(num_blocks * qb, n, h)
     # Where each token's block is.
-    t = jnp.arange(num_tokens)  # [TP]
-    t_row = jnp.minimum(jnp.sum(cu_q_lens[None, 1:] <= t[:, None], axis=1), num_rows - 1)  # [TP]
-    flat = (last_block - blocks)[t_row] * qb + t - cu_q_lens[t_row]  # [TP]
-    flat = jnp.where(t < cu_q_lens[-1], flat, num_blocks * qb)
+    t = jnp.arange(num_tokens)  # [T]
+    t_row = jnp.minimum(jnp.sum(cu_q_lens[None, 1:] <= t[:, None], axis=1), num_rows - 1)  # [T]
+    flat = (last_block - blocks)[t_row] * qb + t - cu_q_lens[t_row]  # [T]
+    flat = jnp.where((t >= cu_q_lens[0]) & (t < cu_q_lens[-1]), flat, num_blocks * qb)
     return out.at[flat].get(mode="fill", fill_value=0)
 
 

@@ -41,22 +41,33 @@ def paged_attention(
         sinks=sinks,
         value_dim=value_dim,
     )
-    bd, parts = num_decode_rows, []
+    bd = num_decode_rows
+    decoded = chunks = None
     if bd:
-        decode = attend(q[:bd, None], (kv_lens[:bd] - 1)[:, None], page_table[:bd], kv_lens[:bd])  # [BD, 1, N, H]
-        parts.append(decode[:, 0])
-    if q.shape[0] > bd:
-        parts.append(_attend_chunks(attend, q[bd:], page_table[bd:], kv_lens[bd:], prefill_cu_q_lens))
-    return jnp.concatenate(parts)
+        decoded = attend(q[:bd, None], (kv_lens[:bd] - 1)[:, None], page_table[:bd], kv_lens[:bd])[:, 0]  # [BD, N, H]
+    if page_table.shape[0] > bd:
+        chunks = _attend_chunks(attend, q, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens)  # [T, N, H]
+    return merged(decoded, chunks, prefill_cu_q_lens)
+
+
+def merged(decoded: jax.Array | None, chunks: jax.Array | None, cu_q_lens: jax.Array) -> jax.Array:
+    """[T, ...] of the decode rows' outputs [BD, ...] and the chunks' [T, ...], which begin at ``cu_q_lens[0]``."""
+    if decoded is None or chunks is None:
+        out = chunks if decoded is None else decoded
+        assert out is not None
+        return out
+    padded = jnp.pad(decoded, ((0, chunks.shape[0] - decoded.shape[0]), (0, 0), (0, 0)))
+    is_decoded = jnp.arange(chunks.shape[0]) < jnp.minimum(cu_q_lens[0], decoded.shape[0])
+    return jnp.where(is_decoded[:, None, None], padded, chunks)
 
 
 def _attend_chunks(
     attend: Callable[..., jax.Array],
-    q: jax.Array,  # [TP, N, H]
+    q: jax.Array,  # [T, N, H]
     page_table: jax.Array,  # [BP, MP]
     kv_lens: jax.Array,  # [BP]
     cu_q_lens: jax.Array,  # [BP + 1]
-) -> jax.Array:  # [TP, N, H]
+) -> jax.Array:  # [T, N, H], zero outside the chunks
     """Cuts the chunks into query blocks (QB tokens of one row), attends, and puts the tokens back in place."""
     num_tokens, num_rows = q.shape[0], page_table.shape[0]
     qb = min(QUERY_BLOCK, num_tokens)
@@ -74,11 +85,11 @@ def _attend_chunks(
     q_blocks = q.at[token].get(mode="fill", fill_value=0)  # [NB, QB, N, H]
     out = attend(q_blocks, position, page_table[row], block_kv_len)  # [NB, QB, N, H]
     # Where each token's block is: a gather, because a scatter is a loop on CPUs.
-    t = jnp.arange(num_tokens)  # [TP]
-    t_row = jnp.clip(jnp.searchsorted(cu_q_lens[1:], t, side="right"), 0, num_rows - 1)  # [TP]
+    t = jnp.arange(num_tokens)  # [T]
+    t_row = jnp.clip(jnp.searchsorted(cu_q_lens[1:], t, side="right"), 0, num_rows - 1)  # [T]
     t_offset = t - cu_q_lens[t_row]
-    flat = (first_block[t_row] + t_offset // qb) * qb + t_offset % qb  # [TP]
-    flat = jnp.where(t < cu_q_lens[-1], flat, num_blocks * qb)
+    flat = (first_block[t_row] + t_offset // qb) * qb + t_offset % qb  # [T]
+    flat = jnp.where((t >= cu_q_lens[0]) & (t < cu_q_lens[-1]), flat, num_blocks * qb)
     return out.reshape(num_blocks * qb, *out.shape[2:]).at[flat].get(mode="fill", fill_value=0)
 
 

@@ -66,7 +66,7 @@ def test_prefix_cached_is_cold():
         assert second[longest].cached_tokens == (len(tiny.prompts(7)[longest]) - 1) // 4 * 4 > 0
 
 
-@pytest.mark.parametrize("page_size, prefill_sizes", [(1, (4,)), (16, (8, 32)), (7, (3,))])
+@pytest.mark.parametrize("page_size, prefill_sizes", [(1, (5,)), (16, (8, 32)), (7, (2, 6))])
 def test_any_page_and_chunk_size(page_size, prefill_sizes):
     with tiny.engine(page_size=page_size, prefill_sizes=prefill_sizes, num_pages=400 // page_size) as engine:
         assert tokens(engine.generate(tiny.prompts(7), GREEDY)) == expected()

@@ -32,6 +32,7 @@ class ProductCase(NamedTuple):
     group: int = 128
     biases: bool = False
     tuning: ProductTuning = ProductTuning()
+    spilled_bytes: int = 0
 
 
 class StepCase(NamedTuple):
@@ -84,7 +85,7 @@ PRODUCTS = {
     "int4-16-tokens-biases": ProductCase(16, biases=True),
     "int4-16-tokens-groups-of-32-biases": ProductCase(16, group=32, biases=True),
     "int4-64-tokens-groups-of-64": ProductCase(64, group=64),
-    "int4-64-tokens-biases": ProductCase(64, biases=True),
+    "int4-64-tokens-biases": ProductCase(64, biases=True, spilled_bytes=16),
     "int4-512-tokens-whole-blocks": ProductCase(512),
     "int4-16-tokens-launched-early": ProductCase(16, tuning=ProductTuning(launch_early=True)),
     "int4-dequantized-biases": ProductCase(1024, biases=True),

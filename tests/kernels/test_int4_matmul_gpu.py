@@ -47,13 +47,13 @@ def tokens(seed, m, d):
 
 CASES = {
     # m, f, d, group, symmetric, tuning
-    "two turns, pieces of a block": (1, 128, 640, 128, True, Tuning(num_sms=3, ring=2)),
+    "halves of a tile, pieces of a block": (1, 128, 1280, 128, True, Tuning(num_sms=3, ring=2)),
     "several blocks a stretch, groups of 32 with biases": (9, 384, 256, 32, False, Tuning(num_sms=2)),
     "more streams than tiles, groups of 64": (16, 128, 256, 64, True, Tuning(num_sms=5)),
     "four blocks of features": (24, 512, 256, 128, False, Tuning(num_sms=3, ring=2)),
     "two blocks of features, groups of 32": (33, 128, 256, 32, True, Tuning(num_sms=3, ring=2)),
     "two blocks of tokens": (70, 256, 256, 64, False, Tuning(num_sms=3)),
-    "padded features and inputs": (3, 72, 192, 32, False, Tuning(num_sms=2)),
+    "odd number of tiles, padded": (3, 72, 320, 32, False, Tuning(num_sms=2)),
     "one scale a row": (2, 136, 288, 288, False, Tuning(num_sms=2)),
     "whole blocks": (5, 384, 384, 128, False, Tuning(num_sms=2, ring=2, busy=0.7)),
     "whole blocks of features and tokens": (70, 512, 128, 64, True, Tuning(num_sms=2, busy=0.7)),
@@ -101,10 +101,19 @@ def test_nibbles_are_in_the_order_of_a_checkpoint():
     assert gpu_unpack.nibbles(jnp.array([[0x21, 0x43]], jnp.uint8)).tolist() == [[1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("warpgroups", [2, 4])
+def test_a_block_asks_for_no_more_registers_than_it_started_with(warpgroups):
+    started = 65536 // (128 * (warpgroups + 1)) // 8 * 8 * (warpgroups + 1)
+    registers = gpu_stream.multiplying_registers(warpgroups)
+    assert registers % 8 == 0
+    assert started - 8 * warpgroups < registers * warpgroups + 24 <= started
+
+
 def test_every_piece_has_one_place():
     for blocks_of_rows, steps, num_tokens in ((32, 32, 1), (224, 32, 16), (64, 112, 64), (6, 5, 300), (2, 1, 8)):
         split = gpu_stream.split_of(num_tokens, 2 * blocks_of_rows, steps, Tuning())
         counts = split.counts()
+        steps //= split.along
         owner = np.arange(split.blocks * steps) // split.stretch
         assert owner.max() < 132
         for block, count in enumerate(counts):

@@ -68,7 +68,9 @@ def case(
     out_dim = head_dim if value_dim is None else value_dim
     r = np.random.default_rng(seed)
     rows = [(1, n) for n in decode_lens] + [(0, 0)] * pad_rows + list(chunks) + [(0, 0)] * pad_rows
-    num_decode = len(decode_lens) + pad_rows
+    num_decode, has_chunks = len(decode_lens) + pad_rows, bool(chunks)
+    if not has_chunks:
+        rows = rows[:num_decode]
     max_pages = max(-(-n // page_size) for _, n in rows) + 1
     num_pages = max_pages * len(rows) + 2
     free = list(r.permutation(num_pages))
@@ -85,14 +87,16 @@ def case(
                 kv[table[row, i // page_size], :, 1, i % page_size] = v[i]
         queries = normal(new, num_heads, head_dim)
         out = dense(queries, k, v if value_dim is None else k[..., :value_dim], 0.3, **variant)
-        if row < num_decode and new == 0:  # a padding row of the decode region has a token
+        if (
+            row < num_decode and new == 0 and not has_chunks
+        ):  # beside chunks a place that nobody decodes in has no token
             queries, out = r.standard_normal((1, num_heads, head_dim)), np.zeros((1, num_heads, out_dim))
         q.append(queries)
         want.append(out)
-    if len(rows) > num_decode:
+    if has_chunks:
         q.append(r.standard_normal((pad_tokens, num_heads, head_dim)))
         want.append(np.zeros((pad_tokens, num_heads, out_dim)))
-    cu = np.cumsum([0] + [new for new, _ in rows[num_decode:]])
+    cu = len(decode_lens) * has_chunks + np.cumsum([0] + [new for new, _ in rows[num_decode:]])
     inputs: dict[str, Any] = {
         "q": jnp.asarray(np.concatenate(q), jnp.float32),
         "kv_pages": jnp.asarray(kv, jnp.float32),

@@ -17,7 +17,7 @@ from jaxserve.scheduler.batch import (
     build_inputs,
     choose_bucket,
     choose_sampling,
-    prefill_size,
+    first_chunk,
     slot_loads,
 )
 from jaxserve.scheduler.scheduler import Scheduler
@@ -47,9 +47,15 @@ def sequence_with(prompt: list[int], **params) -> Sequence:
 def test_all_buckets():
     assert all_buckets(CONFIG) == [
         (1, 0, 0), (4, 0, 0), (8, 0, 0),
-        (0, 2, 2), (8, 2, 2),
+        (0, 2, 2), (2, 2, 2),
         (0, 16, 3), (8, 16, 3),
     ]  # fmt: skip
+
+
+def test_large_steps_that_read_prompts_have_places_to_decode_in_any_case():
+    config = SchedulerConfig(max_model_len=64, max_num_seqs=8, prefill_sizes=(16, 2048), decode_sizes=(8,))
+    assert all_buckets(config) == [(8, 0, 0), (0, 16, 4), (8, 16, 4), (8, 2048, 4)]
+    assert choose_bucket(config, 0, 17) == choose_bucket(config, 8, 9) == (8, 2048, 4)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +65,10 @@ def test_all_buckets():
         (2, 0, (4, 0, 0)),
         (8, 0, (8, 0, 0)),
         (0, 2, (0, 2, 2)),
-        (1, 2, (8, 2, 2)),
+        (1, 1, (2, 2, 2)),
+        (1, 2, (8, 16, 3)),
         (0, 3, (0, 16, 3)),
-        (8, 16, (8, 16, 3)),
+        (8, 8, (8, 16, 3)),
     ],
 )
 def test_choose_bucket(num_decode_rows, num_prefill_tokens, expected):
@@ -85,19 +92,40 @@ def test_choose_bucket(num_decode_rows, num_prefill_tokens, expected):
 )
 def test_prompts_are_cut_where_padding_costs_more(num_tokens, expected):
     sizes, found = (128, 512, 2048, 8192), []
+    config = SchedulerConfig(
+        max_model_len=64, max_num_seqs=8, prefill_sizes=sizes, decode_sizes=(8,), max_prefill_rows=3
+    )
     while num_tokens > 0:
-        found.append(prefill_size(sizes, num_tokens))
+        found.append(choose_bucket(config, 0, first_chunk(sizes, num_tokens)).num_tokens)
+        num_tokens -= found[-1]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_decode_rows", "expected"),
+    [
+        (20, 100, [20]),  # a step of 128
+        (29, 100, [29]),  # of 512: two of 128 cost more
+        (600, 100, [412, 188]),  # both of 512
+        (2000, 256, [1792, 208]),  # of 2048 and 512
+        (5, 200, [5]),  # 128 are too few for the rows that decode
+    ],
+)
+def test_prompts_are_cut_for_what_the_decode_rows_leave(num_tokens, num_decode_rows, expected):
+    found = []
+    while num_tokens > 0:
+        found.append(first_chunk((128, 512, 2048, 8192), num_tokens, num_decode_rows))
         num_tokens -= found[-1]
     assert found == expected
 
 
 def test_every_choice_is_a_known_bucket():
-    choices = {choose_bucket(CONFIG, rows, tokens) for rows in range(9) for tokens in range(17) if rows or tokens}
+    choices = {choose_bucket(CONFIG, rows, tokens) for rows in range(9) for tokens in range(17 - rows) if rows + tokens}
     assert choices == set(all_buckets(CONFIG))
 
 
 def test_build_inputs_by_hand():
-    """Bucket (3, 6, 2): two decode rows, one of which has its token on the device, and one chunk of four tokens."""
+    """Bucket (3, 9, 2): two of three places to decode, one token on the device, and one chunk of four."""
     slots = SlotArrays(DIMS)
     here = sequence_with([11, 12, 13, 14, 15], temperature=0.5, top_p=0.25, min_p=0.125, top_k=9, min_tokens=2)
     there = sequence_with([21, 22, 23, 24], temperature=0.0, top_k=-1, logprobs=3)
@@ -111,18 +139,18 @@ def test_build_inputs_by_hand():
         ScheduledRow(there, 0, 4, 1, True),  # token 4 is not known yet
         ScheduledRow(chunk, 3, 2, 4, False),
     )
-    buffer, inputs = build_inputs(ScheduledBatch(Bucket(3, 6, 2), rows, 2), slots, DIMS)
+    buffer, inputs = build_inputs(ScheduledBatch(Bucket(3, 9, 2), rows, 2), slots, DIMS)
 
     assert buffer.dtype == np.int32
     expected = {
-        "token_ids": [15, -1, 0, 33, 34, 35, 36, 0, 0],
-        "positions": [4, 4, 0, 2, 3, 4, 5, 0, 0],
-        "kv_write_index": [4, 28, DROPPED, 18, 19, 20, 21, DROPPED, DROPPED],
+        "token_ids": [15, -1, 33, 34, 35, 36, 0, 0, 0],
+        "positions": [4, 4, 2, 3, 4, 5, 0, 0, 0],
+        "kv_write_index": [4, 28, 18, 19, 20, 21, DROPPED, DROPPED, DROPPED],
         "page_table": [[9, 1, 0], [3, 7, 0], [0, 0, 0], [4, 5, 6], [0, 0, 0]],
         "kv_lens": [5, 5, 0, 6, 0],
-        "prefill_cu_q_lens": [0, 4, 4],
+        "prefill_cu_q_lens": [2, 6, 6],
         "slot_ids": [2, 0, 4, 3, 4],
-        "sample_index": [0, 1, 0, 6, 0],
+        "sample_index": [0, 1, 0, 5, 0],
         "does_sample": [1, 1, 0, 0, 0],
         "top_k": [9, 0, 0, 0, 0],
         "seed": [[5, -1], [5, -1], [0, 0], [5, -1], [0, 0]],
@@ -146,14 +174,14 @@ def test_two_chunks_lie_one_after_another():
     slots.assign(1, second.request, [1, 2])
     rows = (ScheduledRow(first, 0, 0, 3, True), ScheduledRow(second, 1, 0, 5, True))
     _, inputs = build_inputs(ScheduledBatch(Bucket(4, 10, 3), rows, 0), slots, DIMS)
-    assert inputs.token_ids.tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0]
+    assert inputs.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0, 0]
     assert inputs.prefill_cu_q_lens.tolist() == [0, 3, 8, 8]
-    assert inputs.sample_index.tolist() == [0] * 4 + [6, 11, 0]
+    assert inputs.sample_index.tolist() == [0] * 4 + [2, 7, 0]
     assert inputs.kv_lens.tolist() == [0] * 4 + [3, 5, 0]
     assert inputs.slot_ids.tolist() == [4] * 4 + [0, 1, 4]
 
 
-def test_row_index_counts_the_padding_of_the_decode_region():
+def test_row_index_counts_the_places_that_nobody_decodes_in():
     row = ScheduledRow(sequence_with([1]), 0, 0, 1, True)
     batch = ScheduledBatch(Bucket(8, 16, 3), (row,) * 4, 2)
     assert [batch.row_index(i) for i in range(4)] == [0, 1, 8, 9]

@@ -65,7 +65,7 @@ def test_a_prompt_is_cut_where_padding_costs_more_than_a_step():
 
 
 def test_a_prompt_in_chunks_then_one_token_a_step():
-    scheduler = make_scheduler(prefill_sizes=(2, 4))
+    scheduler = make_scheduler(prefill_sizes=(2, 4), max_num_seqs=3)
     scheduler.add(make_request("a", [5] * 6, 3))
     first = next_batch(scheduler)
     assert shape(first) == [("a", 0, 4, False)] and first.bucket == (0, 4, 4)
@@ -89,17 +89,17 @@ def test_decode_rows_and_a_prompt_chunk_share_a_step():
     commit(scheduler, next_batch(scheduler))
     scheduler.add(make_request("b", [6] * 10, 9))
     batch = next_batch(scheduler)
-    assert shape(batch) == [("a", 3, 1, True), ("b", 0, 8, False)]
+    assert shape(batch) == [("a", 3, 1, True), ("b", 0, 7, False)]
     assert batch.bucket == (4, 8, 4) and batch.num_decode_rows == 1
     [token] = commit(scheduler, batch, 2, 3)
     assert (token.request_id, token.row, token.token) == ("a", 0, 2)
     batch = next_batch(scheduler)
-    assert shape(batch) == [("a", 4, 1, True), ("b", 8, 2, True)]
+    assert shape(batch) == [("a", 4, 1, True), ("b", 7, 3, True)]
     assert [(t.request_id, t.row, t.token) for t in commit(scheduler, batch, 2, 3)] == [("a", 0, 2), ("b", 4, 3)]
 
 
 def test_a_single_token_prompt_takes_a_decode_row():
-    scheduler = make_scheduler(prefill_sizes=(4,))
+    scheduler = make_scheduler(prefill_sizes=(5,))
     scheduler.add(make_request("a", [5], 2))
     scheduler.add(make_request("b", [6] * 5, 2))
     batch = next_batch(scheduler)
@@ -242,7 +242,7 @@ def test_nobody_is_admitted_in_the_step_of_a_preemption():
 
 
 def test_a_sequence_is_preempted_in_the_middle_of_its_prompt():
-    scheduler = make_scheduler(num_pages=6, prefill_sizes=(2,))
+    scheduler = make_scheduler(num_pages=6, prefill_sizes=(3,), max_num_seqs=2)
     scheduler.add(make_request("old", [5] * 4, 9, eos=False))  # 2 pages: 4 tokens and one more
     for _ in range(2):
         commit(scheduler, next_batch(scheduler))
@@ -346,7 +346,7 @@ def test_a_page_that_this_step_writes_is_not_matched_in_it():
     scheduler.add(make_request("longer", [5] * 8 + [6], 9))
     assert shape(next_batch(scheduler)) == [("a", 0, 7, False)]
     # a's last prompt token fills its second page now: whoever is admitted now finds only the first.
-    assert shape(next_batch(scheduler)) == [("a", 7, 1, True), ("b", 4, 4, True), ("longer", 4, 3, False)]
+    assert shape(next_batch(scheduler)) == [("a", 7, 1, True), ("b", 4, 4, True), ("longer", 4, 2, False)]
 
 
 def test_a_group_is_queued_whole_or_not_at_all():
@@ -419,7 +419,7 @@ def test_what_a_step_in_flight_writes_is_kept_too():
 
 
 def test_static_batching_admits_only_into_an_empty_batch():
-    scheduler = make_scheduler(batching="static", prefill_sizes=(4,), max_num_seqs=3, decode_sizes=(1, 2, 3))
+    scheduler = make_scheduler(batching="static", prefill_sizes=(5,), max_num_seqs=3, decode_sizes=(1, 2, 3))
     scheduler.add(make_request("short", [5], 1))
     scheduler.add(make_request("long", [5] * 6, 3))
     scheduler.add(make_request("third", [5] * 6, 3))

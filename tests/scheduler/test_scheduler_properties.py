@@ -67,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         config = SchedulerConfig(
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=max_num_seqs,
-            prefill_sizes=prefill_sizes,
+            prefill_sizes=tuple(sorted({*prefill_sizes, max(*prefill_sizes, max_num_seqs + 1)})),
             decode_sizes=(1, max_num_seqs) if small_decode and max_num_seqs > 1 else (max_num_seqs,),
             max_prefill_rows=max_prefill_rows,
             max_num_waiting=6,
@@ -145,7 +145,7 @@ def test_a_crowd_on_few_pages(lookahead: int, prefix_caching: bool, page_size: i
     config = SchedulerConfig(
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=8,
-        prefill_sizes=(2, 5),
+        prefill_sizes=(2, 9),
         decode_sizes=(2, 8),
         lookahead=1 if lookahead else 0,
     )
