@@ -45,7 +45,7 @@ def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 6
         clock.append(time.perf_counter())
         state, logits, fields = run._compiled[bucket](run._params, run._state, inputs)
         clock.append(time.perf_counter())
-        last_tokens, _, packed = run._samplers[bucket.num_rows, "greedy"](state.last_tokens, None, logits, fields)
+        last_tokens, _, packed = run._samplers[bucket.num_rows, "greedy"](state.last_tokens, None, logits, fields, None)
         run._state = state.replace(last_tokens=last_tokens)
         del logits, fields, state, last_tokens
         pending.append(packed)
@@ -98,8 +98,10 @@ def main() -> None:
     dims = StepDims(num_slots=max(args.rows, default=256), max_pages_per_seq=256, num_pages=1024, page_size=16)
     buckets = [Bucket(rows, 0, 0) for rows in args.rows] + [Bucket(0, n, min(64, n)) for n in args.prompt_tokens]
 
-    def compile_step(lowered: jax.stages.Lowered, mesh: Any, **_: Any) -> jax.stages.Compiled:
-        return original(lowered, mesh, in_graph=not args.no_graphs)
+    def compile_step(lowered: jax.stages.Lowered, mesh: Any) -> jax.stages.Compiled:
+        if not args.no_graphs:
+            return original(lowered, mesh)
+        return lowered.compile(compiler_options=runner.GPU_OPTIONS | {"xla_gpu_enable_command_buffer": ""})
 
     original = runner.compile_step
     with mock.patch.object(runner, "compile_step", compile_step):

@@ -10,20 +10,37 @@ if TYPE_CHECKING:
     from jaxserve.config import ModelConfig
     from jaxserve.engine.async_engine import AsyncEngine
     from jaxserve.engine.engine import Engine
-    from jaxserve.request import Completion, RequestError, SamplingParams, TokenEvent
+    from jaxserve.request import Completion, Embedding, RequestError, SamplingParams, StructuredOutputs, TokenEvent
+    from jaxserve.server.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncClient": "jaxserve.server.client",
     "AsyncEngine": "jaxserve.engine.async_engine",
+    "Client": "jaxserve.server.client",
     "Completion": "jaxserve.request",
+    "Embedding": "jaxserve.request",
     "Engine": "jaxserve.engine.engine",
     "ModelConfig": "jaxserve.config",
     "RequestError": "jaxserve.request",
     "SamplingParams": "jaxserve.request",
+    "StructuredOutputs": "jaxserve.request",
     "TokenEvent": "jaxserve.request",
 }
-__all__ = ["AsyncEngine", "Completion", "Engine", "ModelConfig", "RequestError", "SamplingParams", "TokenEvent"]
+__all__ = [
+    "AsyncClient",
+    "AsyncEngine",
+    "Client",
+    "Completion",
+    "Embedding",
+    "Engine",
+    "ModelConfig",
+    "RequestError",
+    "SamplingParams",
+    "StructuredOutputs",
+    "TokenEvent",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ All of a slot lies in ONE int32 buffer (floats bit-cast); ``SlotConstraints`` ar
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +87,24 @@ def new_slot(dims: ConstraintDims) -> tuple[np.ndarray, SlotConstraints]:
     return buffer, slot
 
 
+def banned_words(request: Request, num_words: int) -> np.ndarray:
+    """[W] i32: bits of the tokens that the request can never sample (``SlotConstraints.banned``)."""
+    banned = np.zeros(32 * num_words, bool)
+    if request.params.allowed_token_ids is not None:
+        banned[:] = True
+        banned[list(request.params.allowed_token_ids)] = False
+    banned[[s[0] for s in request.bad_sequences if len(s) == 1]] = True
+    return np.packbits(banned, bitorder="little").view("<i4")
+
+
+def set_bits(words: np.ndarray, ids: Iterable[int], value: bool) -> None:
+    """Sets or clears the bits of ``ids`` in ``words`` [W] i32."""
+    bits = words.view(np.uint32)
+    for i in ids:
+        bit = np.uint32(1 << (i & 31))
+        bits[i >> 5] = bits[i >> 5] | bit if value else bits[i >> 5] & ~bit
+
+
 def pack_slot(slot: int, request: Request, tokens: list[int], dims: ConstraintDims) -> np.ndarray:
     """The buffer of ``request``'s constraints for ``slot``; ``tokens``: its prompt and all its output so far."""
     buffer, packed = new_slot(dims)
@@ -98,12 +117,7 @@ def pack_slot(slot: int, request: Request, tokens: list[int], dims: ConstraintDi
     if params.logit_bias:
         packed.bias_ids[: len(params.logit_bias)] = list(params.logit_bias)
         packed.biases[: len(params.logit_bias)] = list(params.logit_bias.values())
-    banned = np.zeros(32 * dims.num_words, bool)
-    if params.allowed_token_ids is not None:
-        banned[:] = True
-        banned[list(params.allowed_token_ids)] = False
-    banned[[s[0] for s in request.bad_sequences if len(s) == 1]] = True
-    packed.banned[:] = np.packbits(banned, bitorder="little").view("<i4")
+    packed.banned[:] = banned_words(request, dims.num_words)
     for row, sequence in zip(packed.bad_sequences, (s for s in request.bad_sequences if len(s) > 1)):
         row[-len(sequence) :] = sequence
     packed.token_ids[: len(tokens)] = tokens

@@ -1,20 +1,21 @@
 """What a user asks for and what comes back, as frozen values. Imports nothing of jax."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from dataclasses import field as dataclass_field
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
+Pooling = Literal["last", "mean"]  # of a prompt's final hidden states: the last token's, or the mean over all
 
 MAX_SEED = 2**64 - 1
 
 
-NOT_IMPLEMENTED: dict[str, float | None] = {
-    "prompt_logprobs": None,
-}  # SamplingParams field -> the one value that is taken, because it changes nothing
-
+ALL_LOGPROBS = -1  # of ``logprobs`` and ``prompt_logprobs``: those of the whole vocabulary
+MAX_ALL_LOGPROBS = 2**23  # values that one request may ask for so: some 100 bytes each
 MAX_LOGIT_BIAS = 100.0  # as OpenAI's API: more than any two logits differ by
 MAX_PENALTY = 2.0
 
@@ -34,12 +35,63 @@ class QueueFullError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """Everything a request may ask. A field that is not implemented yet is refused by name, never ignored.
+class StructuredOutputs:
+    """The language that a completion's text is in. Exactly one of the fields is given.
 
-    Logit order: what may not be sampled (``allowed_token_ids``, ``bad_words``, ``min_tokens``), ``logit_bias``,
-    penalties, temperature, ``top_k``, ``top_p`` over what ``top_k`` kept (renormalised), ``min_p``. Log-probabilities
-    are of the raw distribution, before all of these.
+    Attributes:
+        json: a JSON schema, as text or as what ``json.loads`` makes of it; kept as text.
+        json_object: True: any JSON object.
+        regex: a regular expression in the syntax of Rust's ``regex``, for the whole text.
+        choice: the texts to choose from.
+        grammar: a context-free grammar in Lark's syntax (as `llguidance` reads it) with the rule ``start``.
+    """
+
+    json: Any = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    kind: str = dataclass_field(init=False, repr=False, compare=False)  # the name of the field that is given
+
+    def __post_init__(self):
+        field = "structured_outputs"
+        if not isinstance(self.json_object, bool):
+            raise RequestError(field, f"json_object={self.json_object!r} is not true or false")
+        kinds = [f.name for f in fields(self) if f.init]
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        if isinstance(self.json, bool):  # a schema, too: of everything, or of nothing
+            given = ["json", *(name for name in given if name != "json")]
+        if len(given) != 1:
+            raise RequestError(field, f"has {' and '.join(given) or 'nothing'}, give exactly one of {', '.join(kinds)}")
+        object.__setattr__(self, "kind", given[0])
+        if given == ["json"] and not isinstance(self.json, str):
+            try:
+                object.__setattr__(self, "json", json.dumps(self.json, ensure_ascii=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(field, f"json is not a JSON schema: {error}") from None
+        if given == ["choice"]:
+            choice = self.choice
+            if isinstance(choice, str) or not isinstance(choice, Iterable) or not (choice := tuple(choice)):
+                raise RequestError(field, f"choice={choice!r} is not a sequence of one text or more")
+            object.__setattr__(self, "choice", choice)
+        for text in self.choice or (self.json, self.regex, self.grammar):
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise RequestError(field, f"{self.kind} has {text!r}, which is not a text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(field, f"{self.kind}: not valid Unicode at character {error.start}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Everything a request may ask.
+
+    Logit order: what may not be sampled (``structured_outputs``, ``allowed_token_ids``, ``bad_words``,
+    ``min_tokens``), ``logit_bias``, penalties, temperature, ``top_k``, ``top_p`` over what ``top_k`` kept
+    (renormalised), ``min_p``. Log-probabilities are of the raw distribution, before all of these.
 
     Attributes:
         max_tokens: output tokens at most; None means up to the engine's ``max_model_len``.
@@ -54,7 +106,8 @@ class SamplingParams:
         stop_token_ids: ids that end the generation besides end-of-sequence.
         include_stop_str_in_output: keep the matched stop string in the text.
         ignore_eos: end-of-sequence does not end the generation.
-        logprobs: log-probabilities of the k best tokens and the sampled one; 0 the sampled one's only; None none.
+        logprobs: log-probabilities of the k best tokens and the sampled one; 0 the sampled one's only; -1 all tokens';
+            None none.
         skip_special_tokens: leave special tokens out of the text (not out of the ids).
         n: completions of the one prompt, told apart by their ``choice``; choice ``k`` has the seed ``seed + k``.
         presence_penalty: subtracted from the logit of a token that the output has, in [-2, 2].
@@ -65,7 +118,16 @@ class SamplingParams:
         allowed_token_ids: no other can be sampled; end-of-sequence only if it is among them.
         bad_words: texts that the output does not have: each as tokens, with and without a space before it. Of several
             tokens the last cannot be sampled after the others.
+        prompt_logprobs: the same of each of the prompt's tokens but the first, given with the first output token. The
+            prompt is then computed whole, without the prefix cache. Of ``n`` choices the first one has them.
         truncate_prompt_tokens: only so many of the prompt's last tokens are read.
+        structured_outputs: the language that the text is in; a mapping of its fields will do. End-of-sequence can be
+            sampled where the text is in it; a text that nothing can follow ends by itself, whatever ``min_tokens`` and
+            ``ignore_eos`` say. Where other fields forbid all that it lets follow, the completion ends with the reason
+            "abort".
+        stream_interval: tokens that a stream's message waits for, so that a slow reader or a fast model costs fewer of
+            them. A choice's first token and its last wait for nothing. (``Engine.stream`` gives tokens one by one.)
+        stream_max_delay_s: seconds that a token waits at most for others.
     """
 
     max_tokens: int | None = None
@@ -88,15 +150,13 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
-    prompt_logprobs: int | None = None  # not implemented yet, see NOT_IMPLEMENTED
+    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    stream_interval: int = 1
+    stream_max_delay_s: float = 0.5
 
     def __post_init__(self):
-        for name, neutral in NOT_IMPLEMENTED.items():
-            value = getattr(self, name)
-            same = value is None if neutral is None else isinstance(value, Real) and value == neutral
-            if not same:
-                raise RequestError(name, f"{value!r}: not implemented yet, leave it unset")
         for name in ("stop", "stop_token_ids", "bad_words"):
             value = getattr(self, name)
             if value is None or isinstance(value, str):
@@ -104,8 +164,8 @@ class SamplingParams:
             if not isinstance(value, Iterable):
                 raise RequestError(name, f"{value!r} is not a sequence")
             object.__setattr__(self, name, tuple(value))
-        optional = ("max_tokens", "seed", "logprobs", "truncate_prompt_tokens")
-        for name in ("min_tokens", "top_k", "n", *optional):
+        optional = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+        for name in ("min_tokens", "top_k", "n", "stream_interval", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
@@ -113,7 +173,7 @@ class SamplingParams:
                 raise RequestError(name, f"{value!r} is not an integer")
             object.__setattr__(self, name, int(value))
         penalties = ("presence_penalty", "frequency_penalty")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", *penalties):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "stream_max_delay_s", *penalties):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise RequestError(name, f"{value!r} is not a finite number")
@@ -137,10 +197,14 @@ class SamplingParams:
             raise RequestError("top_k", f"{self.top_k} must be -1 or 0 (off) or positive")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise RequestError("seed", f"{self.seed} must be in [0, {MAX_SEED}]")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise RequestError("logprobs", f"{self.logprobs} must be at least 0")
-        if self.n < 1:
-            raise RequestError("n", f"{self.n} must be at least 1")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and value < ALL_LOGPROBS:
+                raise RequestError(name, f"{value} must be {ALL_LOGPROBS} (all) or at least 0")
+        for name in ("n", "stream_interval"):
+            if getattr(self, name) < 1:
+                raise RequestError(name, f"{getattr(self, name)} must be at least 1")
+        if self.stream_max_delay_s < 0:
+            raise RequestError("stream_max_delay_s", f"{self.stream_max_delay_s} must be at least 0")
         for name in penalties:
             if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
                 raise RequestError(name, f"{getattr(self, name)} must be in [{-MAX_PENALTY:g}, {MAX_PENALTY:g}]")
@@ -160,6 +224,8 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", allowed)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        if self.structured_outputs is not None:
+            object.__setattr__(self, "structured_outputs", _structured_outputs(self.structured_outputs))
 
 
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:
@@ -170,6 +236,18 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...]:
         if isinstance(i, bool) or not isinstance(i, Integral) or i < 0:
             raise RequestError(name, f"{i!r} is not a token id")
     return tuple(int(i) for i in values)
+
+
+def _structured_outputs(value: Any) -> StructuredOutputs:
+    if isinstance(value, StructuredOutputs):
+        return value
+    if not isinstance(value, Mapping):
+        raise RequestError("structured_outputs", f"{value!r} has none of its fields")
+    known = [f.name for f in fields(StructuredOutputs) if f.init]
+    for name in value:
+        if name not in known:
+            raise RequestError("structured_outputs", f"{name!r} is not one of {', '.join(known)}")
+    return StructuredOutputs(**value)
 
 
 def _logit_bias(values: Any) -> dict[int, float]:
@@ -200,6 +278,9 @@ class Request:
     bad_sequences: tuple[tuple[int, ...], ...] = ()  # the params' bad_words as tokens, none empty
     choice: int = 0  # of the params' n completions the one that this is
     group_id: str | None = None  # request_id of the request whose choice this is; None where n is 1
+    grammar: Any = None  # the params' structured_outputs as a text.grammar.Grammar
+    pooling: Pooling | None = None  # an embedding of the prompt is wanted, and no token
+    normalize: bool = True  # of the embedding: its length is 1
 
     @property
     def is_constrained(self) -> bool:
@@ -213,6 +294,21 @@ class Request:
             or p.allowed_token_ids
             or self.bad_sequences
         )
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt's tokens are wanted."""
+        return self.params.prompt_logprobs is not None and self.choice == 0
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether it asks of a step's hidden states something besides the next token."""
+        return self.scores_prompt or self.params.logprobs == ALL_LOGPROBS or self.pooling is not None
+
+    @property
+    def wants_whole_prompt(self) -> bool:
+        """Whether the hidden states of all its prompt's tokens are: they are not in the KV cache."""
+        return self.scores_prompt or self.pooling == "mean"
 
     def choices(self) -> list["Request"]:
         """One request for each of the params' ``n`` completions; their ids are no user's."""
@@ -256,9 +352,12 @@ class TokenEvent(NamedTuple):
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] | None = None  # (token id, logprob), descending
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the stop id or stop string that ended it, None for end-of-sequence
+    # The stop id or stop string that ended it, None for end-of-sequence; why, where structured output was aborted.
+    stop_reason: int | str | None = None
     usage: Usage | None = None
     choice: int = 0  # which of the request's n completions
+    prompt_logprobs: tuple["TokenLogprobs | None", ...] | None = None  # of each prompt token; the first has none
+    embedding: Any = None  # [D] f32 numpy, on the only event of a request for one
     num_open: int = 0  # choices of the request that go on after this event; counted where ``finish_reason`` is set
 
     @property
@@ -269,7 +368,7 @@ class TokenEvent(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """Log-probabilities at one output position, raw distribution."""
+    """Log-probabilities at one position, raw distribution."""
 
     token_id: int
     logprob: float
@@ -289,6 +388,16 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
     choice: int = 0  # which of the request's n completions
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each prompt token, the first has none; of choice 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """A prompt as a vector, as ``Engine.embed`` returns it."""
+
+    request_id: str
+    values: Any  # [D] f32 numpy
+    prompt_len: int
 
 
 @dataclass(frozen=True, kw_only=True)

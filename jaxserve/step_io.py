@@ -45,6 +45,7 @@ class StepDims:
     page_size: int  # PS
     max_stop_ids: int = 16  # NS: ids a row may suppress until min_tokens
     max_logprobs: int = 20  # KL
+    hidden_tokens: int = 0  # TH: tokens of the largest step, whose hidden states stay until the next; 0: none do
 
 
 class StepInputs(NamedTuple):

@@ -39,6 +39,15 @@ def best_grouped_matmul(device: Any) -> Implementation:
     return "reference" if device.platform == "cpu" else "xla"
 
 
+def best_quantized_matmul(device: Any, *, hopper: str | None = None) -> Implementation:
+    """As ``best``, for products with 4-bit and 8-bit matrices: the reference is a loop, which makes an accelerator
+    wait. ``hopper``: the kernel for Hopper, "int4_matmul" or "int8_matmul", that takes the matrix; None if none does.
+    """
+    if device.platform == "cpu":
+        return "reference"
+    return "mosaic_gpu" if hopper in MOSAIC_GPU_CHECKED and is_hopper(device) else "xla"
+
+
 def choose(implementations: dict[str, Callable[..., Any]], name: Implementation | None) -> Callable[..., Any]:
     """The implementation called ``name``; None is the reference, which runs everywhere."""
     if name is None:

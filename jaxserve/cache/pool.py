@@ -135,14 +135,14 @@ class PagePool:
         return pages
 
     def allocate_sequence(
-        self, token_ids: Sequence[int], digests: list[bytes], num_pages: int, keep_free: int = 0
+        self, token_ids: Sequence[int], digests: list[bytes], num_pages: int, keep_free: int = 0, match: bool = True
     ) -> tuple[list[int], int] | None:
         """``num_pages`` pages for a sequence that starts with ``token_ids``: matched prefix pages, then new ones.
 
         Returns the pages, one reference taken to each, and how many of them were matched; or None and no change when
-        this would leave fewer than ``keep_free`` pages free.
+        this would leave fewer than ``keep_free`` pages free. Without ``match`` all pages are new.
         """
-        matched = self.match_prefix(token_ids, digests)
+        matched = self.match_prefix(token_ids, digests) if match else []
         num_new = num_pages - len(matched)
         num_revived = sum(self._refcounts[page] == 0 for page in matched)  # counted as free until acquired
         if num_new + num_revived + keep_free > self.num_free:
@@ -150,7 +150,7 @@ class PagePool:
         self.acquire(matched)  # before allocate, which would evict them
         new = self.allocate(num_new)
         assert new is not None
-        if self.prefix_caching:
+        if self.prefix_caching and match:
             self.query_tokens += len(token_ids)
             self.hit_tokens += len(matched) * self.page_size
         return matched + new, len(matched)

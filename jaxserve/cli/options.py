@@ -124,6 +124,10 @@ class EngineOptions:
     generation_config: Annotated[
         str | None, typer.Option(help="auto: sampling as the checkpoint recommends where unset; none: not so.")
     ] = None
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="auto: as stored, GGUF dequantized; none: dequantized; gguf, gptq, awq, ...: as stored."),
+    ] = None
     compilation_cache_dir: Annotated[Path | None, typer.Option(help="Keep compiled steps here between starts.")] = None
     platform: Annotated[str | None, typer.Option(help="cpu, cuda or tpu. (default: the best there is)")] = None
 

@@ -46,6 +46,9 @@ def serve(
     request_timeout: Annotated[float | None, typer.Option(help="Seconds of any request, at most.")] = None,
     log_format: Annotated[LogFormat, typer.Option(help="json: a line for every request, too.")] = "text",
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None,
+    weights_from: Annotated[
+        list[Path] | None, typer.Option(help="A folder that UpdateWeights may read from; may be repeated.")
+    ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to running requests.")] = 30.0,
     slow_reader_timeout: Annotated[float, typer.Option(help="Seconds a reader may take nothing.")] = 30.0,
 ) -> None:
@@ -72,6 +75,7 @@ def serve(
         max_output_tokens=max_output_tokens,
         max_message_bytes=max_message_bytes,
         request_timeout_s=request_timeout,
+        weight_folders=tuple(weights_from or ()),
         drain_timeout_s=drain_timeout,
         slow_reader_timeout_s=slow_reader_timeout,
     )

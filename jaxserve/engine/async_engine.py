@@ -14,11 +14,24 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine.event_stream import EventStream
-from jaxserve.request import EngineStats, PageMap, Request, RequestError, SamplingParams, TokenEvent
+from jaxserve.engine.output import embedding_of
+from jaxserve.request import (
+    Embedding,
+    EngineStats,
+    FinishReason,
+    PageMap,
+    Pooling,
+    QueueFullError,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenEvent,
+)
 from jaxserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -51,10 +64,22 @@ class EngineCore(Protocol):
         priority: int = 0,
         deadline: float | None = None,
     ) -> Request: ...
+    def make_embedding_request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> bool: ...
     def step(self) -> list[TokenEvent]: ...
     def has_unfinished(self) -> bool: ...
+    def load_params(self, name_or_path: str | Path) -> Any: ...
     def update_params(self, params: Any) -> None: ...
     def stats(self) -> EngineStats: ...
     def page_map(self) -> PageMap: ...
@@ -69,6 +94,14 @@ class EngineFailedError(RuntimeError):
     """The engine's thread ended by an exception (``__cause__``) while the request was running."""
 
 
+class RequestEndedError(RuntimeError):
+    """A request ended without what it was for; ``reason`` is "abort" or "deadline"."""
+
+    def __init__(self, reason: FinishReason):
+        super().__init__(f"the request ended by {reason}")
+        self.reason = reason
+
+
 class DuplicateRequestError(RequestError):
     """A request with this id is queued or running."""
 
@@ -80,6 +113,8 @@ class AsyncEngine:
         engine_factory: builds the engine. It is called in the engine thread, so a server can answer while it loads.
         slow_reader_timeout_s: a stream whose reader takes nothing for this long while events are pending is aborted,
             and raises ``SlowReaderError``. Pending events are bounded by the request's ``max_total_len`` times ``n``.
+        max_concurrent_requests: more than so many that are queued or running are refused with ``QueueFullError``; None:
+            as many as the engine's queue takes.
         observer: called with (request, event) once for every event, on the loop that streams the request.
     """
 
@@ -88,10 +123,12 @@ class AsyncEngine:
         engine_factory: Callable[[], EngineCore],
         *,
         slow_reader_timeout_s: float = 30.0,
+        max_concurrent_requests: int | None = None,
         observer: Callable[[Request, TokenEvent], None] | None = None,
     ):
         self._factory = engine_factory
         self._slow_reader_timeout_s = slow_reader_timeout_s
+        self._max_concurrent_requests = max_concurrent_requests
         self._observer = observer
         self._wake = threading.Condition()  # guards _state and _commands
         self._state: State = "loading"
@@ -149,6 +186,20 @@ class AsyncEngine:
         finally:
             stream.close()
 
+    async def embed(self, request: Request) -> Embedding:
+        """The embedding that a request of ``make_embedding_request`` is for. Cancelling aborts it.
+
+        Raises as ``stream``; ``RequestEndedError`` when it was aborted or its deadline passed.
+        """
+        async with aclosing(self.stream(request)) as events:
+            async for event in events:
+                if event.embedding is not None:
+                    return embedding_of(request, event)
+                if event.ends_request:
+                    break
+        assert event.finish_reason is not None
+        raise RequestEndedError(event.finish_reason)
+
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its stream gets a last event. False: no such request is queued or running."""
         return await asyncio.wrap_future(
@@ -162,6 +213,14 @@ class AsyncEngine:
     async def update_params(self, params: Any) -> None:
         """``Engine.update_params`` between two steps; returns when the next step takes the new weights."""
         await asyncio.wrap_future(self._post(lambda engine: engine.update_params(params)))
+
+    async def update_weights(self, name_or_path: str | Path) -> None:
+        """``update_params`` with those of a checkpoint, which are read while the engine goes on.
+
+        Raises ValueError (``CheckpointError``) for a checkpoint that cannot be used; the engine keeps what it has.
+        """
+        params = await asyncio.to_thread(self.engine.load_params, name_or_path)
+        await self.update_params(params)
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new request, lets the others finish, aborts them after ``timeout_s``. True: all finished."""
@@ -297,6 +356,11 @@ class AsyncEngine:
         request_id = stream.request.request_id
         if request_id in self._streams:
             raise DuplicateRequestError("request_id", f"{request_id!r} is queued or running")
+        limit = self._max_concurrent_requests
+        if limit is not None and len(self._streams) >= limit:
+            raise QueueFullError(
+                f"{len(self._streams)} requests are queued or running, max_concurrent_requests={limit}"
+            )
         engine.add_request(stream.request)
         self._streams[request_id] = stream
 

@@ -13,6 +13,7 @@ CONSTRAINTS: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
     "bad_words": ((),),
+    "structured_outputs": (None,),
 }  # sampling field that needs sampling "constrained" -> the values that ask for nothing
 
 

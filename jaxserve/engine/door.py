@@ -3,14 +3,24 @@
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
+from dataclasses import replace
+from typing import cast, get_args
 
 import numpy as np
 
 from jaxserve.config import ModelConfig
 from jaxserve.engine.constraints import CONSTRAINTS, bad_sequences, check_constraints
-from jaxserve.request import Request, RequestError, SamplingParams
+from jaxserve.request import (
+    ALL_LOGPROBS,
+    MAX_ALL_LOGPROBS,
+    Pooling,
+    Request,
+    RequestError,
+    SamplingParams,
+    StructuredOutputs,
+)
 from jaxserve.step_io import SAMPLINGS, Sampling
+from jaxserve.text.grammar import Grammar, GrammarCompiler
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 Prompt = str | Sequence[int]
@@ -43,6 +53,7 @@ class Door:
         self._best_sampling = max(map(SAMPLINGS.index, samplings))
         ends = (*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))
         self._eos_token_ids = tuple(dict.fromkeys(ends))
+        self._grammars = tokenizer and GrammarCompiler(tokenizer, self._vocab_size, self._eos_token_ids)
 
     def make_request(
         self,
@@ -82,14 +93,61 @@ class Door:
             deadline=deadline,
             arrival=time.monotonic(),
             bad_sequences=sequences,
+            grammar=self._grammar(params.structured_outputs),
         )
         self._check(request)
+        self._check_logprobs(request)
         return request
+
+    def make_embedding_request(
+        self,
+        prompt: Prompt,
+        *,
+        pooling: Pooling,
+        normalize: bool,
+        truncate_prompt_tokens: int | None,
+        request_id: str | None,
+        priority: int,
+        deadline: float | None,
+    ) -> Request:
+        """See ``Engine.make_embedding_request``."""
+        if pooling not in get_args(Pooling):
+            raise RequestError("pooling", f"{pooling!r} is not one of {', '.join(get_args(Pooling))}")
+        if SAMPLINGS.index("any") > self._best_sampling:
+            raise RequestError(
+                "pooling", f"{pooling} needs sampling 'any', this engine has {SAMPLINGS[self._best_sampling]!r}"
+            )
+        params = SamplingParams(
+            temperature=0, max_tokens=1, ignore_eos=True, truncate_prompt_tokens=truncate_prompt_tokens
+        )
+        request = self.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
+        return replace(request, pooling=pooling, normalize=normalize)
+
+    def _check_logprobs(self, request: Request) -> None:
+        """Everything about every token is more than a machine may hold."""
+        params = request.params
+        num_tokens = {
+            "logprobs": (request.max_total_len - len(request.prompt_token_ids)) * params.n,
+            "prompt_logprobs": len(request.prompt_token_ids),
+        }
+        for name, num in num_tokens.items():
+            if getattr(params, name) == ALL_LOGPROBS and num * self._vocab_size > MAX_ALL_LOGPROBS:
+                raise RequestError(
+                    name, f"all {self._vocab_size} of {num} tokens, at most {MAX_ALL_LOGPROBS} values are given"
+                )
+
+    def _grammar(self, asked: StructuredOutputs | None) -> Grammar | None:
+        if asked is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("structured_outputs", "this engine has no tokenizer")
+        return self._grammars.compile(asked)
 
     def _check_sampling(self, params: SamplingParams) -> None:
         asks = {
             **{name: "constrained" for name, neutral in CONSTRAINTS.items() if getattr(params, name) not in neutral},
             "logprobs": "any" if params.logprobs else "greedy",
+            "prompt_logprobs": "any" if params.prompt_logprobs is not None else "greedy",
             "min_tokens": "any" if params.min_tokens else "greedy",
             "top_k": "any" if params.top_k > 0 and params.temperature > 0 else "greedy",
             "top_p": "any" if params.top_p < 1 and params.temperature > 0 else "greedy",

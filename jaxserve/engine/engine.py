@@ -1,10 +1,8 @@
 """The synchronous core: requests in, token events out, one step at a time."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
-from jaxserve.constraint_io import ConstraintDims
 from jaxserve.engine import plan
 from jaxserve.engine.door import Door, Prompt, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
-from jaxserve.engine.output import RequestOutput, completions_of
+from jaxserve.engine.loop import StepLoop
+from jaxserve.engine.output import completions_of, embedding_of
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.execution.dummy import dummy_params
 from jaxserve.execution.placement import place_params
@@ -28,9 +26,10 @@ from jaxserve.parallel.mesh import parallel_config
 from jaxserve.parallel.placed import placed_config
 from jaxserve.request import (
     Completion,
+    Embedding,
     EngineStats,
-    FinishReason,
     PageMap,
+    Pooling,
     QueueFullError,
     Request,
     RequestError,
@@ -38,9 +37,9 @@ from jaxserve.request import (
     TokenEvent,
     sampling_params_from,
 )
-from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs, choose_sampling, slot_loads
+from jaxserve.scheduler.batch import all_buckets
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.step_io import Sampling, StepOutputs
+from jaxserve.step_io import Sampling
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -55,6 +54,7 @@ class Engine:
         model_name, model_config, cache_config, scheduler_config, parallel_config, dtype: what was resolved.
         sampling_defaults: what ``default_sampling_params`` starts from.
         tokenizer: None where the engine was made without; prompts are then token ids and completions have no text.
+        loop: the step loop, its scheduler and its runner: for tests and benchmarks.
     """
 
     @classmethod
@@ -65,6 +65,7 @@ class Engine:
         load_format: Literal["auto", "dummy"] = "auto",
         skip_tokenizer_init: bool = False,
         generation_config: Literal["auto", "none"] = "auto",
+        quantization: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         mesh: Mesh | ParallelConfig | str | None = None,
         compilation_cache_dir: str | Path | None = None,
@@ -80,6 +81,8 @@ class Engine:
             skip_tokenizer_init: no tokenizer: prompts are token ids, and completions have no text.
             generation_config: "auto" takes the sampling that the checkpoint recommends (generation_config.json) as
                 ``sampling_defaults``, "none" does not.
+            quantization: "auto" serves matrices of few bits as they are (those of GGUF files dequantized), "none"
+                dequantizes all, a method's name keeps them: see ``open_checkpoint``.
             compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
                 this process; None leaves the process' own setting.
             on_progress: called with (stage, done, total) while loading, compiling and warming up.
@@ -95,6 +98,8 @@ class Engine:
             raise ValueError(f"load_format={load_format!r} is not one of auto, dummy")
         if generation_config not in ("auto", "none"):
             raise ValueError(f"generation_config={generation_config!r} is not one of auto, none")
+        if load_format == "dummy" and quantization != "auto":
+            raise ValueError(f"quantization={quantization!r}: with load_format='dummy' the config.json says it")
         if load_format == "dummy":
             return cls.from_shape(
                 name_or_path,
@@ -104,7 +109,7 @@ class Engine:
                 on_progress=on_progress,
                 **options,
             )
-        with open_checkpoint(name_or_path, on_progress=on_progress) as checkpoint:
+        with open_checkpoint(name_or_path, quantization=quantization, on_progress=on_progress) as checkpoint:
             return cls.from_params(
                 checkpoint.config,
                 checkpoint,
@@ -262,31 +267,25 @@ class Engine:
                 f"num_pages={num_pages} of {page_size} hold {num_pages * page_size} tokens, fewer than max_model_len="
                 f"{self.scheduler_config.max_model_len}"
             )
-        self._dims = plan.step_dims(self.scheduler_config, self.cache_config)
-        self._scheduler = Scheduler(self.cache_config, self.scheduler_config, self._dims)
-        self._door = Door(
-            model_config, self.scheduler_config.max_model_len, tokenizer, self._scheduler.check, samplings
-        )
-        self._constraint_dims = ConstraintDims.of(self._dims, model_config.vocab_size)
-        self._outputs: dict[str, RequestOutput] = {}  # unfinished sequences, by their own request ids
-        self._groups: dict[str, dict[int, str]] = {}  # requests of several choices: the unfinished ones' own ids
-        self._in_flight: deque[tuple[ScheduledBatch, jax.Array]] = deque()  # dispatched steps, oldest first
+        dims = plan.step_dims(self.scheduler_config, self.cache_config, samplings)
+        scheduler = Scheduler(self.cache_config, self.scheduler_config, dims)
+        self._door = Door(model_config, self.scheduler_config.max_model_len, tokenizer, scheduler.check, samplings)
         self._events: list[TokenEvent] = []  # for the next ``step``
         self._inboxes: dict[str, deque[TokenEvent]] = {}  # requests of ``generate`` and ``stream``
-        self._num_steps = 0
         self._closed = False
         self._failure: BaseException | None = None
-        self._runner = Runner(
+        runner = Runner(
             to_place,
             placed,
             self.cache_config,
-            self._dims,
+            dims,
             all_buckets(self.scheduler_config),
             resolved,
             jnp_dtype,
             samplings,
             on_progress,
         )
+        self.loop = StepLoop(scheduler, runner, tokenizer)
 
     def default_sampling_params(self, **fields: Any) -> SamplingParams:
         """The model's own sampling with ``fields`` instead of what it says of them.
@@ -317,13 +316,18 @@ class Engine:
         if len(params) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(params)} SamplingParams")
         requests = [self.make_request(p, s) for p, s in zip(listed, params, strict=True)]
-        completions: dict[str, list[Completion]] = {}
+        events = self._run(requests)
+        return [c for request in requests for c in completions_of(request, events[request.request_id])]
+
+    def _run(self, requests: list[Request]) -> dict[str, list[TokenEvent]]:
+        """All events of each request, when all have ended."""
+        num_ended = 0
         waiting = deque(requests)
         inboxes = {r.request_id: deque[TokenEvent]() for r in requests}
         collected: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests}
         self._inboxes |= inboxes
         try:
-            while len(completions) < len(requests):
+            while num_ended < len(requests):
                 while waiting:
                     try:
                         self.add_request(waiting[0])
@@ -338,12 +342,11 @@ class Engine:
                     events = collected[request.request_id]
                     events.extend(inbox)
                     inbox.clear()
-                    if any(e.ends_request for e in events[-1:]):
-                        completions[request.request_id] = completions_of(request, events)
+                    num_ended += events[-1].ends_request
         finally:
             for request in requests:
                 self._drop(request.request_id)
-        return [c for r in requests for c in completions[r.request_id]]
+        return collected
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Events of one request as its tokens appear. Closing the iterator aborts it; streams may be interleaved."""
@@ -367,6 +370,31 @@ class Engine:
         self._inboxes.pop(request_id, None)
         self._events = [e for e in self._events if e.request_id != request_id]
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[Embedding]:
+        """Every prompt as a vector of the model's width, in the prompts' order: the hidden state after the final norm
+        of its last token, or the mean over all its tokens.
+
+        Args:
+            normalize: the vector has length 1.
+            truncate_prompt_tokens: only so many of a prompt's last tokens are read.
+
+        Raises:
+            RequestError: a prompt that cannot be read; nothing was started.
+        """
+        options: dict[str, Any] = {"normalize": normalize, "truncate_prompt_tokens": truncate_prompt_tokens}
+        requests = [
+            self.make_embedding_request(prompt, pooling=pooling, **options) for prompt in listed_prompts(prompts)
+        ]
+        events = self._run(requests)
+        return [embedding_of(request, events[request.request_id][-1]) for request in requests]
+
     # Single steps.
 
     def make_request(
@@ -388,6 +416,28 @@ class Engine:
         """
         return self._door.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
 
+    def make_embedding_request(
+        self,
+        prompt: Prompt,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        """As ``make_request``, of a request for an embedding: its only event has it, and no token."""
+        return self._door.make_embedding_request(
+            prompt,
+            pooling=pooling,
+            normalize=normalize,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            request_id=request_id,
+            priority=priority,
+            deadline=deadline,
+        )
+
     def add_request(self, request: Request) -> None:
         """Queues a request of ``make_request``.
 
@@ -397,31 +447,18 @@ class Engine:
         """
         self._check_usable()
         with interrupts_held():
-            choices = request.choices()
-            if request.request_id in self._groups or self._scheduler.get(request.request_id):
-                raise RequestError("request_id", f"{request.request_id!r} is already in use")
-            for sequence in self._scheduler.add_group(choices):
-                self._outputs[sequence.request_id] = RequestOutput(sequence, self.tokenizer)
-            if request.params.n > 1:
-                self._groups[request.request_id] = {choice.choice: choice.request_id for choice in choices}
+            self.loop.add(request)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and frees its pages; its last event comes with the next ``step``. False if unknown."""
         with interrupts_held():
-            own_ids = tuple(self._groups[request_id].values()) if request_id in self._groups else (request_id,)
-            ended = [self._end(own_id, "abort") for own_id in own_ids]
-            return any(ended)
-
-    def _end(self, own_id: str, reason: FinishReason) -> bool:
-        """Ends one sequence; False if unknown."""
-        if not self._scheduler.finish(own_id, reason):
-            return False
-        self._emit(self._outputs.pop(own_id).on_end(reason))
-        return True
+            was_known = self.loop.abort(request_id)
+            self._take_events()
+            return was_known
 
     def has_unfinished(self) -> bool:
         """Whether ``step`` has anything to do: requests, steps in flight, or events to hand out."""
-        return self._scheduler.has_unfinished() or bool(self._in_flight) or bool(self._events)
+        return self.loop.has_unfinished() or bool(self._events)
 
     def step(
         self,
@@ -446,66 +483,26 @@ class Engine:
         # A step cut short would leave the scheduler and the device with different ideas of what is in the pages.
         with interrupts_held():
             try:
-                with self._runner.compile_counter.watch():
-                    times = self._advance(on_dispatch)
+                with self.loop.runner.compile_counter.watch():
+                    times = self.loop.advance(on_dispatch and (lambda: on_dispatch(self.stats())))
             except BaseException as error:
                 self._failure = error
                 raise
+        self._take_events()
         if on_times is not None:
             on_times(times)
+
+    def _take_events(self) -> None:
+        """From the loop to whom they are for."""
+        for event in self.loop.take_events():
+            inbox = self._inboxes.get(event.request_id)
+            (self._events if inbox is None else inbox).append(event)
 
     def _check_usable(self) -> None:
         if self._closed:
             raise RuntimeError("the engine is closed")
         if self._failure is not None:
             raise RuntimeError(f"the engine failed in an earlier step, make a new one: {self._failure!r}")
-
-    def _advance(self, on_dispatch: Callable[[EngineStats], None] | None) -> StepTimes:
-        clock = [time.perf_counter()]  # at the ends of schedule, build, dispatch, wait, commit
-        for request_id in self._scheduler.expire(time.monotonic()):
-            self._emit(self._outputs.pop(request_id).on_end("deadline"))
-        batch = self._scheduler.schedule()
-        clock.append(time.perf_counter())
-        if batch is not None:
-            buffer, inputs = build_inputs(batch, self._scheduler.slots, self._dims)
-            asked = choose_sampling(inputs)
-            for load in slot_loads(batch, self._constraint_dims):
-                self._runner.load_constraints(load)
-            clock.append(time.perf_counter())
-            self._in_flight.append((batch, self._runner.dispatch(batch.bucket, buffer, asked)))
-            self._num_steps += 1
-            if on_dispatch is not None:
-                on_dispatch(self.stats())
-            clock.append(time.perf_counter())
-        else:
-            clock += clock[-1:] * 2
-        if len(self._in_flight) > (self.scheduler_config.lookahead if batch is not None else 0):
-            read, handle = self._in_flight.popleft()
-            outputs = self._runner.read(handle)
-            clock.append(time.perf_counter())
-            self._commit(read, outputs)
-            clock.append(time.perf_counter())
-        else:
-            clock += clock[-1:] * 2
-        return StepTimes(batch, *(end - start for start, end in pairwise(clock)))
-
-    def _commit(self, batch: ScheduledBatch, outputs: StepOutputs) -> None:
-        for token in self._scheduler.commit(batch, outputs.tokens):
-            event = self._outputs[token.request_id].on_token(token, outputs)
-            if event.finish_reason:
-                del self._outputs[token.request_id]
-                if not token.finish_reason:  # a stop string, which the scheduler cannot see
-                    self._scheduler.finish(token.request_id, "stop")
-            self._emit(event)
-
-    def _emit(self, event: TokenEvent) -> None:
-        if event.finish_reason and (group := self._groups.get(event.request_id)):
-            del group[event.choice]
-            event = event._replace(num_open=len(group))
-            if not group:
-                del self._groups[event.request_id]
-        inbox = self._inboxes.get(event.request_id)
-        (self._events if inbox is None else inbox).append(event)
 
     # New weights.
 
@@ -524,37 +521,56 @@ class Engine:
             ValueError: names the first parameter that is missing, extra or of another shape, with both shapes.
         """
         self._check_usable()
-        placed = params
-        if not isinstance(placed, StageParams):
-            placed = place_params(
-                _param_source(placed, self.model_config),
-                self.model_config,
-                self._runner.config,
-                self._runner.mesh,
-                np.dtype(self.dtype),
-            )
+        placed = self._placed(params)
         with interrupts_held():
-            self._runner.update_params(placed)
-            self._scheduler.forget_computed()
+            self.loop.runner.update_params(placed)
+            self.loop.forget_computed()
+
+    def load_params(self, name_or_path: str | Path) -> StageParams:
+        """The weights of a checkpoint of the same model, where this engine wants them, for ``update_params``. Any
+        thread may call it while another one runs the engine.
+
+        Raises:
+            CheckpointError: as ``from_pretrained``.
+            ValueError: as ``update_params``.
+        """
+        from jaxserve.checkpoint.open import open_checkpoint
+
+        with open_checkpoint(name_or_path) as checkpoint:
+            return self._placed(checkpoint)
+
+    def _placed(self, params: Params | ParamSource | StageParams) -> StageParams:
+        if isinstance(params, StageParams):
+            return params
+        return place_params(
+            _param_source(params, self.model_config),
+            self.model_config,
+            self.loop.runner.config,
+            self.loop.runner.mesh,
+            np.dtype(self.dtype),
+        )
 
     # Figures and end.
 
     def stats(self) -> EngineStats:
         """Figures of now. Read from another thread they may be of neighbouring steps."""
-        stats: dict[str, Any] = asdict(self._scheduler.stats())
-        stats |= {"num_steps": self._num_steps, "recompilations_after_ready": self._runner.compile_counter.count}
+        stats: dict[str, Any] = asdict(self.loop.scheduler.stats())
+        stats |= {
+            "num_steps": self.loop.num_steps,
+            "recompilations_after_ready": self.loop.runner.compile_counter.count,
+        }
         return EngineStats(**{name: stats[name] for name in EngineStats.__dataclass_fields__})
 
     def page_map(self) -> PageMap:
         """Who holds which KV pages. Between two steps only, as ``step``."""
-        return self._scheduler.page_map()
+        return self.loop.scheduler.page_map()
 
     def close(self) -> None:
         """Frees the device's memory. Unfinished requests are dropped. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self._in_flight.clear()
-            self._runner.close()
+            self.loop.in_flight.clear()
+            self.loop.runner.close()
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,9 @@ class EventStream:
     list and not a queue: a reader takes all of it, so a slow one costs fewer and larger messages instead of a backlog
     of small ones.
 
+    What is pending is given when it is due: ``stream_interval`` tokens of it are there, or the first or last event of a
+    choice is, or ``stream_max_delay_s`` have passed.
+
     ``drop`` is called once if the stream ends (closed, or its reader too slow) before the request's last event came.
     """
 
@@ -32,6 +35,10 @@ class EventStream:
         self.pending: list[TokenEvent] = []
         self._timeout_s = slow_reader_timeout_s
         self._drop = drop
+        self._interval = request.params.stream_interval
+        self._max_delay_s = request.params.stream_max_delay_s
+        self._is_due = False  # something of ``pending`` that waits for nothing, or its time has come
+        self._flush: asyncio.TimerHandle | None = None
         self._got_last = False
         self._closed = False
         self._error: Exception | None = None
@@ -52,8 +59,13 @@ class EventStream:
         if not self.pending:
             self._pending_since = self.loop.time()
         self.pending.append(event)
+        if event.index == 0 or event.finish_reason is not None or len(self.pending) >= self._interval:
+            self._is_due = True
+        elif self._flush is None and not self._is_due:
+            self._flush = self.loop.call_later(self._max_delay_s, self._make_due)
         if self._waiter is not None:
-            self._wake()
+            if self._is_due:
+                self._wake()
         elif self._timer is None:  # one timer a stream, re-armed when it fires: nothing to cancel at each token
             self._timer = self.loop.call_later(self._timeout_s, self._check_reader)
 
@@ -65,9 +77,11 @@ class EventStream:
         self._wake()
 
     async def take(self) -> list[TokenEvent]:
-        """All pending events, waiting for at least one."""
-        while not self.pending:
+        """All pending events, waiting until some are due."""
+        while not self._is_due:
             if self._error is not None:
+                if self.pending:
+                    break
                 raise self._error
             self._waiter = self.loop.create_future()
             try:
@@ -75,6 +89,8 @@ class EventStream:
             finally:
                 self._waiter = None
         events, self.pending = self.pending, []
+        self._is_due = False
+        self._cancel_flush()
         return events
 
     def close(self) -> None:
@@ -83,10 +99,21 @@ class EventStream:
             return
         self._closed = True
         self.pending = []
+        self._cancel_flush()
         if self._timer is not None:
             self._timer.cancel()
         if not self._got_last and self._error is None:
             self._drop(self)
+
+    def _make_due(self) -> None:
+        self._flush = None
+        self._is_due = bool(self.pending)
+        self._wake()
+
+    def _cancel_flush(self) -> None:
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -103,6 +130,6 @@ class EventStream:
         self._error = SlowReaderError(
             f"{len(self.pending)} events were not taken for {self._timeout_s:g} s: the request was aborted"
         )
-        self.pending = []
+        self.pending, self._is_due = [], False
         if not self._got_last:
             self._drop(self)

@@ -8,7 +8,9 @@ from jax.sharding import Mesh
 
 from jaxserve.cache.pages import page_bytes
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.execution.hidden import score_workspace_bytes
 from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, state_shape
+from jaxserve.execution.sampling import LOOKS_AT_ALL
 from jaxserve.execution.step import StageParams
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
@@ -93,14 +95,15 @@ def scheduler_config(
     if seqs < 1:
         raise ValueError(f"max_num_seqs={seqs} must be at least 1")
     options.setdefault("max_prefill_rows", platform["max_prefill_rows"])
-    if prefill_sizes is None:
-        prefill_sizes = platform["prefill_sizes"]
-        if prefill_sizes[-1] <= seqs:  # beside the tokens of all that decode a step has room for a prompt's
-            prefill_sizes = (*prefill_sizes, 2 * seqs)
+    sizes: Sequence[int] = platform["prefill_sizes"] if prefill_sizes is None else prefill_sizes
+    if (
+        prefill_sizes is None and sizes[-1] <= seqs
+    ):  # beside the tokens of all that decode a step has room for a prompt's
+        sizes = (*sizes, 2 * seqs)
     return SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=seqs,
-        prefill_sizes=tuple(prefill_sizes),
+        prefill_sizes=tuple(sizes),
         decode_sizes=default_decode_sizes(seqs, platform["first_decode_size"], platform["growth"])
         if decode_sizes is None
         else tuple(decode_sizes),
@@ -155,7 +158,7 @@ def _workspace_bytes(
 ) -> int:
     """Memory of the largest step and of its sampler beside parameters and pages, on one device, from the compiler."""
     few = CacheConfig(num_pages=16, page_size=page_size)
-    dims = step_dims(scheduler, few)
+    dims = step_dims(scheduler, few, samplings)
     largest = max(all_buckets(scheduler), key=lambda b: (b.num_tokens, b.num_rows))
     state = state_shape(config, few, dims, mesh, dtype)
     lowered = lower_step(config, params, state, dims, largest, mesh)
@@ -164,15 +167,19 @@ def _workspace_bytes(
         compile_step(x, mesh).memory_analysis()
         for x in (lowered, lower_sampler(config, dims, largest.num_rows, mesh, asked))
     ]
-    # The constraints of all slots are among the sampler's outputs.
-    return sum(a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses if a is not None)
+    # The constraints of all slots are among the sampler's outputs, the hidden states that stay among the step's.
+    workspace = sum(a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses if a is not None)
+    return workspace + (score_workspace_bytes(config.vocab_size) if dims.hidden_tokens else 0)
 
 
-def step_dims(scheduler: SchedulerConfig, cache: CacheConfig) -> StepDims:
-    """The sizes that all steps of an engine with these configs share."""
+def step_dims(scheduler: SchedulerConfig, cache: CacheConfig, samplings: Sequence[Sampling]) -> StepDims:
+    """The sizes that all steps of an engine with these configs share. Hidden states are kept where a request may ask
+    for log-probabilities."""
+    keeps_hidden = bool(set(samplings) & set(LOOKS_AT_ALL))
     return StepDims(
         num_slots=scheduler.max_num_seqs,
         max_pages_per_seq=scheduler.max_pages_per_seq(cache.page_size),
         num_pages=cache.num_pages,
         page_size=cache.page_size,
+        hidden_tokens=max(b.num_tokens for b in all_buckets(scheduler)) if keeps_hidden else 0,
     )

@@ -18,8 +18,9 @@ class StepTimes(NamedTuple):
     dispatch_s: float  # the copy to the device, and the runtime's calls
     wait_s: float  # until the outputs are there
     commit_s: float  # tokens into sequences and events
+    masks_s: float  # what structured output lets follow
 
     @property
     def host_s(self) -> float:
-        """Schedule, build and commit."""
-        return self.schedule_s + self.build_s + self.commit_s
+        """Schedule, build, commit and masks."""
+        return self.schedule_s + self.build_s + self.commit_s + self.masks_s

@@ -110,6 +110,16 @@ def _constrained(logits: jax.Array, constraints: Constraints, inputs: StepInputs
     return jnp.where((inputs.constrained == 1)[:, None], x, logits)
 
 
+def allow(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """``logits`` [B, V] with -inf where the bit (i % 32 of word i // 32) of ``allowed`` [B, W] i32 is not set."""
+
+    def only_allowed() -> jax.Array:
+        bits = (allowed[:, :, None] >> jnp.arange(32)) & 1  # [B, W, 32]
+        return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+    return lax.cond(jnp.any(allowed != -1), only_allowed, lambda: logits)
+
+
 def record(constraints: Constraints, tokens: jax.Array, inputs: StepInputs) -> Constraints:
     """``constraints`` after ``tokens`` [B] were sampled by the rows that sample."""
     sampled = (inputs.constrained == 1) & (inputs.does_sample == 1)

@@ -1,10 +1,12 @@
 """The device's owner: parameters, state, and one compiled step for each bucket."""
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jaxserve.config import CacheConfig, ModelConfig
 from jaxserve.constraint_io import ConstraintDims, new_slot, slot_buffer_size
 from jaxserve.execution.compile_counter import CompileCounter
 from jaxserve.execution.constraints import Constraints, constraints_shape, load
+from jaxserve.execution.hidden import SCORE_ROWS, head_params, make_pooler, make_scorer
 from jaxserve.execution.step import (
     DeviceState,
     StageParams,
@@ -46,10 +49,15 @@ Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 def state_shape(config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: Mesh, dtype: jnp.dtype) -> DeviceState:
     """``DeviceState`` of sharded ``ShapeDtypeStruct``s."""
     shape = kv_pages_shape(config, cache, mesh.shape["stage"])
-    spec = state_specs(config, mesh.shape["stage"])
+    spec = state_specs(config, mesh.shape["stage"], dims)
+    hidden = None
+    if dims.hidden_tokens:
+        size = (mesh.shape["stage"], dims.hidden_tokens, config.hidden_size)
+        hidden = jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec.hidden))
     return DeviceState(
         kv_pages=tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, s)) for s in spec.kv_pages),
         last_tokens=jax.ShapeDtypeStruct((dims.num_slots,), jnp.int32, sharding=NamedSharding(mesh, spec.last_tokens)),
+        hidden=hidden,
     )
 
 
@@ -80,6 +88,7 @@ def lower_step(
         dims,
         attention=dispatch.best(device, hopper=hopper),
         grouped_matmul=dispatch.best_grouped_matmul(device),
+        params_specs=jax.tree.map(lambda x: x.sharding.spec, params),
     )
     return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
 
@@ -93,11 +102,13 @@ def lower_sampler(
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, specs.REPLICATED))
 
     sampler = jax.jit(make_sampler(mesh, num_rows, dims, asked), donate_argnums=(0, 1))
+    constraint_dims = ConstraintDims.of(dims, config.vocab_size)
     return sampler.lower(
         shape(jnp.int32, dims.num_slots),
-        held_shape(ConstraintDims.of(dims, config.vocab_size), mesh) if asked == "constrained" else None,
+        held_shape(constraint_dims, mesh) if asked == "constrained" else None,
         shape(jnp.float32, num_rows, config.vocab_size),
         shape(jnp.int32, num_elements(sampling_shapes(num_rows, dims))),
+        shape(jnp.int32, num_rows, constraint_dims.num_words) if asked == "constrained" else None,
     )
 
 
@@ -117,21 +128,40 @@ def lower_load(dims: ConstraintDims, mesh: Mesh) -> jax.stages.Lowered:
     return function.lower(held, buffer)
 
 
+def lower_scorer(
+    config: ModelConfig, params: StageParams, state: DeviceState, dims: StepDims, mesh: Mesh
+) -> jax.stages.Lowered:
+    """``hidden.make_scorer``, lowered for ``params`` and ``state`` (arrays or shapes)."""
+    fields = jax.ShapeDtypeStruct((2, SCORE_ROWS), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
+    scorer = jax.jit(make_scorer(config, mesh, dims.max_logprobs))
+    return scorer.lower(head_params(params), state.hidden, fields)
+
+
+def lower_pooler(
+    config: ModelConfig, params: StageParams, state: DeviceState, dims: StepDims, mesh: Mesh
+) -> jax.stages.Lowered:
+    """``hidden.make_pooler``, lowered for ``params`` and ``state`` (arrays or shapes)."""
+    rows = jax.ShapeDtypeStruct((dims.hidden_tokens,), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
+    return jax.jit(make_pooler(config, mesh, dims.num_slots)).lower(head_params(params), state.hidden, rows)
+
+
 # XLA's own choices that are wrong for a step. Slices by address: it would hand a kernel a slice of the packed inputs by
 # its address, which is not aligned as the kernel's call demands, instead of copying a few KiB.
 GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
-# A graph begins once all of its kernels are in it: after 2 ms, for a model of 32 layers. A step that reads prompts
-# takes longer than to launch its kernels one after another: without a graph the device works from the first on.
-NO_GRAPH: dict[str, bool | str] = {"xla_gpu_enable_command_buffer": ""}
+def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles a step or a sampler for its mesh."""
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return lowered.compile(compiler_options=GPU_OPTIONS if is_gpu else {})
 
 
-def compile_step(lowered: jax.stages.Lowered, mesh: Mesh, *, in_graph: bool = True) -> jax.stages.Compiled:
-    """Compiles a step or a sampler for its mesh; on GPUs as one graph of kernels, or as launches of each."""
-    if mesh.devices.flat[0].platform != "gpu":
-        return lowered.compile()
-    return lowered.compile(compiler_options=GPU_OPTIONS if in_graph else GPU_OPTIONS | NO_GRAPH)
+class Computed(NamedTuple):
+    """A step between its two programs."""
+
+    num_rows: int  # B
+    logits: jax.Array  # [B, V] f32
+    fields: jax.Array  # what sampling reads of the step's inputs
 
 
 class Runner:
@@ -139,7 +169,7 @@ class Runner:
     number of rows that they have a sampler for everything in ``samplings``; no step may ask more than the last of them
     in ``SAMPLINGS``' order.
 
-    One thread at a time may use it. ``dispatch`` returns before the device is done; ``read`` waits.
+    One thread at a time may use it. ``forward`` and ``sample`` return before the device is done; ``read`` waits.
 
     Attributes:
         compile_counter: at zero when the constructor returns; its owner watches the steps with it.
@@ -166,10 +196,15 @@ class Runner:
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
         self._samplers: dict[tuple[int, Sampling], jax.stages.Compiled] = {}  # by rows
         self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
+        self._readers: dict[Callable, jax.stages.Compiled] = {}  # of hidden states, by what lowers them
         self._compile(buckets, on_progress)
         self._state = _zeros(self._state_shape)
         self._held: Constraints | None = None
+        self._all_allowed: dict[int, jax.Array] = {}  # by rows
         if "constrained" in self._samplings:
+            for num_rows in {b.num_rows for b in buckets}:
+                bits = np.full((num_rows, self._constraint_dims.num_words), -1, np.int32)
+                self._all_allowed[num_rows] = jax.device_put(bits, self._replicated)
             self._held = _zeros(held_shape(self._constraint_dims, mesh))
             self._load = compile_step(lower_load(self._constraint_dims, mesh), mesh)
             self.load_constraints(new_slot(self._constraint_dims)[0])
@@ -179,35 +214,30 @@ class Runner:
     def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
         done, lock = 0, threading.Lock()
 
-        def compile_one(bucket: Bucket, lowered: jax.stages.Lowered) -> None:
-            self._compiled[bucket] = compile_step(lowered, self.mesh, in_graph=not bucket.prefill_tokens)
-            count()
-
-        def compile_sampler(num_rows: int, asked: Sampling, lowered: jax.stages.Lowered) -> None:
-            self._samplers[num_rows, asked] = compile_step(lowered, self.mesh)
-            count()
-
-        def count() -> None:
+        def compile_one(into: dict[Any, jax.stages.Compiled], key: Any, lowered: jax.stages.Lowered) -> None:
             nonlocal done
+            into[key] = compile_step(lowered, self.mesh)
             with lock:
                 done += 1
                 if on_progress:
-                    on_progress("compile", done, len(buckets) + len(samplers))
+                    on_progress("compile", done, len(jobs))
 
+        arrays = (self.config, self._params, self._state_shape, self.dims)
+        jobs: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
+        for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
+            jobs.append((self._compiled, bucket, partial(lower_step, *arrays, bucket, self.mesh)))
+        for asked in self._samplings:
+            for num_rows in sorted({b.num_rows for b in buckets}):
+                lower = partial(lower_sampler, self.config, self.dims, num_rows, self.mesh, asked)
+                jobs.append((self._samplers, (num_rows, asked), lower))
+        if self.dims.hidden_tokens:
+            for lower in (lower_scorer, lower_pooler):
+                jobs.append((self._readers, lower, partial(lower, *arrays, self.mesh)))
         # XLA compiles without the interpreter's lock, in threads. Lowering is Python: here, one after another, so that
         # each finds what the ones before have traced and the first compilations begin early.
-        rows = sorted({b.num_rows for b in buckets})
-        samplers: list[tuple[int, Sampling]] = [(num_rows, asked) for asked in self._samplings for num_rows in rows]
         pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
-            futures = []
-            for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
-                lowered = lower_step(self.config, self._params, self._state_shape, self.dims, bucket, self.mesh)
-                futures.append(pool.submit(compile_one, bucket, lowered))
-            for num_rows, asked in samplers:
-                lowered = lower_sampler(self.config, self.dims, num_rows, self.mesh, asked)
-                futures.append(pool.submit(compile_sampler, num_rows, asked, lowered))
-            for future in futures:
+            for future in [pool.submit(compile_one, into, key, lower()) for into, key, lower in jobs]:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)
@@ -217,25 +247,76 @@ class Runner:
         GPUs that is the first two: XLA makes the graph of a step, in 20 ms, when it runs for the second time."""
         jobs: list[tuple[Bucket, Sampling]] = [(b, asked) for b in buckets for asked in self._samplings] * 2
         for i, (bucket, asked) in enumerate(jobs):
-            self.read(self.dispatch(bucket, new_inputs(bucket, self.dims)[0], asked))
+            self.read(self.sample(self.forward(bucket, new_inputs(bucket, self.dims)[0]), asked))
             if on_progress:
                 on_progress("warm-up", i + 1, len(jobs))
+        if self.dims.hidden_tokens:
+            self.read_scores(self.score([0], [0]), in_full=False)
+            self.read_pooled(self.pool(np.zeros(self.dims.hidden_tokens, np.int32)))
 
-    def dispatch(self, bucket: Bucket, buffer: np.ndarray, asked: Sampling) -> jax.Array:
-        """Starts a step on ``buffer`` (``step_io.new_inputs``), whose rows ask no more than ``asked`` of sampling.
+    def forward(self, bucket: Bucket, buffer: np.ndarray) -> Computed:
+        """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits."""
+        inputs = jax.device_put(buffer, self._replicated)
+        self._state, logits, fields = self._compiled[bucket](self._params, self._state, inputs)
+        return Computed(bucket.num_rows, logits, fields)
 
-        Returns a handle for ``read``.
+    def sample(self, computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
+        """Goes on with a step whose rows ask no more than ``asked`` of sampling, before the next ``forward``.
+
+        Args:
+            allowed: [B, W] i32, a bit for each token that a row may sample, for rows that ask "constrained"; not
+                written to afterwards. None: all.
+
+        Returns:
+            A handle for ``read``.
         """
         while asked not in self._samplings:
             asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
-        inputs = jax.device_put(buffer, self._replicated)
-        state, logits, fields = self._compiled[bucket](self._params, self._state, inputs)
-        held = self._held if asked == "constrained" else None
-        last_tokens, held, packed = self._samplers[bucket.num_rows, asked](state.last_tokens, held, logits, fields)
-        self._state = state.replace(last_tokens=last_tokens)
+        held = bits = None
+        if asked == "constrained":
+            held = self._held
+            bits = self._all_allowed[computed.num_rows]
+            if allowed is not None:
+                bits = jax.device_put(allowed, self._replicated)
+        sampler = self._samplers[computed.num_rows, asked]
+        last_tokens, held, packed = sampler(self._state.last_tokens, held, computed.logits, computed.fields, bits)
+        self._state = dataclasses.replace(self._state, last_tokens=last_tokens)
         if held is not None:
             self._held = held
         return packed
+
+    def score(self, places: Sequence[int], ids: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        """Scores ``ids``, at most ``SCORE_ROWS``, each as what follows the token at its place in the step of the last
+        ``forward``, before the next one.
+
+        Returns a handle for ``read_scores``.
+        """
+        fields = np.zeros((2, SCORE_ROWS), np.int32)
+        fields[0, : len(places)], fields[1, : len(ids)] = places, ids
+        fields = jax.device_put(fields, self._replicated)
+        return self._readers[lower_scorer](head_params(self._params), self._state.hidden, fields)
+
+    def read_scores(
+        self, handle: tuple[jax.Array, jax.Array], *, in_full: bool
+    ) -> tuple[StepOutputs, np.ndarray | None]:
+        """Waits for ``score``: raw log-probabilities of the ids and of the best; ``in_full`` of all, [C, V] f32."""
+        packed, logprobs = handle
+        outputs = unpack_outputs(np.asarray(packed), self.dims.max_logprobs)
+        return outputs, np.asarray(logprobs) if in_full else None
+
+    def pool(self, rows: np.ndarray) -> jax.Array:
+        """Sums the final norm's outputs of the tokens of the last ``forward``, before the next one: each token's into
+        the row that ``rows`` [TH] i32 says, ``num_slots`` into none.
+
+        Returns a handle for ``read_pooled``.
+        """
+        return self._readers[lower_pooler](
+            head_params(self._params), self._state.hidden, jax.device_put(rows, self._replicated)
+        )
+
+    def read_pooled(self, handle: jax.Array) -> np.ndarray:
+        """Waits for ``pool``: the sums [R, D] f32."""
+        return np.asarray(handle)
 
     def load_constraints(self, buffer: np.ndarray) -> None:
         """A slot's constraints (``constraint_io.pack_slot``), for the steps dispatched from now on."""
@@ -260,9 +341,9 @@ class Runner:
     def close(self) -> None:
         """Frees the device's memory; the runner cannot be used afterwards."""
         self.compile_counter.close()
-        for x in jax.tree.leaves((self._state, self._held)):
+        for x in jax.tree.leaves((self._state, self._held, self._all_allowed)):
             x.delete()
-        del self._params, self._state, self._held, self._compiled, self._samplers
+        del self._params, self._state, self._held, self._all_allowed, self._compiled, self._samplers, self._readers
 
 
 def _zeros[T](shapes: T) -> T:

@@ -20,8 +20,10 @@ from jaxserve.config import ModelConfig
 from jaxserve.execution import constraints, sampling
 from jaxserve.execution.constraints import Constraints
 from jaxserve.model import decoder, layers
+from jaxserve.model.array_spec import ArraySpec, is_spec
 from jaxserve.model.layers import AttentionContext, StaticContext
-from jaxserve.model.params import ArraySpec, LayerParams, Params, is_spec, param_specs
+from jaxserve.model.params import LayerParams, Params, param_specs
+from jaxserve.model.quantized import QuantizedMatrix, check_split
 from jaxserve.model.rope import rope_tables
 from jaxserve.parallel import specs
 from jaxserve.step_io import (
@@ -43,6 +45,7 @@ class DeviceState:
 
     kv_pages: KVPages  # LS entries [ST, NP, K, 2, PS, H]
     last_tokens: Any  # [R] i32, last sampled token of each slot
+    hidden: Any = None  # [ST, TH, D], what each stage's layers made of the last step's tokens; None: it is not kept
 
 
 @flax.struct.dataclass
@@ -62,18 +65,42 @@ class StageParams:
 
 
 def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> StageParams:
-    """``ArraySpec``s of a ``StageParams``: global shapes, V padded to a multiple of ``tensor``."""
+    """``ArraySpec``s of a ``StageParams``: global shapes, V padded to a multiple of ``tensor``.
+
+    Raises:
+        ValueError: the mesh would cut a group of a quantized matrix, or two stages have one in different formats at
+            the same place; names the parameter.
+    """
     tree: Params = param_specs(config)
     per_stage = config.num_layers // num_stages
 
-    def padded(spec: ArraySpec | None) -> ArraySpec | None:
-        return spec and spec._replace(shape=(-(-spec.shape[0] // tensor) * tensor, *spec.shape[1:]))
+    def padded(table: Any) -> Any:
+        def pad(spec: ArraySpec) -> ArraySpec:
+            if spec.axes[0] != "vocab":
+                return spec
+            return spec._replace(shape=(-(-spec.shape[0] // tensor) * tensor, *spec.shape[1:]))
+
+        return jax.tree.map(pad, table, is_leaf=is_spec)
+
+    def staged(spec: ArraySpec) -> ArraySpec:
+        return spec._replace(shape=(num_stages, *spec.shape), axes=("stage", *spec.axes))
 
     def position(i: int) -> LayerParams:
-        found: dict[str, ArraySpec] = {}
-        for layer in tree.layers[i::per_stage]:
-            found |= {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
-        return LayerParams(**{n: ArraySpec((num_stages, *s.shape), ("stage", *s.axes)) for n, s in found.items()})
+        found: dict[str, Any] = {}
+        found_in: dict[str, int] = {}
+        for stage, layer in enumerate(tree.layers[i::per_stage]):
+            for name in (f.name for f in fields(layer) if getattr(layer, f.name) is not None):
+                value, number = getattr(layer, name), stage * per_stage + i
+                if isinstance(value, QuantizedMatrix):
+                    check_split(f"layers.{number}.{name}", value, tensor)
+                first, first_number = found.setdefault(name, value), found_in.setdefault(name, number)
+                formats = [getattr(x, "format", None) for x in (first, value)]
+                if formats[0] != formats[1]:
+                    raise ValueError(
+                        f"stage={num_stages} puts params.layers.{number}.{name} where another stage has layer "
+                        f"{first_number}'s, which is quantized otherwise: {formats[1]} and {formats[0]}"
+                    )
+        return LayerParams(**jax.tree.map(staged, found, is_leaf=is_spec))
 
     return StageParams(
         embed=padded(tree.embed),
@@ -91,10 +118,11 @@ def stage_param_specs(config: ModelConfig, num_stages: int) -> StageParams:
     return jax.tree.map(lambda s: specs.param_spec(s.axes), shapes, is_leaf=is_spec)
 
 
-def state_specs(config: ModelConfig, num_stages: int) -> DeviceState:
+def state_specs(config: ModelConfig, num_stages: int, dims: StepDims) -> DeviceState:
     """PartitionSpecs of a ``DeviceState``."""
     kv_pages = (specs.kv_pages_spec(config),) * (config.num_layers // num_stages)
-    return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED)
+    hidden = specs.HIDDEN if dims.hidden_tokens else None
+    return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED, hidden=hidden)
 
 
 def unpack(buffer: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> StepInputs:
@@ -116,11 +144,13 @@ def make_step(
     *,
     attention: Implementation,
     grouped_matmul: Implementation,
+    params_specs: StageParams | None = None,
 ) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array, jax.Array]]:
     """``step(params, state, buffer) -> (state, logits [B, V] f32, the sampling fields' end of the buffer)`` for one
     bucket.
 
-    ``config`` is of ``parallel.placed.placed_config``, ``buffer`` is ``step_io.new_inputs``' int32 buffer.
+    ``config`` is of ``parallel.placed.placed_config``, ``buffer`` is ``step_io.new_inputs``' int32 buffer,
+    ``params_specs`` the PartitionSpecs of the parameters as they were placed; None: those of ``stage_param_specs``.
     """
     static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul)
 
@@ -141,56 +171,70 @@ def make_step(
             inputs.kv_lens,
             inputs.prefill_cu_q_lens,
         )
-        x = decoder.embed(params.embed, token_ids)  # [T, D]
+        x = decoder.embed(params.embed, token_ids, params.final_norm.dtype)  # [T, D]
         if config.embed_scale != 1:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         if params.positions is not None:
             x = x + params.positions[inputs.positions]
         x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, static)
+        hidden = state.hidden
+        if hidden is not None:
+            hidden = lax.dynamic_update_slice(hidden, x[None].astype(hidden.dtype), (0, 0, 0))
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
         x = layers.norm(x, params.final_norm, params.final_norm_bias, config)
         head = params.embed if params.head is None else params.head
         logits = decoder.logits(head, x, config)  # [B, V] f32
 
-        state = DeviceState(kv_pages=tuple(x[None] for x in kv_pages), last_tokens=state.last_tokens)
+        state = DeviceState(tuple(x[None] for x in kv_pages), state.last_tokens, hidden)
         return state, logits, buffer[-num_elements(sampling_shapes(bucket.num_rows, dims)) :]
 
     num_stages = mesh.shape["stage"]
-    state = state_specs(config, num_stages)
+    state = state_specs(config, num_stages, dims)
     return jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(stage_param_specs(config, num_stages), state, P()),
+        in_specs=(params_specs or stage_param_specs(config, num_stages), state, P()),
         out_specs=(state, P(), P()),
         check_vma=False,
     )
 
 
+def pack_outputs(tokens: jax.Array, chosen: jax.Array, top_ids: jax.Array, top: jax.Array) -> jax.Array:
+    """[B, 2 + 2 * KL] i32 for ``step_io.unpack_outputs``, of [B] i32, [B] f32, [B, KL] i32 and [B, KL] f32."""
+
+    def bits(v: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(v, jnp.int32)
+
+    return jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
+
+
 def make_sampler(
     mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
-) -> Callable[[jax.Array, Constraints | None, jax.Array, jax.Array], tuple[jax.Array, Constraints | None, jax.Array]]:
-    """``sampler(last_tokens [R], held, logits [B, V], fields) -> (last_tokens, held, packed [B, 2 + 2 * KL] i32)``.
+) -> Callable[..., tuple[jax.Array, Constraints | None, jax.Array]]:
+    """``sampler(last_tokens [R], held, logits [B, V], fields, allowed [B, W]) -> (last_tokens, held, packed
+    [B, 2 + 2 * KL] i32)``.
 
-    ``held`` are the slots' constraints where ``asked`` is "constrained", else None; ``packed`` is for
+    Where ``asked`` is "constrained", ``held`` are the slots' constraints and ``allowed`` has a bit for each token that
+    the row may sample as far as its structured output goes; else both are None. ``packed`` is for
     ``step_io.unpack_outputs``. Every device computes the same.
     """
 
     def sampler(
-        last_tokens: jax.Array, held: Constraints | None, logits: jax.Array, fields: jax.Array
+        last_tokens: jax.Array,
+        held: Constraints | None,
+        logits: jax.Array,
+        fields: jax.Array,
+        allowed: jax.Array | None,
     ) -> tuple[jax.Array, Constraints | None, jax.Array]:
         inputs = unpack(fields, sampling_shapes(num_rows, dims))
         changed = logits if held is None else constraints.constrain(logits, held, inputs)
+        changed = changed if allowed is None else constraints.allow(changed, allowed)
         tokens = sampling.sample(changed, inputs, asked)  # [B]
         if held is not None:
             held = constraints.record(held, tokens, inputs)
         chosen, top_ids, top = sampling.top_logprobs(logits, tokens, inputs.num_logprobs, dims.max_logprobs, asked)
         slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
         last_tokens = last_tokens.at[slots].set(tokens, mode="drop")
+        return last_tokens, held, pack_outputs(tokens, chosen, top_ids, top)
 
-        def bits(v: jax.Array) -> jax.Array:
-            return lax.bitcast_convert_type(v, jnp.int32)
-
-        packed = jnp.concatenate([tokens[:, None], bits(chosen)[:, None], top_ids, bits(top)], axis=1)
-        return last_tokens, held, packed
-
-    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 4, out_specs=(P(),) * 3, check_vma=False)
+    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 5, out_specs=(P(),) * 3, check_vma=False)

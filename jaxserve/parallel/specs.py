@@ -14,6 +14,7 @@ MESH_AXIS = {
 }
 
 REPLICATED = P()
+HIDDEN = P("stage")  # every stage's own output, [ST, TH, D]
 
 
 def kv_pages_spec(config: ModelConfig) -> P:

@@ -225,10 +225,9 @@ class Scheduler:
             )
         if request.params.n > self.config.max_num_waiting:
             raise RequestError("n", f"{request.params.n} is more than max_num_waiting={self.config.max_num_waiting}")
-        if (request.params.logprobs or 0) > self.dims.max_logprobs:
-            raise RequestError(
-                "logprobs", f"{request.params.logprobs} is more than max_logprobs={self.dims.max_logprobs}"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (asked := getattr(request.params, name) or 0) > self.dims.max_logprobs:
+                raise RequestError(name, f"{asked} is more than max_logprobs={self.dims.max_logprobs}; -1 is all")
 
     # The next step.
 
@@ -305,7 +304,9 @@ class Scheduler:
         else:
             num_pages = -(-(len(sequence.tokens) + 1) // self.cache.page_size)
         keep_free = self._watermark if self._running else 0
-        found = self.pool.allocate_sequence(sequence.tokens, sequence.digests, num_pages, keep_free)
+        # After the first output token all that was wanted of the prompt's hidden states has been given.
+        match = not sequence.request.wants_whole_prompt or sequence.num_output_tokens > 0
+        found = self.pool.allocate_sequence(sequence.tokens, sequence.digests, num_pages, keep_free, match)
         if found is None:
             return None
         sequence.pages, num_matched = found

@@ -22,11 +22,11 @@ from prometheus_client import start_http_server
 from jaxserve.engine.async_engine import AsyncEngine, EngineCore, EngineFailedError
 from jaxserve.request import Request, TokenEvent
 from jaxserve.server.binding import ServeError, address, check_can_bind, listening_socket
+from jaxserve.server.control import ControlService
 from jaxserve.server.http.app import make_app
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.guard import Guard
 from jaxserve.server.http.listener import HttpListener
-from jaxserve.server.limits import Admission
 from jaxserve.server.logs import RequestLog
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
@@ -39,7 +39,13 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH_NAMES = ("", SERVICE_NAME)  # grpc.health.v1: the server as a whole, and the service
-REFLECTED = (SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+CONTROL_NAME = inference_pb2.DESCRIPTOR.services_by_name["Control"].full_name
+REFLECTED = (
+    SERVICE_NAME,
+    CONTROL_NAME,
+    health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+    reflection.SERVICE_NAME,
+)
 
 FLUSH_TIMEOUT_S = 2.0  # for readers to take the last chunks when the engine has finished or was told to
 CLOSE_TIMEOUT_S = 10.0  # for the step that runs
@@ -80,7 +86,6 @@ class Server:
         keys = None if options.api_keys_file is None else ApiKeys.from_file(options.api_keys_file)
         context, credentials = http_context(options), grpc_credentials(options)
         warn_if_open(options)
-        admission = Admission(options.max_concurrent_requests)
         for port in (options.port, options.http_port, options.metrics_port):
             if port is not None:
                 check_can_bind(options.host, port)
@@ -129,10 +134,15 @@ class Server:
             recent.observe(request, event)
 
         # Last of what can fail: its thread cannot be interrupted while it loads.
-        self._engine = AsyncEngine(self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=observe)
-        self._service = InferenceService(self.engine, options, admission)
+        self._engine = AsyncEngine(
+            self._factory,
+            slow_reader_timeout_s=options.slow_reader_timeout_s,
+            max_concurrent_requests=options.max_concurrent_requests,
+            observer=observe,
+        )
+        self._service = InferenceService(self.engine, options)
         if listening is not None:
-            backend = Backend(self.engine, options, metrics.registry, admission, recent)
+            backend = Backend(self.engine, options, metrics.registry, recent)
             self._guard = Guard(make_app(backend), options, keys)
             self._http = HttpListener(self._guard, listening, options.max_message_bytes, context)
             self.http_port = self._http.port
@@ -140,6 +150,7 @@ class Server:
         self._health = health_aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         inference_pb2_grpc.add_InferenceServicer_to_server(self._service, self._grpc)
+        inference_pb2_grpc.add_ControlServicer_to_server(ControlService(self.engine, options, self.drain), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection(REFLECTED, self._grpc)
         await self._grpc.start()
@@ -150,14 +161,15 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._watch = asyncio.create_task(self._watch_engine())
 
-    async def drain(self) -> bool:
+    async def drain(self, timeout_s: float | None = None) -> bool:
         """Health NOT_SERVING, new requests UNAVAILABLE, running ones finish or are aborted at the limit.
 
         True: all of them finished.
         """
-        deadline = time.monotonic() + self.options.drain_timeout_s
+        timeout_s = self.options.drain_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
         await self._health.enter_graceful_shutdown()
-        finished = await self.engine.drain(self.options.drain_timeout_s)
+        finished = await self.engine.drain(timeout_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(max(deadline - time.monotonic(), FLUSH_TIMEOUT_S)):
                 await self._idle()

@@ -11,8 +11,9 @@ Nothing is sent before the first chunk is asked for; leaving the loop early ends
 """
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,13 +22,32 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
+from jaxserve.request import Embedding, Pooling
 from jaxserve.server import codec
-from jaxserve.server.codec import Chunk
+from jaxserve.server.codec import Chunk, RequestFailure
 from jaxserve.server.options import DEFAULT_TARGET
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 
+# gRPC's own retries: at most so often, each time after a random part of a doubling wait, and never after the first
+# answer. What the server refused for now (queue full, loading, draining) is retried, nothing else.
+RETRY_POLICY = {
+    "methodConfig": [
+        {
+            "name": [{"service": "jaxserve.v1.Inference"}, {"service": "jaxserve.v1.Control"}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ]
+}
 CHANNEL_OPTIONS = (
+    ("grpc.enable_retries", 1),
+    ("grpc.service_config", json.dumps(RETRY_POLICY)),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),  # wait_ready is often called before the server has bound its port
@@ -36,6 +56,19 @@ CHANNEL_OPTIONS = (
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+
+
+def batch_request(
+    request_id: str,
+    prompt: str | None = None,
+    *,
+    token_ids: Sequence[int] | None = None,
+    messages: Messages | None = None,
+    priority: int | None = None,
+    **sampling: Any,
+) -> pb.GenerateRequest:
+    """One request for ``generate_batch``; arguments as of ``generate``."""
+    return codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +100,7 @@ class Client:
             channel = grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
         self._channel = channel if api_key is None else grpc.intercept_channel(channel, _Bearer(api_key))
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control = inference_pb2_grpc.ControlStub(self._channel)
         self._watch_health = _watch_method(self._channel)
 
     def __enter__(self) -> Self:
@@ -116,6 +150,47 @@ class Client:
         finally:
             call.cancel()
 
+    def embed(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Embedding:
+        """A prompt as a vector; see ``EmbedRequest`` of the .proto."""
+        request = codec.embed_request(
+            prompt, token_ids, pooling, normalize, truncate_prompt_tokens, request_id, priority
+        )
+        return codec.read_embedding(self._stub.Embed(request, timeout=timeout_s))
+
+    def generate_batch(
+        self, requests: Iterable[pb.GenerateRequest], *, timeout_s: float | None = None
+    ) -> Generator[Chunk | RequestFailure]:
+        """Streams many requests (``batch_request``) on one call: their chunks and failures as they come."""
+        call = self._stub.GenerateBatch(iter(requests), timeout=timeout_s)
+        try:
+            for message in call:
+                yield codec.read_batch_chunk(message)
+        finally:
+            call.cancel()
+
+    def get_load(self) -> pb.EngineLoad:
+        """The engine's figures."""
+        return self._control.GetLoad(pb.GetLoadRequest())
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Takes the server out of service; True: what ran has finished."""
+        return self._control.Drain(pb.DrainRequest(timeout_s=timeout_s)).finished
+
+    def update_weights(self, path: str) -> None:
+        """Serves the weights of a checkpoint on the server's machine."""
+        self._control.UpdateWeights(pb.UpdateWeightsRequest(path=path))
+
     def abort(self, request_id: str) -> None:
         """Ends a request; NOT_FOUND when it is neither queued nor running."""
         self._stub.Abort(pb.AbortRequest(request_id=request_id))
@@ -143,7 +218,8 @@ class AsyncClient:
     """The same on asyncio. Belongs to the event loop it is made in."""
 
     def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, tls: TLS | None = None):
-        bearers = [] if api_key is None else [_AsyncUnaryBearer(api_key), _AsyncStreamBearer(api_key)]
+        kinds = (_AsyncUnaryBearer, _AsyncStreamBearer, _AsyncBatchBearer)
+        bearers = [] if api_key is None else [kind(api_key) for kind in kinds]
         if tls is None:
             self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS, interceptors=bearers)
         else:
@@ -151,6 +227,7 @@ class AsyncClient:
                 target, tls.credentials(), options=CHANNEL_OPTIONS, interceptors=bearers
             )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control = inference_pb2_grpc.ControlStub(self._channel)
         self._watch_health = _watch_method(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -207,6 +284,50 @@ class AsyncClient:
         finally:
             call.cancel()
 
+    async def embed(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Embedding:
+        """A prompt as a vector; see ``EmbedRequest`` of the .proto."""
+        request = codec.embed_request(
+            prompt, token_ids, pooling, normalize, truncate_prompt_tokens, request_id, priority
+        )
+        return codec.read_embedding(await self._stub.Embed(request, timeout=timeout_s))
+
+    async def generate_batch(
+        self,
+        requests: Iterable[pb.GenerateRequest] | AsyncIterable[pb.GenerateRequest],
+        *,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Chunk | RequestFailure]:
+        """Streams many requests (``batch_request``) on one call: their chunks and failures as they come."""
+        call = self._stub.GenerateBatch(requests, timeout=timeout_s)
+        try:
+            async for message in call:
+                yield codec.read_batch_chunk(message)
+        finally:
+            call.cancel()
+
+    async def get_load(self) -> pb.EngineLoad:
+        """The engine's figures."""
+        return await self._control.GetLoad(pb.GetLoadRequest())
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Takes the server out of service; True: what ran has finished."""
+        return (await self._control.Drain(pb.DrainRequest(timeout_s=timeout_s))).finished
+
+    async def update_weights(self, path: str) -> None:
+        """Serves the weights of a checkpoint on the server's machine."""
+        await self._control.UpdateWeights(pb.UpdateWeightsRequest(path=path))
+
     async def abort(self, request_id: str) -> None:
         """Ends a request; NOT_FOUND when it is neither queued nor running."""
         await self._stub.Abort(pb.AbortRequest(request_id=request_id))
@@ -230,7 +351,7 @@ class AsyncClient:
         return await self._stub.GetServerInfo(pb.GetServerInfoRequest())
 
 
-class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
     """Every call with the token."""
 
     def __init__(self, api_key: str):
@@ -240,6 +361,9 @@ class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercepto
         return continuation(_with_token(client_call_details, self._api_key), request)
 
     intercept_unary_stream = intercept_unary_unary
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return continuation(_with_token(client_call_details, self._api_key), request_iterator)
 
 
 class _AsyncUnaryBearer(grpc.aio.UnaryUnaryClientInterceptor):
@@ -256,6 +380,14 @@ class _AsyncStreamBearer(grpc.aio.UnaryStreamClientInterceptor):
 
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         return await continuation(_with_token(client_call_details, self._api_key), request)
+
+
+class _AsyncBatchBearer(grpc.aio.StreamStreamClientInterceptor):
+    def __init__(self, api_key: str):
+        self._api_key = api_key
+
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await continuation(_with_token(client_call_details, self._api_key), request_iterator)
 
 
 def _with_token(details: Any, api_key: str) -> Any:

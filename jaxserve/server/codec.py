@@ -11,13 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from jaxserve.engine.async_engine import EngineCore
 from jaxserve.request import (
-    NOT_IMPLEMENTED,
+    Embedding,
     EngineStats,
     FinishReason,
+    Pooling,
     RequestError,
     SamplingParams,
+    StructuredOutputs,
     TokenEvent,
     TokenLogprobs,
     Usage,
@@ -42,12 +46,15 @@ SERVER_STATES: dict[str, pb.ServerState] = {
     "closed": pb.SERVER_STATE_DRAINING,
 }
 
+POOLINGS: dict[Pooling, pb.Pooling] = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
+
 READ_FIELD: dict[str, Callable[[Any], Any]] = {
     "stop": tuple,
     "stop_token_ids": tuple,
     "bad_words": tuple,
     "logit_bias": dict,
     "allowed_token_ids": lambda value: tuple(value.ids),
+    "structured_outputs": lambda value: _read_structured(value),
 }  # sampling field -> its Python value; the others are scalars
 
 Prompt = str | tuple[int, ...] | list[dict[str, str]]  # text, token ids, chat messages: told apart by their type
@@ -62,25 +69,45 @@ class Chunk:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens from the second on
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     usage: Usage | None = None
     choice: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestFailure:
+    """What became of one request of a batch; the .proto describes the fields."""
+
+    request_id: str
+    code: int  # gRPC's
+    message: str
+    field: str | None
+
+
 # Requests: wire to engine.
 
 
-def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
+def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedRequest) -> Prompt:
     """Raises RequestError when none is set."""
     kind = message.WhichOneof("prompt")
     if kind == "text":
         return message.text
-    if kind == "messages":
+    if kind == "messages" and not isinstance(message, pb.EmbedRequest):
         return [{"role": m.role, "content": m.content} for m in message.messages.messages]
-    if isinstance(message, pb.GenerateRequest) and kind == "token_ids":
+    if not isinstance(message, pb.TokenizeRequest) and kind == "token_ids":
         return tuple(message.token_ids.ids)
     raise RequestError("prompt", "none is set")
+
+
+def read_embed_options(message: pb.EmbedRequest) -> dict[str, Any]:
+    """The keywords of ``EngineCore.make_embedding_request`` that are set."""
+    names = ("normalize", "truncate_prompt_tokens", "request_id", "priority")
+    given: dict[str, Any] = {name: getattr(message, name) for name in names if message.HasField(name)}
+    if message.pooling not in (*POOLINGS.values(), pb.POOLING_UNSPECIFIED):
+        raise RequestError("pooling", f"{message.pooling} is not a way to pool")
+    return given | {"pooling": "mean" if message.pooling == pb.POOLING_MEAN else "last"}
 
 
 def read_sampling(message: pb.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -90,6 +117,15 @@ def read_sampling(message: pb.SamplingParams, defaults: Mapping[str, Any]) -> Sa
     """
     given = {field.name: READ_FIELD.get(field.name, _same)(value) for field, value in message.ListFields()}
     return sampling_params_from({**defaults, **given})
+
+
+def _read_structured(message: pb.StructuredOutputs) -> StructuredOutputs:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise RequestError("structured_outputs", "none of its fields is set")
+    value = getattr(message, kind)
+    given: dict[str, Any] = {kind: tuple(value.texts) if kind == "choice" else value}
+    return StructuredOutputs(**given)
 
 
 # Requests: client to wire.
@@ -125,6 +161,34 @@ def generate_request(
     return request
 
 
+def embed_request(
+    prompt: str | None,
+    token_ids: Sequence[int] | None,
+    pooling: Pooling | None,
+    normalize: bool | None,
+    truncate_prompt_tokens: int | None,
+    request_id: str | None,
+    priority: int | None,
+) -> pb.EmbedRequest:
+    """Raises RequestError for a value that the wire cannot hold."""
+    if (prompt is None) == (token_ids is None):
+        raise RequestError("prompt", "give exactly one of prompt, token_ids")
+    if pooling is not None and pooling not in POOLINGS:
+        raise RequestError("pooling", f"{pooling!r} is not one of {', '.join(POOLINGS)}")
+    request = pb.EmbedRequest()
+    given = {"truncate_prompt_tokens": truncate_prompt_tokens, "request_id": request_id, "priority": priority}
+    given |= {"normalize": normalize, "text": prompt, "pooling": None if pooling is None else POOLINGS[pooling]}
+    for name, value in given.items():
+        if value is not None:
+            with _Refusing("prompt" if name == "text" else name):
+                setattr(request, name, value)
+    if token_ids is not None:
+        with _Refusing("prompt"):
+            request.token_ids.ids.extend(token_ids)
+            request.token_ids.SetInParent()
+    return request
+
+
 def sampling_message(values: Mapping[str, Any]) -> pb.SamplingParams:
     """The set fields of ``values``; None is unset."""
     known = {f.name for f in fields(SamplingParams)}
@@ -138,6 +202,8 @@ def sampling_message(values: Mapping[str, Any]) -> pb.SamplingParams:
             if name == "allowed_token_ids":
                 message.allowed_token_ids.ids.extend(value)
                 message.allowed_token_ids.SetInParent()  # no token allowed is not the same as unset
+            elif name == "structured_outputs":
+                message.structured_outputs.CopyFrom(_structured_message(value))
             elif name == "logit_bias":
                 message.logit_bias.update(value)
             elif name in READ_FIELD:
@@ -145,6 +211,14 @@ def sampling_message(values: Mapping[str, Any]) -> pb.SamplingParams:
             else:
                 setattr(message, name, value)
     return message
+
+
+def _structured_message(value: Any) -> pb.StructuredOutputs:
+    structured = SamplingParams(structured_outputs=value).structured_outputs
+    assert structured is not None
+    value = getattr(structured, structured.kind)
+    given: dict[str, Any] = {structured.kind: pb.Texts(texts=value) if structured.kind == "choice" else value}
+    return pb.StructuredOutputs(**given)
 
 
 def chat_messages(messages: Sequence[Mapping[str, str]]) -> pb.ChatMessages:
@@ -191,8 +265,10 @@ def _generate_chunk(events: Sequence[TokenEvent]) -> pb.GenerateChunk:
             continue
         chunk.token_ids.append(event.token_id)
         if event.logprob is not None:
-            top = [pb.TopLogprob(token_id=i, logprob=value) for i, value in event.top_logprobs or ()]
-            chunk.logprobs.append(pb.TokenLogprobs(logprob=event.logprob, top=top))
+            chunk.logprobs.append(_logprobs_message(event.logprob, event.top_logprobs or ()))
+    for entry in first.prompt_logprobs or ():
+        if entry is not None:
+            chunk.prompt_logprobs.append(_logprobs_message(entry.logprob, entry.top, entry.token_id))
     if last.finish_reason is not None:
         chunk.finish_reason = FINISH_REASONS[last.finish_reason]
     if isinstance(last.stop_reason, str):
@@ -204,6 +280,19 @@ def _generate_chunk(events: Sequence[TokenEvent]) -> pb.GenerateChunk:
         chunk.usage.completion_tokens = last.usage.completion_tokens
         chunk.usage.cached_tokens = last.usage.cached_tokens
     return chunk
+
+
+def _logprobs_message(
+    logprob: float, top: Sequence[tuple[int, float]], token_id: int | None = None
+) -> pb.TokenLogprobs:
+    top_messages = [pb.TopLogprob(token_id=i, logprob=value) for i, value in top]
+    return pb.TokenLogprobs(logprob=logprob, top=top_messages, token_id=token_id)
+
+
+def _read_logprobs(message: pb.TokenLogprobs, token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_id=token_id, logprob=message.logprob, top=tuple((t.token_id, t.logprob) for t in message.top)
+    )
 
 
 def model_info(engine: EngineCore) -> pb.ModelInfo:
@@ -221,7 +310,7 @@ def model_info(engine: EngineCore) -> pb.ModelInfo:
         eos_token_ids=config.eos_token_ids,
         has_tokenizer=engine.tokenizer is not None,
         has_chat_template=engine.tokenizer is not None and engine.tokenizer.chat_template is not None,
-        unimplemented_sampling_fields=list(NOT_IMPLEMENTED),
+        default_sampling=sampling_message(engine.sampling_defaults),
     )
 
 
@@ -245,8 +334,11 @@ def add_engine_info(info: pb.ServerInfo, engine: EngineCore, stats: EngineStats)
     info.page_size = engine.cache_config.page_size
     info.mesh_stage = engine.parallel_config.stage
     info.mesh_tensor = engine.parallel_config.tensor
-    for field in pb.EngineLoad.DESCRIPTOR.fields:  # named as in EngineStats
-        setattr(info.load, field.name, getattr(stats, field.name))
+    info.load.CopyFrom(load_message(stats))
+
+
+def load_message(stats: EngineStats) -> pb.EngineLoad:
+    return pb.EngineLoad(**{f.name: getattr(stats, f.name) for f in pb.EngineLoad.DESCRIPTOR.fields})
 
 
 # Answers: wire to client.
@@ -260,10 +352,8 @@ def read_chunk(message: pb.GenerateChunk) -> Chunk:
         index=message.index,
         token_ids=tuple(message.token_ids),
         text=message.text,
-        logprobs=tuple(
-            TokenLogprobs(token_id=i, logprob=entry.logprob, top=tuple((t.token_id, t.logprob) for t in entry.top))
-            for i, entry in zip(message.token_ids, message.logprobs)
-        ),
+        logprobs=tuple(_read_logprobs(entry, i) for i, entry in zip(message.token_ids, message.logprobs)),
+        prompt_logprobs=tuple(_read_logprobs(entry, entry.token_id) for entry in message.prompt_logprobs),
         finish_reason=FINISH_REASON_NAMES.get(message.finish_reason),
         stop_reason=getattr(message, stop) if stop else None,
         usage=Usage(
@@ -275,6 +365,20 @@ def read_chunk(message: pb.GenerateChunk) -> Chunk:
         else None,
         choice=message.choice,
     )
+
+
+def read_batch_chunk(message: pb.BatchChunk) -> Chunk | RequestFailure:
+    if message.WhichOneof("kind") == "chunk":
+        return read_chunk(message.chunk)
+    failure = message.failure
+    return RequestFailure(
+        request_id=failure.request_id, code=failure.code, message=failure.message, field=failure.field or None
+    )
+
+
+def read_embedding(message: pb.EmbedResponse) -> Embedding:
+    values = np.array(message.values, np.float32)
+    return Embedding(request_id=message.request_id, values=values, prompt_len=message.prompt_tokens)
 
 
 def _same(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import NoReturn
 
@@ -14,11 +15,13 @@ from jaxserve.engine.async_engine import (
     DuplicateRequestError,
     EngineFailedError,
     NotServingError,
+    RequestEndedError,
 )
 from jaxserve.engine.event_stream import SlowReaderError
 from jaxserve.request import QueueFullError, Request, RequestError
 from jaxserve.server import codec
-from jaxserve.server.limits import Admission, limited_deadline, make_request
+from jaxserve.server.batch import MissingIdError, run_batch
+from jaxserve.server.limits import make_request, remaining_deadline
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -43,10 +46,9 @@ ANSWERED = tuple(kind for kind, _ in STATUS)
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """``idle`` is set while no Generate call is open, its last bytes handed to the transport or its reader too slow."""
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions, admission: Admission):
+    def __init__(self, engine: AsyncEngine, options: ServerOptions):
         self._engine = engine
         self._options = options
-        self._admission = admission
         self._started = time.monotonic()
         self._num_open = 0
         self.idle = asyncio.Event()
@@ -54,14 +56,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         self._count_open(context)
-        remaining_s = context.time_remaining()
-        deadline = limited_deadline(self._options, None if remaining_s is None else time.monotonic() + remaining_s)
+        deadline = remaining_deadline(self._options, context.time_remaining())
         finish_reason = None
         started = False
-        admitted = False
         try:
-            self._admission.take(1)
-            admitted = True
             # Tokenizing may take long, and the event loop has other streams to serve.
             engine_request = await asyncio.to_thread(self._read_request, request, deadline)
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
@@ -76,12 +74,51 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort_unread(context, error)
         except ANSWERED as error:
             await _abort(context, error)
-        finally:
-            self._admission.give(admitted)
         if finish_reason == "deadline":
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
         if finish_reason == "abort" and self._engine.state != "ready":
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: the request was aborted")
+
+    async def GenerateBatch(
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        self._count_open(context)
+        deadline = remaining_deadline(self._options, context.time_remaining())
+
+        async def read(message: pb.GenerateRequest) -> Request:
+            return await asyncio.to_thread(self._read_request, message, deadline)
+
+        async def write(chunk: pb.BatchChunk) -> None:
+            await self._write(context, chunk)
+
+        await context.send_initial_metadata(())
+        try:
+            ends = await run_batch(request_iterator, self._engine, read, write, _failure)
+        except SlowReaderError as error:
+            await _abort_unread(context, error)
+        except MissingIdError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error), ((FIELD_KEY, "request_id"),))
+        except ANSWERED as error:
+            await _abort(context, error)
+        if "deadline" in ends:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
+        if "abort" in ends and self._engine.state != "ready":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: requests were aborted")
+
+    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        self._count_open(context)
+        deadline = remaining_deadline(self._options, context.time_remaining())
+        try:
+            engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline)
+            embedding = await self._engine.embed(engine_request)
+        except RequestEndedError as error:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if error.reason == "deadline" else grpc.StatusCode.ABORTED
+            await context.abort(code, str(error))
+        except ANSWERED as error:
+            await _abort(context, error)
+        return pb.EmbedResponse(
+            request_id=embedding.request_id, values=embedding.values, prompt_tokens=embedding.prompt_len
+        )
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         try:
@@ -123,7 +160,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             codec.add_engine_info(info, self._engine.engine, stats)
         return info
 
-    async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk) -> None:
+    async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk | pb.BatchChunk) -> None:
         """Raises SlowReaderError: by itself a write waits for as long as the client does not read."""
         timeout_s = self._options.slow_reader_timeout_s
         try:
@@ -164,6 +201,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             deadline=deadline,
         )
 
+    def _read_embed_request(self, message: pb.EmbedRequest, deadline: float | None) -> Request:
+        prompt = codec.read_prompt(message)
+        assert not isinstance(prompt, list)
+        if isinstance(prompt, str):
+            check_bytes("prompt", prompt, self._options.max_prompt_bytes)
+        options = codec.read_embed_options(message)
+        return self._engine.engine.make_embedding_request(prompt, deadline=deadline, **options)
+
     def _tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         engine = self._engine.engine
         prompt = codec.read_prompt(message)
@@ -183,6 +228,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 raise RequestError("token_ids", f"{i} is not a token id, the vocabulary has {tokenizer.vocab_size}")
         skip_special_tokens = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
         return tokenizer.decode(message.token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _failure(request_id: str, error: Exception) -> pb.BatchChunk | None:
+    """What a request of a batch ended with, where it was its own doing."""
+    if isinstance(error, SlowReaderError):  # the one reader of all of them
+        return None
+    code = next((code for kind, code in STATUS if isinstance(error, kind)), None)
+    if code is None:
+        return None
+    field = error.field if isinstance(error, RequestError) else ""
+    number = code.value[0]
+    return pb.BatchChunk(failure=pb.RequestFailure(request_id=request_id, code=number, message=str(error), field=field))
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

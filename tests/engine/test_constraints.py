@@ -178,6 +178,7 @@ def test_refused_by_engines_without():
             "presence_penalty": 1.0,
             "frequency_penalty": 1.0,
             "repetition_penalty": 2.0,
+            "structured_outputs": {"regex": "a"},
         }.items():
             with pytest.raises(RequestError, match=f"^{name}: .* needs sampling 'constrained', this engine has 'gre"):
                 greedy.make_request([5], SamplingParams(temperature=0, **{name: value}))

@@ -1,6 +1,7 @@
 """New weights in a running engine: the next token is theirs, nothing is compiled, nothing old is found again."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,7 +64,7 @@ def test_running_requests_go_on_with_the_new_weights(num_steps: int, lookahead: 
 
         for _ in range(num_steps):
             step()
-        pending = {row.sequence.request_id for batch, _ in engine._in_flight for row in batch.rows if row.samples}
+        pending = {row.sequence.request_id for step in engine.loop.in_flight for row in step.batch.rows if row.samples}
         old_tokens = [len(said[r.request_id]) + (r.request_id in pending) for r in requests]
         engine.update_params(other)
         while engine.has_unfinished():
@@ -116,3 +117,19 @@ async def test_between_the_steps_of_a_server(other: Params, fresh: Engine):
         assert async_engine.state == "ready"
     finally:
         assert await async_engine.close()
+
+
+def test_weights_are_read_from_a_checkpoint_while_the_engine_runs(tmp_path):
+    from tests.families.golden import FOLDER
+
+    folder = FOLDER / "llama"
+    options: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 1, "prefill_sizes": (8,), "samplings": ("greedy",)}
+    with Engine.from_pretrained(folder, num_pages=8, dtype="float32", **options) as engine:
+        prompt = [5, 6, 7]
+        before = tokens(engine, [prompt])
+        engine.update_params(jax.tree.map(lambda x: jax.device_put(0 * x, x.sharding), engine.load_params(folder)))
+        assert tokens(engine, [prompt]) != before
+        engine.update_params(engine.load_params(folder))
+        assert tokens(engine, [prompt]) == before
+        with pytest.raises(ValueError, match="nothing"):
+            engine.load_params(tmp_path / "nothing")

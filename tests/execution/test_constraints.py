@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.constraint_io import MAX_BAD_LEN, MAX_BAD_SEQUENCES, MAX_BIASES, ConstraintDims, new_slot, pack_slot
+from jaxserve.constraint_io import (
+    MAX_BAD_LEN,
+    MAX_BAD_SEQUENCES,
+    MAX_BIASES,
+    ConstraintDims,
+    new_slot,
+    pack_slot,
+    set_bits,
+)
 from jaxserve.execution import constraints
 from jaxserve.request import Request, SamplingParams
 from jaxserve.step_io import Bucket, StepDims, StepInputs, new_inputs
@@ -135,6 +143,20 @@ def test_what_is_sampled_counts_at_the_next_step():
             assert_same(changed[row], constrained_logits(raw[row], asked, output))
             if does_sample[row]:
                 output.append(int(tokens[row]))
+
+
+def test_only_allowed_tokens_keep_their_logits():
+    r = np.random.default_rng(4)
+    words = np.full((ROWS, DIMS.num_words), -1, np.int32)
+    free = logits()
+    np.testing.assert_array_equal(constraints.allow(jnp.array(free), jnp.array(words)), free)
+    want = np.array(free)
+    for row in (0, 2):
+        kept = np.flatnonzero(r.integers(0, 2, V))
+        set_bits(words[row], range(32 * DIMS.num_words), False)
+        set_bits(words[row], kept, True)
+        want[row, np.setdiff1d(np.arange(V), kept)] = -np.inf
+    np.testing.assert_array_equal(jax.jit(constraints.allow)(free, words), want)
 
 
 def test_a_load_without_a_slot_changes_nothing():

@@ -6,7 +6,7 @@ transformers computed for one greedy sequence.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from jaxserve import Engine
-from jaxserve.step_io import Bucket, new_inputs
+from jaxserve.execution.runner import Computed
+from jaxserve.step_io import Bucket, Sampling, new_inputs
 
 FOLDER = Path(__file__).parents[1] / "data" / "golden"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/golden.json"))
@@ -82,24 +83,21 @@ def sampled_logits(engine: Engine) -> Iterator[list[tuple[int, np.ndarray]]]:
 
     Logits never leave the device for a user, so this reads them where the runner hands them to a sampler.
     """
-    runner, seen = engine._runner, list[tuple[int, np.ndarray]]()
-    samplers: dict[Any, Callable] = runner._samplers  # pyright: ignore[reportAssignmentType]
+    runner, seen = engine.loop.runner, list[tuple[int, np.ndarray]]()
+    sample = runner.sample
 
-    def watched(num_rows: int, sampler: Callable) -> Callable:
-        def call(last_tokens: jax.Array, held: Any, logits: jax.Array, fields: jax.Array) -> Any:
-            buffer, views = new_inputs(Bucket(num_rows, 0, 0), runner.dims)
-            buffer[-fields.size :] = np.asarray(fields)
-            values = np.asarray(logits)
-            seen.extend((int(views.kv_lens[row]), values[row]) for row in np.flatnonzero(views.does_sample))
-            return sampler(last_tokens, held, logits, fields)
+    def watched(computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
+        buffer, views = new_inputs(Bucket(computed.num_rows, 0, 0), runner.dims)
+        buffer[-computed.fields.size :] = np.asarray(computed.fields)
+        values = np.asarray(computed.logits)
+        seen.extend((int(views.kv_lens[row]), values[row]) for row in np.flatnonzero(views.does_sample))
+        return sample(computed, asked, allowed)
 
-        return call
-
-    runner._samplers = {key: watched(key[0], sampler) for key, sampler in samplers.items()}  # pyright: ignore[reportAttributeAccessIssue]
+    runner.sample = watched
     try:
         yield seen
     finally:
-        runner._samplers = samplers  # pyright: ignore[reportAttributeAccessIssue]
+        runner.sample = sample
 
 
 def check_logits(golden: Golden, seen: list[tuple[int, np.ndarray]], lengths: Sequence[int]) -> None:

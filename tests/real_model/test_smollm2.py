@@ -51,3 +51,12 @@ def test_stream_concatenates_to_the_text(engine):
     ids = [e.token_id for e in events]
     assert events[-1].finish_reason == "stop" and ids[-1] == engine.tokenizer.eos_token_ids[0]
     assert "".join(e.text for e in events) == engine.tokenizer.decode(ids)
+
+
+def test_greedy_tokens_of_the_4_bit_weights_as_they_are():
+    prompt, count = REFERENCE["prompts"][0], 40
+    options = {"max_model_len": 128, "max_num_seqs": 1, "prefill_sizes": (64,), "samplings": ("greedy",)}
+    with Engine.from_pretrained(DEFAULT_MODEL, quantization="gguf", dtype="float32", **options) as engine:
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        (completion,) = engine.generate([prompt["prompt_token_ids"]], sampling)
+    assert completion.token_ids == prompt["new_token_ids"][:count]

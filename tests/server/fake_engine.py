@@ -6,11 +6,15 @@ request or choice. It holds one "page" a live one.
 """
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -20,11 +24,13 @@ from jaxserve.request import (
     FinishReason,
     HeldPages,
     PageMap,
+    Pooling,
     QueueFullError,
     Request,
     RequestError,
     SamplingParams,
     TokenEvent,
+    TokenLogprobs,
     Usage,
 )
 from jaxserve.text.decoding import BYTE_OF_CHAR
@@ -108,6 +114,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.num_steps = 0
         self.closed = False
+        self.params: object = None
         self._step_delay_s = step_delay_s
         self._text_scale = text_scale
         self._says = says
@@ -148,6 +155,21 @@ class FakeEngine:
             arrival=time.monotonic(),
         )
 
+    def make_embedding_request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Request:
+        params = SamplingParams(max_tokens=1, truncate_prompt_tokens=truncate_prompt_tokens)
+        request = self.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
+        return replace(request, pooling=pooling, normalize=normalize)
+
     def add_request(self, request: Request) -> None:
         self._on_one_thread()
         if len(self._live) >= self.scheduler_config.max_num_waiting:
@@ -177,8 +199,14 @@ class FakeEngine:
         self._set_idle()
         return events
 
+    def load_params(self, name_or_path: str | Path) -> str:
+        if not Path(name_or_path).is_file():
+            raise ValueError(f"{name_or_path}: no checkpoint is there")
+        return Path(name_or_path).read_text()
+
     def update_params(self, params: object) -> None:
         self._on_one_thread()
+        self.params = params
 
     def has_unfinished(self) -> bool:
         return bool(self._live)
@@ -231,6 +259,8 @@ class FakeEngine:
             self._live[request.request_id] = (request, num_tokens)
         else:
             del self._live[request.request_id]
+        if request.pooling is not None:
+            return self._embedding_event(request)
         k = request.params.logprobs
         return TokenEvent(
             request_id=_name(request),
@@ -244,6 +274,18 @@ class FakeEngine:
             usage=None if reason is None else self._usage(request, num_tokens),
             choice=request.choice,
             num_open=self._num_open(request),
+            prompt_logprobs=_prompt_logprobs(request) if index == 0 else None,
+        )
+
+    def _embedding_event(self, request: Request) -> TokenEvent:
+        values = embedding_of_prompt(request.prompt_token_ids, request.pooling, request.normalize)
+        return TokenEvent(
+            request_id=_name(request),
+            index=0,
+            token_id=None,
+            finish_reason="stop",
+            usage=self._usage(request, 0),
+            embedding=np.array(values, np.float32),
         )
 
     def _num_open(self, request: Request) -> int:
@@ -280,3 +322,21 @@ class FakeEngine:
     def _on_one_thread(self) -> None:
         self._thread = self._thread or threading.get_ident()
         assert threading.get_ident() == self._thread, "the engine was touched by two threads"
+
+
+def embedding_of_prompt(ids: Sequence[int], pooling: Pooling | None, normalize: bool) -> list[float]:
+    """Of two values: the last token's id, or the mean, and 1; over their length if normalised."""
+    first = float(ids[-1]) if pooling == "last" else sum(ids) / len(ids)
+    length = math.hypot(first, 1.0) if normalize else 1.0
+    return [first / length, 1.0 / length]
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...] | None:
+    k = request.params.prompt_logprobs
+    if k is None or request.choice:
+        return None
+    scored = [
+        TokenLogprobs(token_id=i, logprob=-0.25, top=tuple((i + j, -0.25 - j) for j in range(k)))
+        for i in request.prompt_token_ids[1:]
+    ]
+    return (None, *scored)

@@ -1,6 +1,6 @@
 from dataclasses import fields
 
-from jaxserve.request import NOT_IMPLEMENTED, EngineStats, SamplingParams
+from jaxserve.request import EngineStats, SamplingParams
 from jaxserve.server import v1
 from jaxserve.server.v1 import inference_pb2 as pb
 from scripts.generate_protos import OUT, generate
@@ -15,7 +15,6 @@ def test_committed_stubs_are_those_of_the_protos(tmp_path):
 
 def test_sampling_fields_are_those_of_sampling_params():
     assert [f.name for f in pb.SamplingParams.DESCRIPTOR.fields] == [f.name for f in fields(SamplingParams)]
-    assert set(NOT_IMPLEMENTED) < {f.name for f in fields(SamplingParams)}
 
 
 def test_every_scalar_of_the_sampling_and_of_a_request_has_presence():

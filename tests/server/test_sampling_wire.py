@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from jaxserve.request import MAX_SEED, NOT_IMPLEMENTED, RequestError, SamplingParams
+from jaxserve.request import MAX_SEED, RequestError, SamplingParams, StructuredOutputs
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 from tests.server.conftest import endless_engine, serving
@@ -26,7 +26,8 @@ TAKEN = {
     "stop_token_ids": ((), (0, 255)),
     "include_stop_str_in_output": (False, True),
     "ignore_eos": (False, True),
-    "logprobs": (0, 5),
+    "logprobs": (-1, 0, 5),
+    "prompt_logprobs": (-1, 0, 3),
     "skip_special_tokens": (False, True),
     "n": (1, 3),
     "presence_penalty": (-2.0, 0.0, 2.0),
@@ -36,7 +37,15 @@ TAKEN = {
     "allowed_token_ids": ((0,), (1, 2, 2)),
     "bad_words": ((), ("word",), (" word", "né")),
     "truncate_prompt_tokens": (1, 8),
-    **{name: (() if neutral is None else (neutral,)) for name, neutral in NOT_IMPLEMENTED.items()},
+    "stream_interval": (1, 7),
+    "stream_max_delay_s": (0.0, 2.5),
+    "structured_outputs": (
+        StructuredOutputs(json='{"type": "object"}'),
+        StructuredOutputs(json_object=True),
+        StructuredOutputs(regex="a+"),
+        StructuredOutputs(choice=("a", "né")),
+        StructuredOutputs(grammar="start: /a/"),
+    ),
 }
 
 REFUSED = {
@@ -51,7 +60,7 @@ REFUSED = {
     "stop_token_ids": ((-1,),),
     "include_stop_str_in_output": (),
     "ignore_eos": (),
-    "logprobs": (-1,),
+    "logprobs": (-2,),
     "skip_special_tokens": (),
     "n": (0, -1),
     "presence_penalty": (2.1, -2.1, math.nan),
@@ -60,8 +69,11 @@ REFUSED = {
     "logit_bias": ({3: 100.5}, {0: -101.0}, {3: math.nan}, {-1: 1.0}),
     "allowed_token_ids": ((), (1, -2)),
     "bad_words": (("",), ("a", " ")),
-    "prompt_logprobs": (0, 1),
+    "prompt_logprobs": (-2,),
     "truncate_prompt_tokens": (0, -1),
+    "stream_interval": (0, -1),
+    "stream_max_delay_s": (-0.1, math.nan, math.inf),
+    "structured_outputs": (),  # what is wrong with one is told by the engine's door, or already here
 }
 
 NOT_ON_THE_WIRE = {
@@ -71,6 +83,7 @@ NOT_ON_THE_WIRE = {
     "stop": ("\ud800",),
     "stop_token_ids": ((2**31,),),
     "logit_bias": ({"a": 1.0},),
+    "structured_outputs": ({}, {"regex": "a", "grammar": "b"}, {"regex": 3}, {"choice": ()}, {"what": "a"}, "a"),
 }
 
 
@@ -119,6 +132,12 @@ async def test_a_dropped_stream_ends_all_its_choices():
         assert sorted(c.choice for c in rest if c.finish_reason == "abort") == [0, 1]
 
 
+async def test_a_schema_may_be_a_mapping():
+    async with serving() as s:
+        [_ async for _ in s.client.generate("a", structured_outputs={"json": {"type": "integer"}}, max_tokens=1)]
+        assert s.engine.requests[-1].params.structured_outputs == StructuredOutputs(json='{"type": "integer"}')
+
+
 async def test_a_single_stop_may_be_a_string():
     async with serving() as s:
         [_ async for _ in s.client.generate("a", stop="x", max_tokens=1)]
@@ -142,6 +161,11 @@ async def test_unset_is_the_default_and_not_zero():
                 explicit = pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=0))
                 [_ async for _ in stub.Generate(explicit)]
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            for structured in (pb.StructuredOutputs(), pb.StructuredOutputs(choice=pb.Texts())):
+                with pytest.raises(grpc.aio.AioRpcError, match="structured_outputs: ") as caught:
+                    sampling = pb.SamplingParams(structured_outputs=structured)
+                    [_ async for _ in stub.Generate(pb.GenerateRequest(text="a", sampling=sampling))]
+                assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_unset_is_the_models_default_where_it_has_one():

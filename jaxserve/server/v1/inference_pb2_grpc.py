@@ -39,6 +39,16 @@ class InferenceStub:
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.stream_stream(
+                '/jaxserve.v1.Inference/GenerateBatch',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.BatchChunk.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/jaxserve.v1.Inference/Embed',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/jaxserve.v1.Inference/Abort',
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
@@ -76,6 +86,23 @@ class InferenceServicer:
         Slow readers: output that the client has not taken waits in the server, at most the request's own maximum length.
         When the client has taken nothing for `slow_reader_timeout_s` (see GetServerInfo) and the transport's window is
         full, the request is stopped and the call ends with ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request_iterator, context):
+        """Many prompts on one stream. Requests may come at any time, each with a request_id of its own; their chunks come in
+        any order. A request that fails has one BatchChunk that says so, and the others go on. The call ends when the client
+        has half-closed it and every request has ended; ending it earlier in any way ends all of them. Deadline and slow
+        readers as for Generate: the call's deadline is every request's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """A prompt as a vector: the final hidden state of its last token, or the mean over its tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +150,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_inference__pb2.GenerateChunk.SerializeToString,
+            ),
+            'GenerateBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.BatchChunk.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -177,6 +214,60 @@ class Inference:
             '/jaxserve.v1.Inference/Generate',
             jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             jaxserve_dot_v1_dot_inference__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/jaxserve.v1.Inference/GenerateBatch',
+            jaxserve_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.BatchChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Embed',
+            jaxserve_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -312,6 +403,173 @@ class Inference:
             '/jaxserve.v1.Inference/GetServerInfo',
             jaxserve_dot_v1_dot_inference__pb2.GetServerInfoRequest.SerializeToString,
             jaxserve_dot_v1_dot_inference__pb2.ServerInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ControlStub:
+    """For whoever runs the server, beside its users.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetLoad = channel.unary_unary(
+                '/jaxserve.v1.Control/GetLoad',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.EngineLoad.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/jaxserve.v1.Control/Drain',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.DrainRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/jaxserve.v1.Control/UpdateWeights',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsResponse.FromString,
+                _registered_method=True)
+
+
+class ControlServicer:
+    """For whoever runs the server, beside its users.
+    """
+
+    def GetLoad(self, request, context):
+        """The load at this moment, at most a tenth of a second old. UNAVAILABLE until the engine is ready.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """As a first SIGTERM, but the process goes on until it is told to end: health says NOT_SERVING, new requests are
+        UNAVAILABLE, and the running ones finish or are aborted at the limit. Returns then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWeights(self, request, context):
+        """Serves other weights of the same model from the next step on; running requests go on with them (what they have said
+        stays). Only from folders that the server was started with (PERMISSION_DENIED); weights that do not fit the model
+        are INVALID_ARGUMENT, and the served ones stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ControlServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.GetLoadRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.EngineLoad.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.DrainRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'jaxserve.v1.Control', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('jaxserve.v1.Control', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Control:
+    """For whoever runs the server, beside its users.
+    """
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/GetLoad',
+            jaxserve_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.EngineLoad.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/Drain',
+            jaxserve_dot_v1_dot_inference__pb2.DrainRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/UpdateWeights',
+            jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

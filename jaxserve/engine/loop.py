@@ -1,0 +1,190 @@
+"""The step loop: sequences in, token events out; the host's turn in each step and the order of what it dispatches."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxserve.constraint_io import ConstraintDims
+from jaxserve.engine.asides import Asides
+from jaxserve.engine.output import NOTHING, RequestOutput
+from jaxserve.engine.step_times import StepTimes
+from jaxserve.engine.structured import StructuredOutput
+from jaxserve.execution.runner import Runner
+from jaxserve.request import FinishReason, Request, RequestError, TokenEvent
+from jaxserve.scheduler.batch import ScheduledBatch, build_inputs, choose_sampling, slot_loads
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.step_io import StepOutputs
+from jaxserve.text.grammar import Filler
+from jaxserve.text.tokenizer import Tokenizer
+
+
+class InFlight(NamedTuple):
+    """A dispatched step."""
+
+    batch: ScheduledBatch
+    handle: jax.Array  # of the runner
+    asides: Asides | None
+
+
+class StepLoop:
+    """Runs one engine's scheduler and runner against each other. One thread at a time.
+
+    Attributes:
+        scheduler, runner: the loop is the only one that makes them go on.
+        in_flight: dispatched steps that are not read yet, oldest first.
+        num_steps: dispatched since the start.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None):
+        self.scheduler, self.runner = scheduler, runner
+        self.in_flight: deque[InFlight] = deque()
+        self.num_steps = 0
+        self._tokenizer = tokenizer
+        self._constraint_dims = ConstraintDims.of(runner.dims, runner.config.vocab_size)
+        self._outputs: dict[str, RequestOutput] = {}  # unfinished sequences, by their own request ids
+        self._groups: dict[str, dict[int, str]] = {}  # requests of several choices: the unfinished ones' own ids
+        self._events: list[TokenEvent] = []
+        self._filler = Filler()
+        self._times: dict[str, float] = {}  # of the step that runs
+        self._lap = 0.0
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises as ``Engine.add_request``."""
+        choices = request.choices()
+        if request.request_id in self._groups or self.scheduler.get(request.request_id):
+            raise RequestError("request_id", f"{request.request_id!r} is already in use")
+        for sequence in self.scheduler.add_group(choices):
+            self._outputs[sequence.request_id] = RequestOutput(sequence, self._tokenizer)
+        if request.params.n > 1:
+            self._groups[request.request_id] = {choice.choice: choice.request_id for choice in choices}
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request at once, all its choices, and frees its pages. False if unknown."""
+        own_ids = tuple(self._groups[request_id].values()) if request_id in self._groups else (request_id,)
+        ended = [self._end(own_id, "abort") for own_id in own_ids]
+        return any(ended)
+
+    def has_unfinished(self) -> bool:
+        """Whether there are requests, steps in flight, or events that nobody took."""
+        return self.scheduler.has_unfinished() or bool(self.in_flight) or bool(self._events)
+
+    def take_events(self) -> list[TokenEvent]:
+        """The events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def advance(self, on_dispatch: Callable[[], None] | None) -> StepTimes:
+        """Schedules and dispatches one step, and reads and commits the one before it (itself at lookahead 0).
+
+        Rows with structured output need the token before to know what may follow. Only the sampler needs that: while
+        the device is in the forward pass, the step before is read and the masks are computed.
+
+        ``on_dispatch`` is called after a dispatch, before what the step before ended is freed.
+        """
+        self._times = dict.fromkeys(StepTimes._fields[1:], 0.0)
+        self._lap = time.perf_counter()
+        for request_id in self.scheduler.expire(time.monotonic()):
+            self._emit(self._outputs.pop(request_id).on_end("deadline"))
+        batch = self.scheduler.schedule()
+        self._spent("schedule_s")
+        if batch is not None:
+            self._dispatch(batch, on_dispatch)
+        if len(self.in_flight) > (self.scheduler.config.lookahead if batch is not None else 0):
+            self._read()
+        return StepTimes(batch, **self._times)
+
+    def _spent(self, part: str) -> None:
+        """Counts the time since the last call for a part of the step."""
+        now = time.perf_counter()
+        self._times[part] += now - self._lap
+        self._lap = now
+
+    def _dispatch(self, batch: ScheduledBatch, on_dispatch: Callable[[], None] | None) -> None:
+        buffer, inputs = build_inputs(batch, self.scheduler.slots, self.runner.dims)
+        asked = choose_sampling(inputs)
+        for load in slot_loads(batch, self._constraint_dims):
+            self.runner.load_constraints(load)
+        self._spent("build_s")
+        computed = self.runner.forward(batch.bucket, buffer)
+        asides = allowed = None
+        if any(row.sequence.request.is_aside for row in batch.rows):
+            # A new sequence may have the id of one that has ended.
+            outputs = [
+                self._outputs[row.sequence.request_id] if row.sequence.status != "finished" else None
+                for row in batch.rows
+            ]
+            asides = Asides(batch, outputs, inputs)
+            asides.dispatch(self.runner)
+        if any(row.samples and row.sequence.request.grammar is not None for row in batch.rows):
+            asked = "constrained"
+            self._spent("dispatch_s")
+            while self.in_flight:
+                self._read()
+            allowed = self._allowed(batch)
+            self._spent("masks_s")
+        self.in_flight.append(InFlight(batch, self.runner.sample(computed, asked, allowed), asides))
+        self.num_steps += 1
+        if on_dispatch is not None:
+            on_dispatch()
+        self._spent("dispatch_s")
+
+    def _allowed(self, batch: ScheduledBatch) -> np.ndarray:
+        """[B, W] i32: the tokens that the batch's rows may sample as far as structured output goes. Ends sequences
+        that may sample none; their rows, as those of all that have ended, are not looked at any more."""
+        allowed = np.full((batch.bucket.num_rows, self._constraint_dims.num_words), -1, np.int32)
+        rows: list[tuple[StructuredOutput, int]] = []
+        for i, row in enumerate(batch.rows):
+            if row.samples and row.sequence.status != "finished":
+                structured = self._outputs[row.sequence.request_id].structured
+                if structured is not None:
+                    rows.append((structured, batch.row_index(i)))
+        if rows:
+            self._filler.fill([(structured.matcher, row) for structured, row in rows], allowed)
+        for structured, row in rows:
+            ended = structured.restrict(allowed[row])
+            if ended is not None:
+                self._end(structured.request_id, *ended)
+        return allowed
+
+    def _read(self) -> None:
+        """Reads and commits the oldest step in flight."""
+        step = self.in_flight.popleft()
+        outputs = self.runner.read(step.handle)
+        in_full = NOTHING if step.asides is None else step.asides.read(self.runner)
+        self._spent("wait_s")
+        self._commit(step.batch, outputs, in_full)
+        self._spent("commit_s")
+
+    def forget_computed(self) -> None:
+        """The weights have changed: see ``Scheduler.forget_computed``."""
+        self.scheduler.forget_computed()
+        for output in self._outputs.values():
+            output.forget_scores()
+
+    def _commit(self, batch: ScheduledBatch, outputs: StepOutputs, in_full: Mapping[int, np.ndarray]) -> None:
+        for token in self.scheduler.commit(batch, outputs.tokens):
+            event = self._outputs[token.request_id].on_token(token, outputs, in_full)
+            if event.finish_reason:
+                del self._outputs[token.request_id]
+                if not token.finish_reason:  # a stop string or a complete text, which the scheduler cannot see
+                    self.scheduler.finish(token.request_id, "stop")
+            self._emit(event)
+
+    def _end(self, own_id: str, reason: FinishReason, stop_reason: str | None = None) -> bool:
+        """Ends one sequence; False if unknown."""
+        if not self.scheduler.finish(own_id, reason):
+            return False
+        self._emit(self._outputs.pop(own_id).on_end(reason, stop_reason))
+        return True
+
+    def _emit(self, event: TokenEvent) -> None:
+        if event.finish_reason and (group := self._groups.get(event.request_id)):
+            del group[event.choice]
+            event = event._replace(num_open=len(group))
+            if not group:
+                del self._groups[event.request_id]
+        self._events.append(event)
