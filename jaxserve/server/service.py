@@ -94,14 +94,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         deadline = None if remaining_s is None else time.monotonic() + remaining_s
 
         async def read(message: pb.GenerateRequest) -> Request:
-            return await asyncio.to_thread(self._read_request, message, deadline)
+            return await asyncio.to_thread(self._read_request, message, limited_deadline(self._options, deadline))
 
         async def write(chunk: pb.BatchChunk) -> None:
             await self._write(context, chunk)
 
         await context.send_initial_metadata(())
         try:
-            ends = await run_batch(request_iterator, self._engine, read, write, _failure)
+            ends = await run_batch(request_iterator, self._engine, self._admission, read, write, _failure)
         except SlowReaderError as error:
             await _abort_unread(context, error)
         except MissingIdError as error:
@@ -116,8 +116,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
         self._count_open(context)
         remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+        deadline = limited_deadline(self._options, None if remaining_s is None else time.monotonic() + remaining_s)
+        admitted = False
         try:
+            self._admission.take(1)
+            admitted = True
             engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline)
             embedding = await self._engine.embed(engine_request)
         except RequestEndedError as error:
@@ -125,6 +128,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await context.abort(code, str(error))
         except ANSWERED as error:
             await _abort(context, error)
+        finally:
+            self._admission.give(admitted)
         return pb.EmbedResponse(
             request_id=embedding.request_id, values=embedding.values, prompt_tokens=embedding.prompt_len
         )
