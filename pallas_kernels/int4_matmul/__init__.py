@@ -65,7 +65,7 @@ def int4_matmul(
     """
     multiply = dispatch.choose(_IMPLEMENTATIONS, implementation)
     if implementation in PREPARE:
-        return multiply(x, w).astype(out_dtype or x.dtype)
+        return multiply(x, w, out_dtype=out_dtype or x.dtype)
     check_matrix(w)
     if x.ndim != 2 or x.shape[1] != 2 * w.q.shape[1]:
         raise ValueError(f"x {x.shape} must be [M, D={2 * w.q.shape[1]}]")

@@ -74,7 +74,7 @@ def int8_matmul(
     if implementation in PREPARE:
         if activations != "none":
             raise ValueError(f"activations={activations!r}: implementation={implementation!r} rounds none")
-        return multiply(x, w).astype(dtype)
+        return multiply(x, w, out_dtype=dtype)
     check_matrix(w)
     if x.ndim != 2 or x.shape[1] != w.q.shape[1]:
         raise ValueError(f"x {x.shape} must be [M, D={w.q.shape[1]}]")

@@ -13,7 +13,8 @@ import websockets.asyncio.client as ws
 from websockets.exceptions import InvalidStatus
 
 from jaxserve.server.app import Server
-from jaxserve.server.client import TLS, AsyncClient, Client
+from jaxserve.server.client import TLS, AsyncClient, Client, batch_request
+from jaxserve.server.codec import Chunk
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.security import ApiKeys, is_loopback, warn_if_open
 from tests.server.conftest import TIMEOUT_S, Serving, serving
@@ -132,12 +133,17 @@ async def test_grpc_needs_a_token_everywhere_but_for_health(keys_file: Path):
                     client.model_info(),
                     client.server_info(),
                     client.abort("x"),
+                    client.embed("a"),
+                    client.get_load(),
+                    client.generate_batch([batch_request("1", "a")]),
                 ):
                     assert (await refused(call)).code() == grpc.StatusCode.UNAUTHENTICATED
         for api_key in (KEY, OTHER):
             async with AsyncClient(s.target, api_key=api_key) as client:
                 assert await text_of(client.generate("abc", max_tokens=3)) == expected_text("abc", 3)
                 assert (await client.model_info()).model_name == "fake"
+                batch = [c async for c in client.generate_batch([batch_request("1", "abc", max_tokens=3)])]
+                assert "".join(c.text for c in batch if isinstance(c, Chunk)) == expected_text("abc", 3)
 
 
 async def with_client(s: Serving, **options: Any) -> str:
