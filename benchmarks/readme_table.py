@@ -1,4 +1,4 @@
-"""The README's table of one engine's figures on a GPU, from its records: ``python -m benchmarks.readme_table`` writes it.
+"""The README's table of an engine's figures on a GPU, from a record: ``python -m benchmarks.readme_table`` writes it.
 
 A test compares the README with what this makes: a figure there is a figure in a record.
 """

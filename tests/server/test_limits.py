@@ -3,7 +3,8 @@
 import grpc
 import httpx2
 
-from jaxserve.server.client import AsyncClient
+from jaxserve.server.client import AsyncClient, batch_request
+from jaxserve.server.codec import Chunk, RequestFailure
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
 from tests.server.fake_engine import expected_text
 from tests.server.http.conftest import web
@@ -27,9 +28,14 @@ async def test_concurrent_requests_are_counted_over_both_ways():
         for path, body in ((COMPLETIONS, {"prompt": "c"}), ("/generate/stream", {"prompt": "c"})):
             answer = await http.post(path, json=body)
             assert answer.status_code == 429 and "max_concurrent_requests=2" in answer.text
+        assert (await refused(s.client.embed("c"))).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        [failure] = [message async for message in s.client.generate_batch([batch_request("d", "c")])]
+        assert isinstance(failure, RequestFailure) and "max_concurrent_requests=2" in str(failure)
         await one.aclose()
         await two.aclose()
         assert await s.is_idle()
+        batch = [batch_request(name, "a", max_tokens=2) for name in "ef"]
+        assert all(isinstance(message, Chunk) for message in [m async for m in s.client.generate_batch(batch)])
         answer = await http.post(COMPLETIONS, json={"prompt": ["a", "b"], "max_tokens": 2})
         assert answer.status_code == 200
         answer = await http.post(COMPLETIONS, json={"prompt": ["a", "b", "c"], "max_tokens": 2})
