@@ -21,7 +21,7 @@ from jaxserve.engine.event_stream import SlowReaderError
 from jaxserve.request import QueueFullError, Request, RequestError
 from jaxserve.server import codec
 from jaxserve.server.batch import MissingIdError, run_batch
-from jaxserve.server.limits import make_request, remaining_deadline
+from jaxserve.server.limits import limited_deadline, make_request, remaining_deadline
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -83,10 +83,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
     ) -> None:
         self._count_open(context)
-        deadline = remaining_deadline(self._options, context.time_remaining())
+        remaining_s = context.time_remaining()
+        deadline = None if remaining_s is None else time.monotonic() + remaining_s
 
         async def read(message: pb.GenerateRequest) -> Request:
-            return await asyncio.to_thread(self._read_request, message, deadline)
+            return await asyncio.to_thread(self._read_request, message, limited_deadline(self._options, deadline))
 
         async def write(chunk: pb.BatchChunk) -> None:
             await self._write(context, chunk)
