@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve import Engine, SamplingParams
+from jaxserve import Engine, SamplingParams, StructuredOutputs
 from jaxserve.checkpoint.resolve import DEFAULT_MODEL
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine compiles and runs slowly
@@ -51,3 +51,26 @@ def test_stream_concatenates_to_the_text(engine):
     ids = [e.token_id for e in events]
     assert events[-1].finish_reason == "stop" and ids[-1] == engine.tokenizer.eos_token_ids[0]
     assert "".join(e.text for e in events) == engine.tokenizer.decode(ids)
+
+
+def test_json_of_a_schema_beside_free_text(engine):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    prompt = REFERENCE["prompts"][0]
+    held = SamplingParams(temperature=0, max_tokens=120, structured_outputs=StructuredOutputs(json=schema))
+    text = "Alice is 31 years old. As JSON: "
+    free, structured = engine.generate([prompt["text"], text], [params(prompt), held])
+    assert free.token_ids == prompt["new_token_ids"]
+    assert structured.finish_reason == "stop" and set(json.loads(structured.text)) == {"name", "age"}
+
+
+def test_prompt_log_probabilities_find_the_greedy_tokens(engine):
+    prompt = REFERENCE["prompts"][1]
+    ids = [*prompt["prompt_token_ids"], *prompt["new_token_ids"]]
+    (scored,) = engine.generate([ids], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))
+    for entry in scored.prompt_logprobs[len(prompt["prompt_token_ids"]) :]:
+        assert entry.top == ((entry.token_id, entry.logprob),)
