@@ -98,8 +98,10 @@ def main() -> None:
     dims = StepDims(num_slots=max(args.rows, default=256), max_pages_per_seq=256, num_pages=1024, page_size=16)
     buckets = [Bucket(rows, 0, 0) for rows in args.rows] + [Bucket(0, n, min(64, n)) for n in args.prompt_tokens]
 
-    def compile_step(lowered: jax.stages.Lowered, mesh: Any, **_: Any) -> jax.stages.Compiled:
-        return original(lowered, mesh, in_graph=not args.no_graphs)
+    def compile_step(lowered: jax.stages.Lowered, mesh: Any) -> jax.stages.Compiled:
+        if not args.no_graphs:
+            return original(lowered, mesh)
+        return lowered.compile(compiler_options=runner.GPU_OPTIONS | {"xla_gpu_enable_command_buffer": ""})
 
     original = runner.compile_step
     with mock.patch.object(runner, "compile_step", compile_step):

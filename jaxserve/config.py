@@ -74,6 +74,72 @@ class MLAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatrixFormat:
+    """How a matrix [..., out, in] of few bits lies in memory: numbers, and for each row and each group of input
+    columns a scale (``model.quantized``).
+
+    An int4 is unsigned and stands for ``scale * (q - 8)``, an int8 or fp8 (e4m3) for ``scale * q``; with a bias all
+    stand for ``scale * q + bias``.
+    """
+
+    kind: Literal["int4", "int8", "fp8"]
+    group_size: int | None = None  # input columns that share a scale; None: all of them
+    has_bias: bool = False
+    has_perm: bool = False  # GPTQ's act-order: input columns are sorted by group, ``perm`` says where they came from
+    activations: Literal["none", "int8", "fp8"] = "none"  # what a product rounds its tokens to, by dynamic scales
+    activation_group: int | None = None  # columns of a token that share a scale; None: all
+
+    def __post_init__(self):
+        for name in ("group_size", "activation_group"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or (self.kind == "int4" and value % 2)):
+                least = "even and positive" if self.kind == "int4" else "positive"
+                raise ValueError(f"MatrixFormat.{name}={value} must be {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedMatrices:
+    """Parameters that have one format, by name: "layers.3.qkv"."""
+
+    format: MatrixFormat
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """Which parameters are quantized, and how; all others are in the model's dtype.
+
+    ``method`` is what a checkpoint calls it (gptq, awq, fp8, compressed-tensors, gguf); nothing computed depends on it.
+    """
+
+    method: str
+    matrices: tuple[QuantizedMatrices, ...] = ()
+
+    def __post_init__(self):
+        names = [name for matrices in self.matrices for name in matrices.parameters]
+        if len(names) != len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"QuantizationConfig gives {twice} two formats")
+
+    def __str__(self) -> str:
+        """For people: the formats and how many parameters have each."""
+        texts = []
+        for matrices in self.matrices:
+            f = matrices.format
+            parts = [f.kind, f"groups of {f.group_size}" if f.group_size else "a scale a row"]
+            parts += ["biases"] * f.has_bias + ["act-order"] * f.has_perm
+            parts += [f"{f.activations} activations"] * (f.activations != "none")
+            texts.append(
+                f"{len(matrices.parameters)} of {' with '.join(parts[:2])}{''.join(f', {p}' for p in parts[2:])}"
+            )
+        return f"{self.method}: {'; '.join(texts)}"
+
+    def formats(self) -> dict[str, MatrixFormat]:
+        """Format by parameter."""
+        return {name: matrices.format for matrices in self.matrices for name in matrices.parameters}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a decoder is: families are flags of this one dataclass, never subclasses.
 
@@ -121,6 +187,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # on the outputs of attention and MLP (Granite)
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    quantization: QuantizationConfig | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",

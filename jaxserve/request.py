@@ -19,6 +19,8 @@ MAX_ALL_LOGPROBS = 2**23  # values that one request may ask for so: some 100 byt
 MAX_LOGIT_BIAS = 100.0  # as OpenAI's API: more than any two logits differ by
 MAX_PENALTY = 2.0
 
+STEP_TOKEN_BOUNDS = tuple(2**i for i in range(15))  # by which steps are counted (EngineStats.steps_by_size)
+
 
 class RequestError(ValueError):
     """A request that cannot be served. ``field`` names the offending field; the message has both numbers."""
@@ -329,6 +331,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose KV came from the prefix cache at first admission
+    admitted_at: float | None = None  # time.monotonic() seconds of that; None: it was never admitted
 
 
 class TokenEvent(NamedTuple):
@@ -418,6 +421,31 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     recompilations_after_ready: int
+    step_tokens: int = 0  # computed by all steps, prompt and decode
+    steps_by_size: tuple[int, ...] = ()  # steps of at most STEP_TOKEN_BOUNDS[i] tokens; one more for larger ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldPages:
+    """One unfinished sequence and the pages it holds, in order of position; none while it waits."""
+
+    request_id: str
+    choice: int
+    num_tokens: int  # prompt and output
+    num_output_tokens: int
+    is_running: bool
+    num_preemptions: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageMap:
+    """Who holds which KV pages now: those neither held nor cached are free. A page of several sequences is shared."""
+
+    num_pages: int
+    page_size: int
+    cached: tuple[int, ...]  # held by nobody, kept for their prefix
+    sequences: tuple[HeldPages, ...]
 
 
 def sampling_params_from(values: dict[str, Any]) -> SamplingParams:

@@ -17,9 +17,11 @@ def is_hopper(device: Any) -> bool:
 
 # Variants of the Hopper kernels that have passed `python -m benchmarks.kernels.paged_decode check` and
 # `prefill_attention check` on a device (benchmarks/notes/paged_attention_gpu.md). Those that have not yet: head_dim 96
-# and 256, page_size 128, window, softcap, sinks. A change of a variant takes it out until it has passed again.
+# and 256. A change of a variant takes it out until it has passed again.
+# The quantized products have passed `int4_matmul check` (benchmarks/notes/int4_matmul_gpu.md).
 MOSAIC_GPU_CHECKED = frozenset({
-    "head_dim 64", "head_dim 128", "page_size 16", "page_size 32", "page_size 64",
+    "head_dim 64", "head_dim 128", "page_size 16", "page_size 32", "page_size 64", "page_size 128",
+    "window", "softcap", "sinks", "int4_matmul", "int8_matmul",
 })  # fmt: skip
 
 
@@ -37,6 +39,15 @@ def best(device: Any, *, hopper: frozenset[str] | None = None) -> Implementation
 def best_grouped_matmul(device: Any) -> Implementation:
     """As ``best``, for the grouped matrix product: the reference is a loop, which makes an accelerator wait."""
     return "reference" if device.platform == "cpu" else "xla"
+
+
+def best_quantized_matmul(device: Any, *, hopper: str | None = None) -> Implementation:
+    """As ``best``, for products with 4-bit and 8-bit matrices: the reference is a loop, which makes an accelerator
+    wait. ``hopper``: the kernel for Hopper, "int4_matmul" or "int8_matmul", that takes the matrix; None if none does.
+    """
+    if device.platform == "cpu":
+        return "reference"
+    return "mosaic_gpu" if hopper in MOSAIC_GPU_CHECKED and is_hopper(device) else "xla"
 
 
 def choose(implementations: dict[str, Callable[..., Any]], name: Implementation | None) -> Callable[..., Any]:

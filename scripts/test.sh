@@ -18,4 +18,5 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 SHOWN_ON_FAILURE=+1 # every finding
 with_progress "$VENV/pyright.log" .venv/bin/pyright --pythonpath .venv/bin/python
 say "pytest"
-exec .venv/bin/python -m pytest ${required:+"$required"} "$@"
+# A file's tests share engines, so a file goes to one process.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile ${required:+"$required"} "$@"

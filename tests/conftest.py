@@ -9,10 +9,12 @@ import pytest
 # when its first client is made, hence here and not in a fixture. A GPU or TPU machine is not affected by it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-# Many tests make engines of the same shapes: a step that took long to compile is compiled once a run.
-_compiled = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# Many tests make engines of the same shapes: a step that took long to compile is compiled once a run, also where
+# several processes share the run (pytest-xdist): their environment is their parent's.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,10 +5,13 @@ implementation can leave out: every weight that the step's tokens need, once; K 
 logits, once. Activations are not counted.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
 
 from jaxserve.bench.ceilings import Ceilings
 from jaxserve.config import ModelConfig
@@ -52,6 +55,7 @@ class Roofline:
         dense_params: weights that every token is multiplied with, all layers.
         expert_params: of one expert, summed over the layers with experts.
         head_params: of the product that gives logits; a tied embedding is read as the head.
+        dense_bytes, expert_bytes, head_bytes: of the same, as they are kept (quantized, or ``itemsize`` each).
     """
 
     config: ModelConfig
@@ -61,32 +65,41 @@ class Roofline:
     dense_params: int
     expert_params: int
     head_params: int
+    dense_bytes: int
+    expert_bytes: int
+    head_bytes: int
 
     @classmethod
     def of(cls, config: ModelConfig, itemsize: int, ceilings: Ceilings, num_devices: int = 1) -> "Roofline":
-        dense = experts = 0
-        for name, spec in named_leaves(param_specs(config)):
-            field = name.rpartition(".")[2]
-            size = math.prod(spec.shape)
-            if field.startswith("experts_"):
-                experts += size
-            elif field not in ("embed", "head", "positions"):
-                dense += size
-        if config.moe is not None:
-            experts //= config.moe.num_experts
-        head = config.vocab_size * config.hidden_size
-        return cls(config, itemsize, ceilings, num_devices, dense, experts, head)
+        plain = dataclasses.replace(config, quantization=None)
+        num_experts = 1 if config.moe is None else config.moe.num_experts
+        sums = []
+        for specs, kept in ((param_specs(plain), False), (param_specs(config), True)):
+            dense = experts = head = 0
+            for name, spec in named_leaves(specs):
+                field = name.split(".")[2 if name.startswith("layers.") else 0]
+                size = math.prod(spec.shape)
+                if kept:
+                    size *= jnp.dtype(spec.dtype).itemsize if spec.dtype else itemsize
+                if field.startswith("experts_"):
+                    experts += size
+                elif field == ("embed" if config.tie_word_embeddings else "head"):
+                    head += size
+                elif field not in ("embed", "positions"):
+                    dense += size
+            sums += [dense, experts // num_experts, head]
+        return cls(config, itemsize, ceilings, num_devices, *sums)
 
     def weight_bytes(self, num_tokens: int, num_samples: int = 1) -> float:
         """Bytes of weights that a step of ``num_tokens`` reads: of the experts those that so many tokens are expected
         to meet, were they spread evenly; the head only where something is sampled."""
-        params = float(self.dense_params)
+        num_bytes = float(self.dense_bytes)
         if (moe := self.config.moe) is not None:
             missed = (1 - moe.num_experts_per_tok / moe.num_experts) ** num_tokens
-            params += self.expert_params * moe.num_experts * (1 - missed)
+            num_bytes += self.expert_bytes * moe.num_experts * (1 - missed)
         if num_samples:
-            params += self.head_params
-        return params * self.itemsize
+            num_bytes += self.head_bytes
+        return num_bytes
 
     def work(self, rows: Sequence[Row]) -> Work:
         """Bytes and floating-point operations of one step over ``rows``."""

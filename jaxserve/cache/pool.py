@@ -68,6 +68,10 @@ class PagePool:
         """Pages that nobody holds and that are still in the prefix index."""
         return len(self._cached)
 
+    @property
+    def cached_pages(self) -> tuple[int, ...]:
+        return tuple(self._cached)
+
     def refcount(self, page: int) -> int:
         return self._refcounts[page]
 

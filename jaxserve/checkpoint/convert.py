@@ -36,6 +36,7 @@ def convert(
     dst: str | Path,
     *,
     dtype: str | None = None,
+    quantization: str = "auto",
     format: str = "orbax",
     on_progress: Progress | None = None,
 ) -> Path:
@@ -46,7 +47,9 @@ def convert(
 
     Args:
         src: whatever ``open_checkpoint`` takes, or an open checkpoint.
-        dtype: float32, bfloat16 or float16; None keeps each tensor's own, which for quantized GGUF tensors is float32.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's own, which for dequantized tensors is float32.
+            Matrices that stay quantized keep their types.
+        quantization: see ``open_checkpoint``; of a path only.
         format: "orbax" is our own; "safetensors" gives back the Hugging Face folder that the source is or came from,
             tensor for tensor.
         on_progress: called with ("convert", tensors done, tensors in all), before that with what a download says.
@@ -63,8 +66,10 @@ def convert(
     if isinstance(src, (str, Path)):
         from jaxserve.checkpoint.open import open_checkpoint
 
-        with open_checkpoint(src, on_progress=on_progress) as checkpoint:
+        with open_checkpoint(src, quantization=quantization, on_progress=on_progress) as checkpoint:
             FORMATS[format](checkpoint, dst, dtype, on_progress)
+    elif quantization != "auto":
+        raise CheckpointError(f"quantization={quantization!r}: {src.path} is open already, as it was asked for then")
     else:
         FORMATS[format](src, dst, dtype, on_progress)
     return dst
@@ -122,6 +127,8 @@ def source_digest(checkpoint: Checkpoint) -> str:
     path = checkpoint.path
     files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in TENSOR_SUFFIXES)
     facts = [checkpoint.model_name, checkpoint.architecture, checkpoint.num_bytes, checkpoint.num_params]
+    if checkpoint.config.quantization is not None:  # kept, which makes another folder than dequantized
+        facts.append(checkpoint.config.quantization.method)
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
     return hashlib.sha256(json.dumps([facts, stats]).encode()).hexdigest()
 

@@ -1,13 +1,15 @@
 """Models known by their shapes alone, for engines with random weights: a ``config.json``, or a name of the table."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.hf.config import read_hf_config
+from jaxserve.checkpoint.hf.scheme import read_scheme
 from jaxserve.checkpoint.json_file import read_json
 from jaxserve.checkpoint.resolve import HF_CONFIG
-from jaxserve.config import ModelConfig
+from jaxserve.config import ModelConfig, QuantizationConfig, QuantizedMatrices
 
 _LLAMA_3 = {
     "model_type": "llama",
@@ -42,7 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def read_shape(name_or_path: str | Path) -> ModelConfig:
-    """The config of a name of ``SHAPES``, of a ``config.json``, or of a folder with one.
+    """The config of a name of ``SHAPES``, of a ``config.json``, or of a folder with one. With a ``quantization_config``
+    every matrix of the layers that can be is taken to be quantized so: which are, only tensors would say.
 
     Raises:
         CheckpointError: there is nothing of that name, or the file cannot be used; names the key.
@@ -54,4 +57,16 @@ def read_shape(name_or_path: str | Path) -> ModelConfig:
     path = path / HF_CONFIG if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{name}: no {HF_CONFIG}, nor one of {', '.join(SHAPES)}")
-    return read_hf_config(read_json(path), path.name)
+    values = read_json(path)
+    config = read_hf_config(values, path.name)
+    scheme = read_scheme(values)
+    if scheme is None:
+        return config
+    from jaxserve.model.params import named_leaves, param_specs
+    from jaxserve.model.quantized import QUANTIZABLE
+
+    names = [name for name, _ in named_leaves(param_specs(config)) if name.rpartition(".")[2] in QUANTIZABLE]
+    matrices = QuantizedMatrices(
+        format=scheme.matrix_format(), parameters=tuple(name for name in names if name.startswith("layers."))
+    )
+    return replace(config, quantization=QuantizationConfig(method=scheme.method, matrices=(matrices,)))

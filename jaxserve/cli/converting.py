@@ -15,6 +15,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16. (default: as stored; quantized is float32)")
     ] = None,
+    quantization: Annotated[
+        str, typer.Option(help="auto: as stored, GGUF dequantized; none: dequantized; gguf, gptq, awq, ...: as stored.")
+    ] = "auto",
     format: Annotated[
         str, typer.Option(help="orbax, our own; or safetensors, for what came from a Hugging Face folder.")
     ] = "orbax",
@@ -32,7 +35,7 @@ def convert(
             progress(stage, done, total)
 
         try:
-            convert_checkpoint(src, dst, dtype=dtype, format=format, on_progress=on_progress)
+            convert_checkpoint(src, dst, dtype=dtype, quantization=quantization, format=format, on_progress=on_progress)
         except KeyboardInterrupt:
             progress.__exit__(None, None, None)
             if interrupted_at is not None:

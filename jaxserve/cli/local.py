@@ -90,6 +90,8 @@ def info(
     if as_json:
         write_answer(json.dumps(values) + "\n")
     else:
+        if (quantization := checkpoint.config.quantization) is not None:  # in short: it names every matrix
+            values["quantization"] = str(quantization)
         print_table(values)
 
 

@@ -124,6 +124,10 @@ class EngineOptions:
     generation_config: Annotated[
         str | None, typer.Option(help="auto: sampling as the checkpoint recommends where unset; none: not so.")
     ] = None
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="auto: as stored, GGUF dequantized; none: dequantized; gguf, gptq, awq, ...: as stored."),
+    ] = None
     compilation_cache_dir: Annotated[Path | None, typer.Option(help="Keep compiled steps here between starts.")] = None
     platform: Annotated[str | None, typer.Option(help="cpu, cuda or tpu. (default: the best there is)")] = None
 
@@ -141,10 +145,14 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerAddress:
-    """Which server a client command talks to."""
+    """Which server a client command talks to, and what it shows there."""
 
     server: Annotated[str, typer.Option(help="HOST:PORT of a running server.")] = DEFAULT_TARGET
-    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole call. (default: none)")] = None
+    api_key_file: Annotated[Path | None, typer.Option(help="A file with the server's bearer token.")] = None
+    tls: Annotated[bool, typer.Option("--tls", help="Connect with TLS; implied by the three files.")] = False
+    tls_ca: Annotated[Path | None, typer.Option(help="PEM file: who has signed the server's certificate.")] = None
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM file of the client's own certificate.")] = None
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None
 
 
 def flatten_options(command: Callable[..., None]) -> Callable[..., None]:

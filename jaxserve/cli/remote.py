@@ -11,7 +11,6 @@ import typer
 from jaxserve.cli.conversation import Message, converse
 from jaxserve.cli.options import Json, SamplingOptions, ServerAddress, Stats, System, flatten_options
 from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
-from jaxserve.server.options import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from jaxserve.server.client import Client
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Talk to a running server.")
 
-Server = Annotated[str, typer.Option(help="HOST:PORT of a running server.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds for the whole call. (default: none)")]
 RequestId = Annotated[str | None, typer.Option(help="The name that abort takes. (default: drawn by the server)")]
 
 
@@ -30,12 +29,13 @@ def generate(
     sampling: SamplingOptions,
     address: ServerAddress,
     request_id: RequestId = None,
+    timeout: Timeout = None,
     as_json: Json = False,
     stats: Stats = False,
 ) -> None:
     """Stream a continuation of a prompt."""
-    with connect(address.server) as client:
-        arguments = {"request_id": request_id, "timeout_s": address.timeout} | sampling.set_fields()
+    with connect(address) as client:
+        arguments = {"request_id": request_id, "timeout_s": timeout} | sampling.set_fields()
         chunks = client.generate(prompt, **arguments)
         show(chunks, as_json=as_json, stats=stats, num_choices=sampling.n or 1)
 
@@ -48,13 +48,14 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One message; without it, a dialogue.")] = None,
     system: System = None,
     request_id: RequestId = None,
+    timeout: Timeout = None,
     as_json: Json = False,
     stats: Stats = False,
 ) -> None:
     """Stream the answer to one message, or talk line by line."""
-    with connect(address.server) as client:
+    with connect(address) as client:
         fields = sampling.one_answer().set_fields()
-        arguments = {"request_id": request_id, "timeout_s": address.timeout} | fields
+        arguments = {"request_id": request_id, "timeout_s": timeout} | fields
         if prompt is None:
             converse(partial(answer, client, arguments), system=system, stats=stats)
             return
@@ -64,23 +65,25 @@ def chat(
 
 
 @app.command()
+@flatten_options
 def abort(
-    request_id: Annotated[str, typer.Argument(help="Of a queued or running request.")], server: Server = DEFAULT_TARGET
+    request_id: Annotated[str, typer.Argument(help="Of a queued or running request.")], address: ServerAddress
 ) -> None:
     """End a request; its stream ends with finish reason abort."""
-    with connect(server) as client:
+    with connect(address) as client:
         client.abort(request_id)
 
 
 @app.command()
+@flatten_options
 def health(
-    server: Server = DEFAULT_TARGET,
+    address: ServerAddress,
     wait: Annotated[float | None, typer.Option(help="Seconds to wait until it serves. (default: do not)")] = None,
 ) -> None:
     """Print the server's state; exit status 0 where it is READY."""
     from jaxserve.server.v1 import inference_pb2
 
-    with connect(server) as client:
+    with connect(address) as client:
         if wait is not None:
             client.wait_ready(wait)
         state = inference_pb2.ServerState.Name(client.server_info().state).removeprefix("SERVER_STATE_")
@@ -90,11 +93,12 @@ def health(
 
 
 @app.command()
-def info(server: Server = DEFAULT_TARGET, as_json: Json = False) -> None:
+@flatten_options
+def info(address: ServerAddress, as_json: Json = False) -> None:
     """The model that is served, and the server's limits and load."""
     from google.protobuf.json_format import MessageToDict
 
-    with connect(server) as client:
+    with connect(address) as client:
         model, state = (
             MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
             for message in (client.model_info(), client.server_info())
@@ -107,24 +111,30 @@ def info(server: Server = DEFAULT_TARGET, as_json: Json = False) -> None:
 
 
 @app.command()
+@flatten_options
 def tokenize(
     text: Annotated[str, typer.Argument(help="What to encode.")],
-    server: Server = DEFAULT_TARGET,
+    address: ServerAddress,
     chat: Annotated[bool, typer.Option("--chat", help="The text is a message: use the chat template.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print the token ids of a text, as generate would read it."""
-    with connect(server) as client:
+    with connect(address) as client:
         messages = [{"role": "user", "content": text}]
         ids = client.tokenize(messages=messages) if chat else client.tokenize(text)
     write_answer(json.dumps(ids) + "\n" if as_json else " ".join(map(str, ids)) + "\n")
 
 
-def connect(server: str) -> "Client":
-    """A client of ``server``; grpc is imported only now."""
-    from jaxserve.server.client import Client
+def connect(address: ServerAddress) -> "Client":
+    """A client of the server; grpc is imported only now. OSError for a file that cannot be read."""
+    from jaxserve.server.client import TLS, Client
 
-    return Client(server)
+    key = address.api_key_file
+    files = (address.tls_ca, address.tls_cert, address.tls_key)
+    tls = None
+    if address.tls or any(files):
+        tls = TLS(ca=address.tls_ca, cert=address.tls_cert, key=address.tls_key)
+    return Client(address.server, api_key=None if key is None else key.read_text(encoding="ascii").strip(), tls=tls)
 
 
 def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool, num_choices: int = 1) -> None:

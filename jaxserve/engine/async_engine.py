@@ -24,6 +24,7 @@ from jaxserve.request import (
     Embedding,
     EngineStats,
     FinishReason,
+    PageMap,
     Pooling,
     Request,
     RequestError,
@@ -80,6 +81,7 @@ class EngineCore(Protocol):
     def load_params(self, name_or_path: str | Path) -> Any: ...
     def update_params(self, params: Any) -> None: ...
     def stats(self) -> EngineStats: ...
+    def page_map(self) -> PageMap: ...
     def close(self) -> None: ...
 
 
@@ -198,6 +200,10 @@ class AsyncEngine:
         return await asyncio.wrap_future(
             self._post(lambda engine: engine.abort(request_id), when=("ready", "draining"))
         )
+
+    async def page_map(self) -> PageMap:
+        """``Engine.page_map`` between two steps."""
+        return await asyncio.wrap_future(self._post(lambda engine: engine.page_map(), when=("ready", "draining")))
 
     async def update_params(self, params: Any) -> None:
         """``Engine.update_params`` between two steps; returns when the next step takes the new weights."""

@@ -28,6 +28,7 @@ from jaxserve.request import (
     Completion,
     Embedding,
     EngineStats,
+    PageMap,
     Pooling,
     QueueFullError,
     Request,
@@ -64,6 +65,7 @@ class Engine:
         load_format: Literal["auto", "dummy"] = "auto",
         skip_tokenizer_init: bool = False,
         generation_config: Literal["auto", "none"] = "auto",
+        quantization: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         mesh: Mesh | ParallelConfig | str | None = None,
         compilation_cache_dir: str | Path | None = None,
@@ -79,6 +81,8 @@ class Engine:
             skip_tokenizer_init: no tokenizer: prompts are token ids, and completions have no text.
             generation_config: "auto" takes the sampling that the checkpoint recommends (generation_config.json) as
                 ``sampling_defaults``, "none" does not.
+            quantization: "auto" serves matrices of few bits as they are (those of GGUF files dequantized), "none"
+                dequantizes all, a method's name keeps them: see ``open_checkpoint``.
             compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
                 this process; None leaves the process' own setting.
             on_progress: called with (stage, done, total) while loading, compiling and warming up.
@@ -94,6 +98,8 @@ class Engine:
             raise ValueError(f"load_format={load_format!r} is not one of auto, dummy")
         if generation_config not in ("auto", "none"):
             raise ValueError(f"generation_config={generation_config!r} is not one of auto, none")
+        if load_format == "dummy" and quantization != "auto":
+            raise ValueError(f"quantization={quantization!r}: with load_format='dummy' the config.json says it")
         if load_format == "dummy":
             return cls.from_shape(
                 name_or_path,
@@ -103,7 +109,7 @@ class Engine:
                 on_progress=on_progress,
                 **options,
             )
-        with open_checkpoint(name_or_path, on_progress=on_progress) as checkpoint:
+        with open_checkpoint(name_or_path, quantization=quantization, on_progress=on_progress) as checkpoint:
             return cls.from_params(
                 checkpoint.config,
                 checkpoint,
@@ -548,9 +554,16 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Figures of now. Read from another thread they may be of neighbouring steps."""
-        stats = asdict(self.loop.scheduler.stats())
-        own = {"num_steps": self.loop.num_steps, "recompilations_after_ready": self.loop.runner.compile_counter.count}
-        return EngineStats(**{name: (stats | own)[name] for name in EngineStats.__dataclass_fields__})
+        stats: dict[str, Any] = asdict(self.loop.scheduler.stats())
+        stats |= {
+            "num_steps": self.loop.num_steps,
+            "recompilations_after_ready": self.loop.runner.compile_counter.count,
+        }
+        return EngineStats(**{name: stats[name] for name in EngineStats.__dataclass_fields__})
+
+    def page_map(self) -> PageMap:
+        """Who holds which KV pages. Between two steps only, as ``step``."""
+        return self.loop.scheduler.page_map()
 
     def close(self) -> None:
         """Frees the device's memory. Unfinished requests are dropped. Safe to call twice."""

@@ -187,6 +187,7 @@ class RequestOutput:
             prompt_tokens=self.sequence.prompt_len,
             completion_tokens=self.sequence.num_output_tokens,
             cached_tokens=self.sequence.num_cached,
+            admitted_at=self.sequence.admitted_at,
         )
 
 

@@ -95,14 +95,15 @@ def scheduler_config(
     if seqs < 1:
         raise ValueError(f"max_num_seqs={seqs} must be at least 1")
     options.setdefault("max_prefill_rows", platform["max_prefill_rows"])
-    if prefill_sizes is None:
-        prefill_sizes = platform["prefill_sizes"]
-        if prefill_sizes[-1] <= seqs:  # beside the tokens of all that decode a step has room for a prompt's
-            prefill_sizes = (*prefill_sizes, 2 * seqs)
+    sizes: Sequence[int] = platform["prefill_sizes"] if prefill_sizes is None else prefill_sizes
+    if (
+        prefill_sizes is None and sizes[-1] <= seqs
+    ):  # beside the tokens of all that decode a step has room for a prompt's
+        sizes = (*sizes, 2 * seqs)
     return SchedulerConfig(
         max_model_len=max_model_len,
         max_num_seqs=seqs,
-        prefill_sizes=tuple(prefill_sizes),
+        prefill_sizes=tuple(sizes),
         decode_sizes=default_decode_sizes(seqs, platform["first_decode_size"], platform["growth"])
         if decode_sizes is None
         else tuple(decode_sizes),

@@ -9,9 +9,10 @@ from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.config import ModelConfig
-from jaxserve.execution.placement import stage_param_formats
+from jaxserve.execution.placement import prepare_params, stage_param_formats
 from jaxserve.execution.step import StageParams, stage_param_shapes
 from jaxserve.model.params import named_leaves
+from jaxserve.model.quantized import random_leaf
 
 OnTensor = Callable[[int, int], None]  # parameters made, of how many
 
@@ -32,8 +33,12 @@ def dummy_params(
     formats = stage_param_formats(config, mesh)
 
     @cache
-    def maker(shape: tuple[int, ...], place_as: Format | NamedSharding, kind: str) -> Callable[[int], jax.Array]:
+    def maker(
+        shape: tuple[int, ...], leaf_dtype: str | None, place_as: Format | NamedSharding, kind: str
+    ) -> Callable[[int], jax.Array]:
         def make(number: jax.Array) -> jax.Array:
+            if leaf_dtype is not None:
+                return random_leaf(jax.random.fold_in(jax.random.key(seed), number), kind, shape, leaf_dtype)
             noise = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), shape, jnp.float32)
             match kind:
                 case "norm":
@@ -49,13 +54,15 @@ def dummy_params(
     named = list(zip(named_leaves(shapes), named_leaves(formats), strict=True))
     made: list[jax.Array] = []
     for number, ((name, spec), (_, place_as)) in enumerate(named):
-        made.append(maker(spec.shape, place_as, _kind(name))(number))
+        made.append(
+            maker(spec.shape, spec.dtype, place_as, name.rpartition(".")[2] if spec.dtype else _kind(name))(number)
+        )
         if on_tensor is not None:
             # The next one's workspace comes on top of what is there: made one by one, it is one array's, not all's.
             made[-1].block_until_ready()
             on_tensor(number + 1, len(named))
     jax.block_until_ready(made)
-    return jax.tree.unflatten(jax.tree.structure(formats), made)
+    return prepare_params(jax.tree.unflatten(jax.tree.structure(formats), made), mesh)
 
 
 def _kind(name: str) -> str:

@@ -1,10 +1,14 @@
-"""Parameters onto the mesh, each device's part read for itself: no host copy of the whole model."""
+"""Parameters onto the mesh, each device's part read for itself: no host copy of the whole model.
+
+Quantized matrices then get the layout that their kernels want, on the devices, one after another.
+"""
 
 import math
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,11 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ModelConfig
 from jaxserve.execution.step import StageParams, stage_param_shapes, stage_param_specs
-from jaxserve.model.params import ArraySpec, ParamSource, TreeSource, layer_fields, named_leaves
+from jaxserve.model.array_spec import ArraySpec
+from jaxserve.model.params import ParamSource, TreeSource, layer_fields, named_leaves, path_name
+from jaxserve.model.quantized import PER_BYTE, QuantizedMatrix
 from jaxserve.parallel.placed import ReplicatedHeads, copies_of_kv_heads
+from pallas_kernels import dispatch, int4_matmul, int8_matmul
 
 READERS = 8  # threads at most; each holds one device's part of one parameter
 # Matrices [..., out, in] of which GPUs have the output features contiguous in memory: XLA's products of few tokens read
@@ -56,7 +64,8 @@ def place_params(
     dtype: jnp.dtype,
     on_parameter: Callable[[int, int], None] | None = None,
 ) -> StageParams:
-    """The parameters of ``source`` on the mesh in ``dtype``; V is padded to divide over tensor.
+    """The parameters of ``source`` on the mesh in ``dtype`` (quantized ones in their own); V is padded to divide over
+    tensor.
 
     Args:
         source: of ``config``'s parameters.
@@ -72,14 +81,15 @@ def place_params(
 
     def place(name: str, spec: ArraySpec, place_as: Format | NamedSharding) -> jax.Array:
         nonlocal done
+        leaf_dtype = jnp.dtype(spec.dtype or dtype)
         live = source.array(name) if is_plain and isinstance(source, TreeSource) else None
         if isinstance(live, jax.Array) and live.size == math.prod(spec.shape):
-            array = jax.device_put(live.reshape(spec.shape).astype(dtype), place_as)
+            array = jax.device_put(live.reshape(spec.shape).astype(leaf_dtype), place_as)
         else:
 
             def read(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
-                return _part(heads, placed, num_stages, name, spec.shape, index, dtype)
+                return _part(heads, placed, num_stages, name, spec, index, leaf_dtype)
 
             array = jax.make_array_from_callback(spec.shape, place_as, read)
         with lock:
@@ -94,7 +104,64 @@ def place_params(
     ]
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         leaves = list(pool.map(lambda job: place(*job), jobs))
-    return jax.tree.unflatten(jax.tree.structure(formats), leaves)
+    return prepare_params(jax.tree.unflatten(jax.tree.structure(formats), leaves), mesh)
+
+
+def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
+    """The same with every quantized matrix of the layers, and the head, in the layout of the kernel that multiplies
+    with it. What a kernel's ``prepare`` makes of a device's part lies on that device: those arrays have a leading ST
+    axis, and their next one is the parts' one after another."""
+
+    def prepared(path: tuple, matrix: Any) -> Any:
+        if not isinstance(matrix, QuantizedMatrix):
+            return matrix
+        name = path_name(path)
+        local = matrix.q.sharding.shard_shape(matrix.q.shape)
+        hopper = _hopper_kernel(matrix, dtype) if name != "embed" and "experts" not in name else None
+        # Rows of an embedding are taken by themselves, and experts' matrices are put together again.
+        implementation = dispatch.best_quantized_matmul(mesh.devices.flat[0], hopper=hopper)
+        kernel = int4_matmul if matrix.format.kind == "int4" else int8_matmul
+        if hopper is None or implementation not in kernel.PREPARE:
+            return replace(matrix, implementation=implementation)
+        lead = is_layer(name)
+
+        def prepare_part(q: jax.Array, scale: jax.Array, bias: jax.Array | None) -> Any:
+            parts = [x if x is None else x[0] if lead else x for x in (q, scale, bias)]
+            flat = [x if x is None else x.reshape(-1, x.shape[-1]) for x in parts]
+            if kernel is int4_matmul:
+                made = int4_matmul.prepare(int4_matmul.Int4Matrix(*flat), implementation=implementation)
+            else:
+                made = int8_matmul.prepare(int8_matmul.Int8Matrix(*flat), implementation=implementation)
+            return jax.tree.map(lambda x: x[None], made) if lead else made
+
+        own = P("stage", "tensor") if lead else P("tensor")
+        specs = tuple(None if x is None else x.sharding.spec for x in (matrix.q, matrix.scale, matrix.bias))
+        make = jax.shard_map(prepare_part, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+        return replace(
+            matrix,
+            q=None,
+            scale=None,
+            bias=None,
+            prepared=jax.jit(make)(matrix.q, matrix.scale, matrix.bias),
+            prepared_shape=(*local[lead:-1], local[-1] * PER_BYTE[matrix.format.kind]),
+            implementation=implementation,
+        )
+
+    dtype = params.final_norm.dtype
+    return jax.tree_util.tree_map_with_path(prepared, params, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
+
+
+def _hopper_kernel(matrix: QuantizedMatrix, dtype: jnp.dtype) -> str | None:
+    """The kernel for Hopper that multiplies with a placed matrix, in a model of ``dtype``; None if none does."""
+    local = matrix.q.sharding.shard_shape(matrix.q.shape)
+    groups = matrix.scale.sharding.shard_shape(matrix.scale.shape)[-1]
+    form = matrix.format
+    if dtype != jnp.bfloat16 or form.activations != "none":
+        return None
+    if form.kind == "int4":
+        refused = int4_matmul.gpu.refusal(math.prod(local[:-1]), 2 * local[-1], groups)
+        return "int4_matmul" if refused is None else None
+    return "int8_matmul" if form.kind == "int8" and form.group_size is None and not form.has_bias else None
 
 
 def is_layer(name: str) -> bool:
@@ -107,14 +174,14 @@ def _part(
     placed: ModelConfig,
     num_stages: int,
     name: str,
-    shape: tuple[int, ...],
+    spec: ArraySpec,
     index: tuple[slice, ...],
     dtype: jnp.dtype,
 ) -> np.ndarray:
-    """Part ``index`` of a parameter of ``StageParams`` whose whole ``shape`` is given."""
-    index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True))
+    """Part ``index`` of a parameter of ``StageParams`` whose whole is ``spec``."""
+    index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, spec.shape, strict=True))
     if not is_layer(name):
-        if name not in ("embed", "head"):
+        if spec.axes[0] != "vocab":
             return _read(source, name, index, dtype)
         rows, columns = index  # V may be padded
         given = slice(min(rows.start, placed.vocab_size), min(rows.stop, placed.vocab_size))
@@ -122,13 +189,14 @@ def _part(
         if given.start < given.stop:
             out[: given.stop - given.start] = _read(source, name, (given, columns), dtype)
         return out
-    _, position, field = name.split(".")
+    _, position, leaf = name.split(".", 2)
+    field = leaf.partition(".")[0]
     per_stage = placed.num_layers // num_stages
     parts = []
     for stage in range(index[0].start, index[0].stop):
         layer = stage * per_stage + int(position)
         if field in layer_fields(placed, layer):
-            parts.append(_read(source, f"layers.{layer}.{field}", index[1:], dtype))
+            parts.append(_read(source, f"layers.{layer}.{leaf}", index[1:], dtype))
         else:  # another stage's layer at this place is of another kind
             parts.append(np.zeros([s.stop - s.start for s in index[1:]], dtype))
     return parts[0][None] if len(parts) == 1 else np.stack(parts)

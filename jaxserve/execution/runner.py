@@ -88,6 +88,7 @@ def lower_step(
         dims,
         attention=dispatch.best(device, hopper=hopper),
         grouped_matmul=dispatch.best_grouped_matmul(device),
+        params_specs=jax.tree.map(lambda x: x.sharding.spec, params),
     )
     return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
 
@@ -132,8 +133,9 @@ def lower_scorer(
 ) -> jax.stages.Lowered:
     """``hidden.make_scorer``, lowered for ``params`` and ``state`` (arrays or shapes)."""
     fields = jax.ShapeDtypeStruct((2, SCORE_ROWS), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
-    scorer = jax.jit(make_scorer(config, mesh, dims.max_logprobs))
-    return scorer.lower(head_params(params), state.hidden, fields)
+    head = head_params(params)
+    scorer = jax.jit(make_scorer(config, mesh, dims.max_logprobs, jax.tree.map(lambda x: x.sharding.spec, head)))
+    return scorer.lower(head, state.hidden, fields)
 
 
 def lower_pooler(
@@ -141,7 +143,9 @@ def lower_pooler(
 ) -> jax.stages.Lowered:
     """``hidden.make_pooler``, lowered for ``params`` and ``state`` (arrays or shapes)."""
     rows = jax.ShapeDtypeStruct((dims.hidden_tokens,), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
-    return jax.jit(make_pooler(config, mesh, dims.num_slots)).lower(head_params(params), state.hidden, rows)
+    head = head_params(params)
+    pooler = jax.jit(make_pooler(config, mesh, dims.num_slots, jax.tree.map(lambda x: x.sharding.spec, head)))
+    return pooler.lower(head, state.hidden, rows)
 
 
 # XLA's own choices that are wrong for a step. Slices by address: it would hand a kernel a slice of the packed inputs by
@@ -149,16 +153,10 @@ def lower_pooler(
 GPU_OPTIONS: dict[str, bool | str] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
-# A graph begins once all of its kernels are in it: after 2 ms, for a model of 32 layers. A step that reads prompts
-# takes longer than to launch its kernels one after another: without a graph the device works from the first on.
-NO_GRAPH: dict[str, bool | str] = {"xla_gpu_enable_command_buffer": ""}
-
-
-def compile_step(lowered: jax.stages.Lowered, mesh: Mesh, *, in_graph: bool = True) -> jax.stages.Compiled:
-    """Compiles a step or a sampler for its mesh; on GPUs as one graph of kernels, or as launches of each."""
-    if mesh.devices.flat[0].platform != "gpu":
-        return lowered.compile()
-    return lowered.compile(compiler_options=GPU_OPTIONS if in_graph else GPU_OPTIONS | NO_GRAPH)
+def compile_step(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles a step or a sampler for its mesh."""
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    return lowered.compile(compiler_options=GPU_OPTIONS if is_gpu else {})
 
 
 class Computed(NamedTuple):
@@ -219,42 +217,39 @@ class Runner:
     def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
         done, lock = 0, threading.Lock()
 
-        def compile_one(
-            into: dict[Any, jax.stages.Compiled], key: Any, lowered: jax.stages.Lowered, in_graph: bool
-        ) -> None:
+        def compile_one(into: dict[Any, jax.stages.Compiled], key: Any, lowered: jax.stages.Lowered) -> None:
             nonlocal done
-            into[key] = compile_step(lowered, self.mesh, in_graph=in_graph)
+            into[key] = compile_step(lowered, self.mesh)
             with lock:
                 done += 1
                 if on_progress:
                     on_progress("compile", done, len(jobs))
 
         arrays = (self.config, self._params, self._state_shape, self.dims)
-        jobs: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered], bool]] = []
+        jobs: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
         for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
-            jobs.append(
-                (self._compiled, bucket, partial(lower_step, *arrays, bucket, self.mesh), not bucket.prefill_tokens)
-            )
+            jobs.append((self._compiled, bucket, partial(lower_step, *arrays, bucket, self.mesh)))
         for asked in self._samplings:
             for num_rows in sorted({b.num_rows for b in buckets}):
                 lower = partial(lower_sampler, self.config, self.dims, num_rows, self.mesh, asked)
-                jobs.append((self._samplers, (num_rows, asked), lower, True))
+                jobs.append((self._samplers, (num_rows, asked), lower))
         if self.dims.hidden_tokens:
             for lower in (lower_scorer, lower_pooler):
-                jobs.append((self._readers, lower, partial(lower, *arrays, self.mesh), True))
+                jobs.append((self._readers, lower, partial(lower, *arrays, self.mesh)))
         # XLA compiles without the interpreter's lock, in threads. Lowering is Python: here, one after another, so that
         # each finds what the ones before have traced and the first compilations begin early.
         pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
-            for future in [pool.submit(compile_one, into, key, lower(), graph) for into, key, lower, graph in jobs]:
+            for future in [pool.submit(compile_one, into, key, lower()) for into, key, lower in jobs]:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _warm_up(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
-        """Runs every bucket on padding: what the runtime does on the first calls is not left to the first users. On
-        GPUs that is the first two: XLA makes the graph of a step, in 20 ms, when it runs for the second time."""
-        jobs: list[tuple[Bucket, Sampling]] = [(b, asked) for b in buckets for asked in self._samplings] * 2
+        """Runs every bucket on padding: what the runtime does on a first call is not left to the first user."""
+        # On GPUs XLA makes the graph of a step, in 20 ms, when it runs for the second time.
+        times = 2 if self.mesh.devices.flat[0].platform == "gpu" else 1
+        jobs: list[tuple[Bucket, Sampling]] = [(b, asked) for b in buckets for asked in self._samplings] * times
         for i, (bucket, asked) in enumerate(jobs):
             self.read(self.sample(self.forward(bucket, new_inputs(bucket, self.dims)[0]), asked))
             if on_progress:

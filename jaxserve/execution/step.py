@@ -20,8 +20,10 @@ from jaxserve.config import ModelConfig
 from jaxserve.execution import constraints, sampling
 from jaxserve.execution.constraints import Constraints
 from jaxserve.model import decoder, layers
+from jaxserve.model.array_spec import ArraySpec, is_spec
 from jaxserve.model.layers import AttentionContext, StaticContext
-from jaxserve.model.params import ArraySpec, LayerParams, Params, is_spec, param_specs
+from jaxserve.model.params import LayerParams, Params, param_specs
+from jaxserve.model.quantized import QuantizedMatrix, check_split
 from jaxserve.model.rope import rope_tables
 from jaxserve.parallel import specs
 from jaxserve.step_io import (
@@ -63,18 +65,42 @@ class StageParams:
 
 
 def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> StageParams:
-    """``ArraySpec``s of a ``StageParams``: global shapes, V padded to a multiple of ``tensor``."""
+    """``ArraySpec``s of a ``StageParams``: global shapes, V padded to a multiple of ``tensor``.
+
+    Raises:
+        ValueError: the mesh would cut a group of a quantized matrix, or two stages have one in different formats at
+            the same place; names the parameter.
+    """
     tree: Params = param_specs(config)
     per_stage = config.num_layers // num_stages
 
-    def padded(spec: ArraySpec | None) -> ArraySpec | None:
-        return spec and spec._replace(shape=(-(-spec.shape[0] // tensor) * tensor, *spec.shape[1:]))
+    def padded(table: Any) -> Any:
+        def pad(spec: ArraySpec) -> ArraySpec:
+            if spec.axes[0] != "vocab":
+                return spec
+            return spec._replace(shape=(-(-spec.shape[0] // tensor) * tensor, *spec.shape[1:]))
+
+        return jax.tree.map(pad, table, is_leaf=is_spec)
+
+    def staged(spec: ArraySpec) -> ArraySpec:
+        return spec._replace(shape=(num_stages, *spec.shape), axes=("stage", *spec.axes))
 
     def position(i: int) -> LayerParams:
-        found: dict[str, ArraySpec] = {}
-        for layer in tree.layers[i::per_stage]:
-            found |= {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
-        return LayerParams(**{n: ArraySpec((num_stages, *s.shape), ("stage", *s.axes)) for n, s in found.items()})
+        found: dict[str, Any] = {}
+        found_in: dict[str, int] = {}
+        for stage, layer in enumerate(tree.layers[i::per_stage]):
+            for name in (f.name for f in fields(layer) if getattr(layer, f.name) is not None):
+                value, number = getattr(layer, name), stage * per_stage + i
+                if isinstance(value, QuantizedMatrix):
+                    check_split(f"layers.{number}.{name}", value, tensor)
+                first, first_number = found.setdefault(name, value), found_in.setdefault(name, number)
+                formats = [getattr(x, "format", None) for x in (first, value)]
+                if formats[0] != formats[1]:
+                    raise ValueError(
+                        f"stage={num_stages} puts params.layers.{number}.{name} where another stage has layer "
+                        f"{first_number}'s, which is quantized otherwise: {formats[1]} and {formats[0]}"
+                    )
+        return LayerParams(**jax.tree.map(staged, found, is_leaf=is_spec))
 
     return StageParams(
         embed=padded(tree.embed),
@@ -118,11 +144,13 @@ def make_step(
     *,
     attention: Implementation,
     grouped_matmul: Implementation,
+    params_specs: StageParams | None = None,
 ) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array, jax.Array]]:
     """``step(params, state, buffer) -> (state, logits [B, V] f32, the sampling fields' end of the buffer)`` for one
     bucket.
 
-    ``config`` is of ``parallel.placed.placed_config``, ``buffer`` is ``step_io.new_inputs``' int32 buffer.
+    ``config`` is of ``parallel.placed.placed_config``, ``buffer`` is ``step_io.new_inputs``' int32 buffer,
+    ``params_specs`` the PartitionSpecs of the parameters as they were placed; None: those of ``stage_param_specs``.
     """
     static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul)
 
@@ -143,7 +171,7 @@ def make_step(
             inputs.kv_lens,
             inputs.prefill_cu_q_lens,
         )
-        x = decoder.embed(params.embed, token_ids)  # [T, D]
+        x = decoder.embed(params.embed, token_ids, params.final_norm.dtype)  # [T, D]
         if config.embed_scale != 1:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         if params.positions is not None:
@@ -165,7 +193,7 @@ def make_step(
     return jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(stage_param_specs(config, num_stages), state, P()),
+        in_specs=(params_specs or stage_param_specs(config, num_stages), state, P()),
         out_specs=(state, P(), P()),
         check_vma=False,
     )

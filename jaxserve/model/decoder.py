@@ -10,22 +10,31 @@ from jaxserve.config import ModelConfig
 from jaxserve.model import layers
 from jaxserve.model.layers import AttentionContext, StaticContext
 from jaxserve.model.params import LayerParams
+from jaxserve.model.quantized import QuantizedMatrix, matmul, table_rows
 
 
-def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """Rows of a vocabulary-sharded ``table`` [V / tensor, D] for ``token_ids`` [T]: [T, D] on every device."""
+def embed(table: jax.Array | QuantizedMatrix, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a vocabulary-sharded ``table`` [V / tensor, D] for ``token_ids`` [T]: [T, D] on every device.
+
+    ``dtype`` is that of the rows of a quantized table.
+    """
     if lax.axis_size("tensor") == 1:
-        return table[token_ids]
+        return table_rows(table, token_ids, dtype)
     local = token_ids - lax.axis_index("tensor") * table.shape[0]
     mine = (local >= 0) & (local < table.shape[0])
-    rows = table[jnp.where(mine, local, 0)]
+    rows = table_rows(table, jnp.where(mine, local, 0), dtype)
     return lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
 
 
-def logits(head: jax.Array, x: jax.Array, config: ModelConfig) -> jax.Array:
+def logits(head: jax.Array | QuantizedMatrix, x: jax.Array, config: ModelConfig) -> jax.Array:
     """f32 logits [B, V] of ``x`` [B, D], gathered from a vocabulary-sharded ``head`` [V / tensor, D]."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = lax.dot_general(x, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    if isinstance(head, QuantizedMatrix):
+        out = matmul(x, head, jnp.float32)
+    else:
+        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        out = lax.dot_general(
+            x, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
     if lax.axis_size("tensor") > 1:
         out = lax.all_gather(out, "tensor", axis=1, tiled=True)
     out = out[:, : config.vocab_size]  # a mesh may have padded V

@@ -4,11 +4,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.model import quantized
+from jaxserve.model.quantized import QuantizedMatrix
+
 OAI_LIMIT, OAI_ALPHA = 7.0, 1.702  # GPT-OSS's clamped SwiGLU
 
 
-def linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | QuantizedMatrix, bias: jax.Array | None = None) -> jax.Array:
     """``x`` [..., in] times ``w`` [out, in] transposed plus ``bias`` [out], accumulated in f32, in x's dtype."""
+    if isinstance(w, QuantizedMatrix):
+        if bias is None:
+            return quantized.matmul(x, w)
+        return (quantized.matmul(x, w, jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     # Without a bias the product's own end rounds: asked for f32, cuBLAS writes f32 and another kernel rounds it.
     preferred = x.dtype if bias is None else jnp.float32

@@ -10,8 +10,8 @@ from jax import lax
 from jaxserve.config import ModelConfig, MoEConfig
 from jaxserve.model.linear import activate, linear, psum_tensor
 from jaxserve.model.params import LayerParams
+from jaxserve.model.quantized import experts_matmul
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def route(logits: jax.Array, correction_bias: jax.Array | None, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
@@ -53,13 +53,12 @@ def moe(p: LayerParams, x: jax.Array, config: ModelConfig, implementation: Imple
     order = jnp.argsort(ids.reshape(-1), stable=True)  # [T * A]
     expert = ids.reshape(-1)[order]  # [T * A], ascending
     group_sizes = jnp.sum(expert[None, :] == jnp.arange(e)[:, None], axis=1, dtype=jnp.int32)  # [E]
-    hidden = grouped_matmul(
-        x[order // a], p.experts_gate_up.reshape(e, width * f, d), group_sizes, implementation=implementation
-    ).reshape(t * a, width, f)
+    gate_up = p.experts_gate_up.reshape(e, width * f, d)
+    hidden = experts_matmul(x[order // a], gate_up, group_sizes, implementation).reshape(t * a, width, f)
     if p.experts_gate_up_bias is not None:
         hidden = hidden + p.experts_gate_up_bias[expert]
     hidden = activate(hidden, config.activation)  # [T * A, F]
-    out = grouped_matmul(hidden, p.experts_down, group_sizes, implementation=implementation)  # [T * A, D]
+    out = experts_matmul(hidden, p.experts_down, group_sizes, implementation)  # [T * A, D]
     back = jnp.zeros(t * a, jnp.int32).at[order].set(jnp.arange(t * a, dtype=jnp.int32), unique_indices=True)
     out = out[back].reshape(t, a, d).astype(jnp.float32)
     update = psum_tensor(jnp.sum(out * weights[:, :, None], axis=1).astype(x.dtype))  # [T, D]

@@ -10,13 +10,15 @@ Canonical layout (independent of any mesh), matrices ``[out, in]`` so that every
 Rotary pairs are (i, i + rotary_dim / 2) within a head ("half-split", the Hugging Face convention) unless the config
 says interleaved. A parameter that a model does not have is None.
 
-A parameter's name is its path in the tree: ``embed``, ``layers.3.qkv``, ``final_norm``.
+A matrix that ``ModelConfig.quantization`` names is a ``quantized.QuantizedMatrix`` of several arrays instead of one.
+
+A parameter's name is its path in the tree: ``embed``, ``layers.3.qkv``, ``final_norm``, ``layers.3.down.scale``.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -24,13 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import ModelConfig
-
-
-class ArraySpec(NamedTuple):
-    """Shape and logical axes of one parameter; ``parallel/specs.py`` maps logical axes to mesh axes."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+from jaxserve.model.array_spec import ArraySpec, is_spec
+from jaxserve.model.quantized import quantized_specs, random_leaf
 
 
 @flax.struct.dataclass
@@ -168,18 +165,28 @@ def layer_specs(config: ModelConfig, layer: int) -> LayerParams:
             shared_down=ArraySpec((d, fs), (None, "ffn")),
         )
         add(fs and moe.shared_gate, shared_gate=ArraySpec((1, d), (None, None)))
-    return LayerParams(**specs)
+    return LayerParams(**_with_formats(config, f"layers.{layer}.", specs))
+
+
+def _with_formats(config: ModelConfig, prefix: str, specs: dict[str, ArraySpec]) -> dict[str, Any]:
+    """``specs`` of parameters by name, those of quantized ones in place of their matrices'."""
+    formats = {} if config.quantization is None else config.quantization.formats()
+    return {
+        name: quantized_specs(prefix + name, spec, formats[prefix + name]) if prefix + name in formats else spec
+        for name, spec in specs.items()
+    }
 
 
 def param_specs(config: ModelConfig) -> Params:
     """The tree of ``ArraySpec`` for a model."""
     d = config.hidden_size
     vocab, vector = ArraySpec((config.vocab_size, d), ("vocab", None)), ArraySpec((d,), (None,))
+    tables = _with_formats(config, "", {"embed": vocab, "head": vocab})
     return Params(
-        embed=vocab,
+        embed=tables["embed"],
         layers=tuple(layer_specs(config, i) for i in range(config.num_layers)),
         final_norm=vector,
-        head=None if config.tie_word_embeddings else vocab,
+        head=None if config.tie_word_embeddings else tables["head"],
         positions=ArraySpec((config.max_position_embeddings, d), (None, None)) if config.learned_positions else None,
         final_norm_bias=vector if config.norm == "layer" else None,
     )
@@ -191,27 +198,32 @@ def layer_fields(config: ModelConfig, layer: int) -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(specs) if getattr(specs, f.name) is not None)
 
 
-def is_spec(x: Any) -> bool:
-    return isinstance(x, ArraySpec)
-
-
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """(name, leaf) of every parameter of a ``Params`` (of arrays or of specs), in tree order."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)[0]:
-        yield ".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path), leaf
+        yield path_name(path), leaf
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A parameter's name from its path in the tree, as ``jax.tree_util`` gives it."""
+    keys = (next((getattr(key, a) for a in ("name", "idx", "key") if hasattr(key, a)), key) for key in path)
+    return ".".join(map(str, keys))
 
 
 def num_params(config: ModelConfig) -> int:
-    """Parameters of a model; a tied embedding counts once."""
-    return sum(math.prod(spec.shape) for _, spec in named_leaves(param_specs(config)))
+    """Parameters of a model, each weight one however it is kept; a tied embedding counts once."""
+    plain = dataclasses.replace(config, quantization=None)
+    return sum(math.prod(spec.shape) for _, spec in named_leaves(param_specs(plain)))
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype | type = jnp.float32) -> Params:
     """Random parameters for tests: matrices normal with standard deviation fan_in ** -0.5, norms near 1, biases and
-    sinks near 0."""
+    sinks near 0; of quantized matrices uniform numbers of about that size."""
     named = list(named_leaves(param_specs(config)))
 
     def init(key: jax.Array, name: str, spec: ArraySpec) -> jax.Array:
+        if spec.dtype is not None:
+            return random_leaf(key, name, spec.shape, spec.dtype)
         noise = jax.random.normal(key, spec.shape, jnp.float32)
         if name.endswith("norm"):
             x = 1 - config.norm_offset + 0.1 * noise

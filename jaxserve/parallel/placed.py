@@ -50,7 +50,7 @@ class ReplicatedHeads:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """See ``ParamSource``."""
-        kind = name.rpartition(".")[2]
+        kind = (name.split(".")[2:] or [name])[0]  # a quantized matrix' arrays have its axes but the last
         if self._copies == 1 or kind not in ("qkv", "qkv_bias", "q_norm", "k_norm", "sinks"):
             return self._source.read(name, index)
         has_heads = {"qkv": 4, "qkv_bias": 3, "q_norm": 3, "k_norm": 2, "sinks": 2}[kind]

@@ -11,7 +11,15 @@ import numpy as np
 
 from jaxserve.cache.pool import PagePool, extend_digests
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import FinishReason, QueueFullError, Request, RequestError
+from jaxserve.request import (
+    STEP_TOKEN_BOUNDS,
+    FinishReason,
+    HeldPages,
+    PageMap,
+    QueueFullError,
+    Request,
+    RequestError,
+)
 from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, first_chunk
 from jaxserve.scheduler.sequence import NO_SLOT, Sequence
 from jaxserve.step_io import StepDims
@@ -36,7 +44,7 @@ class CommittedToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """Figures of now; the last five count since the start (``prefix_*`` in tokens).
+    """Figures of now; the last seven count since the start (``prefix_*`` in tokens).
 
     ``num_tokens_held``: tokens with KV over the running sequences, a shared page's counted once; so
     ``kv_fragmentation = 1 - num_tokens_held / (num_pages_held * page_size)`` is the share of held memory that holds
@@ -61,6 +69,8 @@ class SchedulerStats:
     num_preemptions: int
     prompt_tokens: int  # of requests admitted, each counted once
     generation_tokens: int  # committed
+    step_tokens: int  # computed by all steps
+    steps_by_size: tuple[int, ...]  # steps of at most STEP_TOKEN_BOUNDS[i] tokens and more than the bound before
 
 
 class Scheduler:
@@ -125,6 +135,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._step_tokens = 0
+        self._steps_by_size = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
 
     # Requests come and go.
 
@@ -274,6 +286,9 @@ class Scheduler:
         if static and not num_prefill_tokens:  # rows of finished sequences stay, idle
             num_decode_rows = max(num_decode_rows, self._static_batch_size)
         bucket = choose_bucket(self.config, num_decode_rows, num_prefill_tokens)
+        num_tokens = len(decode) + num_prefill_tokens
+        self._step_tokens += num_tokens
+        self._steps_by_size[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
         constrained, self._constrained = tuple(self._constrained), []
         return ScheduledBatch(bucket, (*decode, *prefill), len(decode), constrained)
 
@@ -302,6 +317,7 @@ class Scheduler:
         if not sequence.admitted_once:
             sequence.admitted_once = True
             sequence.num_cached = sequence.num_computed
+            sequence.admitted_at = self._clock()
             self._prompt_tokens += sequence.prompt_len
         self.slots.assign(sequence.slot, sequence.request, sequence.pages)
         if sequence.request.is_constrained:
@@ -423,6 +439,26 @@ class Scheduler:
 
     # Figures.
 
+    def page_map(self) -> PageMap:
+        """Who holds which pages: running sequences first, best first."""
+        return PageMap(
+            num_pages=self.pool.num_pages,
+            page_size=self.cache.page_size,
+            cached=self.pool.cached_pages,
+            sequences=tuple(
+                HeldPages(
+                    request_id=sequence.request.group_id or sequence.request_id,
+                    choice=sequence.request.choice,
+                    num_tokens=len(sequence.tokens),
+                    num_output_tokens=sequence.num_output_tokens,
+                    is_running=sequence.status == "running",
+                    num_preemptions=sequence.num_preemptions,
+                    pages=tuple(sequence.pages),
+                )
+                for sequence in (*self._running, *self._waiting)
+            ),
+        )
+
     def stats(self) -> SchedulerStats:
         pool, page_size = self.pool, self.cache.page_size
         held = pool.num_held
@@ -451,6 +487,8 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            step_tokens=self._step_tokens,
+            steps_by_size=tuple(self._steps_by_size),
         )
 
 

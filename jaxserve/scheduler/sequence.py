@@ -25,6 +25,7 @@ class Sequence:
         pages: page ids in order of position; empty unless running.
         slot: engine row, NO_SLOT unless running.
         num_cached: prompt tokens found in the prefix cache at first admission.
+        admitted_at: when that was, by the scheduler's clock.
         num_preemptions: times its pages were taken and had to be recomputed.
         digests: chained digests of the full pages of ``tokens``, as far as they were needed.
         num_registered: leading pages of ``pages`` already offered to the prefix index.
@@ -44,6 +45,7 @@ class Sequence:
     num_cached: int = 0
     num_preemptions: int = 0
     admitted_once: bool = False
+    admitted_at: float | None = None
     digests: list[bytes] = field(default_factory=list)
     num_registered: int = 0
 

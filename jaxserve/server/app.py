@@ -2,15 +2,14 @@
 
 import asyncio
 import atexit
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -21,9 +20,19 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from jaxserve.engine.async_engine import AsyncEngine, EngineCore, EngineFailedError
+from jaxserve.request import Request, TokenEvent
+from jaxserve.server.binding import ServeError, address, check_can_bind, listening_socket
 from jaxserve.server.control import ControlService
+from jaxserve.server.http.app import make_app
+from jaxserve.server.http.backend import Backend
+from jaxserve.server.http.guard import Guard
+from jaxserve.server.http.listener import HttpListener
+from jaxserve.server.limits import Admission
+from jaxserve.server.logs import RequestLog
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.recent import RecentLatencies
+from jaxserve.server.security import ApiKeys, TokenInterceptor, grpc_credentials, http_context, warn_if_open
 from jaxserve.server.service import InferenceService
 from jaxserve.server.v1 import inference_pb2, inference_pb2_grpc
 
@@ -45,20 +54,19 @@ LOADING_TIMEOUT_S = 0.5  # loading may take minutes and cannot be interrupted
 STOP_GRACE_S = 0.2  # for unary calls; a health watch never ends by itself
 
 
-class ServeError(RuntimeError):
-    """The server cannot start: one clear line."""
-
-
 class Server:
-    """One gRPC server before one engine: ``start`` binds and begins to load, ``ready`` waits, ``close`` ends both.
+    """gRPC and HTTP before one engine: ``start`` binds and begins to load, ``ready`` waits, ``close`` ends all.
 
-    After ``start``: ``port`` and ``metrics_port`` (None without metrics) are the bound ports, ``engine`` is loading.
+    After ``start``: ``port``, ``http_port`` and ``metrics_port`` (None where there is none) are the bound ports,
+    ``engine`` is loading.
     """
 
     def __init__(self, engine_factory: Callable[[], EngineCore], options: ServerOptions):
         self.options = options
         self.port = options.port
+        self.http_port = options.http_port
         self.metrics_port = options.metrics_port
+        self._http: HttpListener | None = None
         self._factory = engine_factory
         self._engine: AsyncEngine | None = None
         self._metrics_server: WSGIServer | None = None
@@ -69,37 +77,73 @@ class Server:
         return self._engine
 
     async def start(self) -> None:
-        """Binds, serves health (NOT_SERVING), and starts the engine. Raises ServeError when a port cannot be bound."""
+        """Binds, serves health (NOT_SERVING), and starts the engine.
+
+        Raises:
+            ServeError: a port cannot be bound.
+            ValueError: a file of tokens or of TLS cannot be used; names it.
+        """
         options = self.options
-        for port in (options.port, options.metrics_port):
+        keys = None if options.api_keys_file is None else ApiKeys.from_file(options.api_keys_file)
+        context, credentials = http_context(options), grpc_credentials(options)
+        warn_if_open(options)
+        admission = Admission(options.max_concurrent_requests)
+        for port in (options.port, options.http_port, options.metrics_port):
             if port is not None:
-                _check_can_bind(options.host, port)
+                check_can_bind(options.host, port)
         self._grpc = grpc.aio.server(
+            interceptors=[] if keys is None else [TokenInterceptor(keys)],
             options=[
                 ("grpc.so_reuseport", 0),  # or a second server would take half of the first one's connections
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", 20_000),  # finds clients that vanished without a word
                 ("grpc.keepalive_timeout_ms", 10_000),
-            ]
+            ],
         )
+        where = address(options.host, options.port)
         try:
-            self.port = self._grpc.add_insecure_port(_address(options.host, options.port))
+            if credentials is None:
+                self.port = self._grpc.add_insecure_port(where)
+            else:
+                self.port = self._grpc.add_secure_port(where, credentials)
         except RuntimeError as error:
-            raise ServeError(f"cannot bind {_address(options.host, options.port)}: {error}") from error
+            raise ServeError(f"cannot bind {where}: {error}") from error
 
-        metrics = ServerMetrics(lambda: None if self._engine is None else self._engine.stats())
+        metrics = ServerMetrics(
+            lambda: None if self._engine is None else self._engine.stats(), lambda: self.engine.engine
+        )
         if options.metrics_port is not None:
             try:
-                self._metrics_server, _ = start_http_server(options.metrics_port, options.host, metrics.registry)
+                self._metrics_server, _ = start_http_server(
+                    options.metrics_port,
+                    options.host,
+                    metrics.registry,
+                    certfile=_text(options.tls_cert),
+                    keyfile=_text(options.tls_key),
+                    client_cafile=_text(options.tls_client_ca),
+                    client_auth_required=options.tls_client_ca is not None,
+                )
             except OSError as error:
-                raise ServeError(f"cannot bind {_address(options.host, options.metrics_port)}: {error}") from error
+                raise ServeError(f"cannot bind {address(options.host, options.metrics_port)}: {error}") from error
             self.metrics_port = self._metrics_server.server_port
+        listening = None if options.http_port is None else listening_socket(options.host, options.http_port)
+        log, recent = RequestLog(), RecentLatencies()
+
+        def observe(request: Request, event: TokenEvent) -> None:
+            metrics.observe(request, event)
+            log.observe(request, event)
+            recent.observe(request, event)
+
         # Last of what can fail: its thread cannot be interrupted while it loads.
-        self._engine = AsyncEngine(
-            self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=metrics.observe
-        )
-        self._service = InferenceService(self.engine, options)
+        self._engine = AsyncEngine(self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=observe)
+        self._service = InferenceService(self.engine, options, admission)
+        if listening is not None:
+            backend = Backend(self.engine, options, metrics.registry, admission, recent)
+            self._guard = Guard(make_app(backend), options, keys)
+            self._http = HttpListener(self._guard, listening, options.max_message_bytes, context)
+            self.http_port = self._http.port
+            await self._http.start()
         self._health = health_aio.HealthServicer()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         inference_pb2_grpc.add_InferenceServicer_to_server(self._service, self._grpc)
@@ -125,7 +169,7 @@ class Server:
         finished = await self.engine.drain(timeout_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(max(deadline - time.monotonic(), FLUSH_TIMEOUT_S)):
-                await self._service.idle.wait()
+                await self._idle()
         return finished
 
     async def close(self) -> bool:
@@ -134,12 +178,20 @@ class Server:
         ended = await self.engine.close(LOADING_TIMEOUT_S if self.engine.state == "loading" else CLOSE_TIMEOUT_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_GRACE_S):  # streams learn why they ended
-                await self._service.idle.wait()
+                await self._idle()
+        if self._http is not None:
+            await self._http.stop(STOP_GRACE_S)
         await self._grpc.stop(STOP_GRACE_S)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
         return ended
+
+    async def _idle(self) -> None:
+        """Returns when no request is open."""
+        await self._service.idle.wait()
+        if self._http is not None:
+            await self._guard.idle.wait()
 
     async def _watch_engine(self) -> None:
         with suppress(EngineFailedError):  # who runs the server learns it from ``engine.wait_stopped``
@@ -220,26 +272,11 @@ async def _first(work, stop: asyncio.Event) -> bool:
         stopping.cancel()
 
 
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
 def _on_signal(number: int, stop: asyncio.Event) -> None:
     if stop.is_set():
         os._exit(128 + number)  # asked twice: not even the interpreter's own end, which may wait for the device
     stop.set()
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _check_can_bind(host: str, port: int) -> None:
-    """Raises ServeError with the system's reason: grpc itself tells no more than that it failed."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in addresses:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
-    except OSError as error:
-        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror or error
-        raise ServeError(f"cannot listen on {_address(host, port)}: {reason}") from error

@@ -14,6 +14,8 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -69,11 +71,34 @@ def batch_request(
     return codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority)
 
 
-class Client:
-    """A blocking client. Safe to share between threads."""
+@dataclass(frozen=True, kw_only=True)
+class TLS:
+    """PEM files of a connection: who has signed the server's certificate (None: whom this machine trusts), and the
+    client's own certificate and key where the server asks for them. OSError where one cannot be read."""
 
-    def __init__(self, target: str = DEFAULT_TARGET):
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        ca, cert, key = (None if path is None else path.read_bytes() for path in (self.ca, self.cert, self.key))
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+class Client:
+    """A blocking client. Safe to share between threads.
+
+    Args:
+        api_key: the server's token, where it asks for one.
+        tls: None is a connection in the clear.
+    """
+
+    def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, tls: TLS | None = None):
+        if tls is None:
+            channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            channel = grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
+        self._channel = channel if api_key is None else grpc.intercept_channel(channel, _Bearer(api_key))
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = inference_pb2_grpc.ControlStub(self._channel)
         self._watch_health = _watch_method(self._channel)
@@ -192,8 +217,15 @@ class Client:
 class AsyncClient:
     """The same on asyncio. Belongs to the event loop it is made in."""
 
-    def __init__(self, target: str = DEFAULT_TARGET):
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, tls: TLS | None = None):
+        kinds = (_AsyncUnaryBearer, _AsyncStreamBearer, _AsyncBatchBearer)  # a class of two kinds counts as one of them
+        bearers = [] if api_key is None else [kind(api_key) for kind in kinds]
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS, interceptors=bearers)
+        else:
+            self._channel = grpc.aio.secure_channel(
+                target, tls.credentials(), options=CHANNEL_OPTIONS, interceptors=bearers
+            )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = inference_pb2_grpc.ControlStub(self._channel)
         self._watch_health = _watch_method(self._channel)
@@ -317,6 +349,52 @@ class AsyncClient:
     async def server_info(self) -> pb.ServerInfo:
         """State, limits and load."""
         return await self._stub.GetServerInfo(pb.GetServerInfoRequest())
+
+
+class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
+    """Every call with the token."""
+
+    def __init__(self, api_key: str):
+        self._api_key = api_key
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(_with_token(client_call_details, self._api_key), request)
+
+    intercept_unary_stream = intercept_unary_unary
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return continuation(_with_token(client_call_details, self._api_key), request_iterator)
+
+
+class _AsyncUnaryBearer(grpc.aio.UnaryUnaryClientInterceptor):
+    def __init__(self, api_key: str):
+        self._api_key = api_key
+
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(_with_token(client_call_details, self._api_key), request)
+
+
+class _AsyncStreamBearer(grpc.aio.UnaryStreamClientInterceptor):
+    def __init__(self, api_key: str):
+        self._api_key = api_key
+
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(_with_token(client_call_details, self._api_key), request)
+
+
+class _AsyncBatchBearer(grpc.aio.StreamStreamClientInterceptor):
+    def __init__(self, api_key: str):
+        self._api_key = api_key
+
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await continuation(_with_token(client_call_details, self._api_key), request_iterator)
+
+
+def _with_token(details: Any, api_key: str) -> Any:
+    metadata = [*(details.metadata or ()), ("authorization", f"Bearer {api_key}")]
+    is_async = isinstance(details, grpc.aio.ClientCallDetails)
+    replaced: Any = details  # both kinds are named tuples, one of a class that is not public
+    return replaced._replace(metadata=grpc.aio.Metadata(*metadata) if is_async else metadata)
 
 
 _KEEP_WAITING = (

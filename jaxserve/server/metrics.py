@@ -6,12 +6,15 @@ or not the client has taken them yet. What is called ``perc`` is a fraction of 1
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from jaxserve.request import EngineStats, Request, TokenEvent
+from jaxserve.engine.async_engine import EngineCore
+from jaxserve.request import STEP_TOKEN_BOUNDS, EngineStats, Request, TokenEvent, Usage
 
 GAUGES = {
     "num_requests_running": ("num_running", "Requests that hold an engine slot."),
@@ -30,17 +33,23 @@ COUNTERS = {
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+CHOICE_BUCKETS = (1, 2, 4, 8, 16, 32)
 TOKEN_BUCKETS = tuple(2**i for i in range(18))
 FINISH_REASONS = ("stop", "length", "abort", "deadline")
 
 
 class ServerMetrics:
-    """One server's metrics in a registry of their own. ``observe`` is the ``AsyncEngine``'s observer."""
+    """One server's metrics in a registry of their own. ``observe`` is the ``AsyncEngine``'s observer.
 
-    def __init__(self, stats: Callable[[], EngineStats | None]):
+    Args:
+        stats: the engine's figures; None until it is ready.
+        engine: the engine, called when ``stats`` has figures.
+    """
+
+    def __init__(self, stats: Callable[[], EngineStats | None], engine: Callable[[], EngineCore]):
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(stats))
-        self._last_token_at: dict[tuple[str, int], float] = {}  # unfinished choices with a token, monotonic seconds
+        self.registry.register(_EngineCollector(stats, engine))
+        self._tokens_at: dict[tuple[str, int], tuple[float, float]] = {}  # unfinished choices: first and last token
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"jaxserve:{name}", text, registry=self.registry, buckets=buckets)
@@ -48,8 +57,14 @@ class ServerMetrics:
         self._first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", LATENCY_BUCKETS_S)
         self._inter_token = histogram("inter_token_latency_seconds", "One token to the next.", LATENCY_BUCKETS_S)
         self._request = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS_S)
+        self._queue = histogram("request_queue_time_seconds", "Arrival to admission.", REQUEST_BUCKETS_S)
+        self._inference = histogram("request_inference_time_seconds", "Admission to last token.", REQUEST_BUCKETS_S)
+        self._prefill = histogram("request_prefill_time_seconds", "Admission to first token.", REQUEST_BUCKETS_S)
+        self._decode = histogram("request_decode_time_seconds", "First token to last.", REQUEST_BUCKETS_S)
         self._prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS)
         self._output_tokens = histogram("request_generation_tokens", "Output tokens of a request.", TOKEN_BUCKETS)
+        self._n = histogram("request_params_n", "Completions that a request asks for.", CHOICE_BUCKETS)
+        self._max_tokens = histogram("request_params_max_tokens", "max_tokens of a request that says.", TOKEN_BUCKETS)
         finished = Counter("jaxserve:request_success", "Ended requests.", ["finished_reason"], registry=self.registry)
         self._finished = {reason: finished.labels(reason) for reason in FINISH_REASONS}
 
@@ -58,25 +73,42 @@ class ServerMetrics:
         now = time.monotonic()
         choice = (request.request_id, event.choice)
         if event.token_id is not None:
-            last = self._last_token_at.get(choice)
-            if last is None:
+            times = self._tokens_at.get(choice)
+            if times is None:
                 self._first_token.observe(now - request.arrival)
             else:
-                self._inter_token.observe(now - last)
-            self._last_token_at[choice] = now
+                self._inter_token.observe(now - times[1])
+            self._tokens_at[choice] = (now if times is None else times[0], now)
         if event.finish_reason is not None:
-            self._last_token_at.pop(choice, None)
+            times = self._tokens_at.pop(choice, None)
             self._finished[event.finish_reason].inc()
             if event.finish_reason in ("stop", "length"):  # an aborted request says nothing of the usual length
                 self._request.observe(now - request.arrival)
-                if event.usage is not None:
-                    self._prompt_tokens.observe(event.usage.prompt_tokens)
-                    self._output_tokens.observe(event.usage.completion_tokens)
+                self._observe_phases(request, event.usage, times, now)
+        if event.ends_request:
+            self._n.observe(request.params.n)
+            if request.params.max_tokens is not None:
+                self._max_tokens.observe(request.params.max_tokens)
+
+    def _observe_phases(
+        self, request: Request, usage: Usage | None, times: tuple[float, float] | None, now: float
+    ) -> None:
+        if usage is None:
+            return
+        self._prompt_tokens.observe(usage.prompt_tokens)
+        self._output_tokens.observe(usage.completion_tokens)
+        if usage.admitted_at is None or times is None:
+            return
+        self._queue.observe(usage.admitted_at - request.arrival)
+        self._inference.observe(now - usage.admitted_at)
+        self._prefill.observe(times[0] - usage.admitted_at)
+        self._decode.observe(now - times[0])
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats | None]):
+    def __init__(self, stats: Callable[[], EngineStats | None], engine: Callable[[], EngineCore]):
         self._stats = stats
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -86,3 +118,23 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"jaxserve:{name}", text, value=getattr(stats, field))
         for name, (field, text) in COUNTERS.items():
             yield CounterMetricFamily(f"jaxserve:{name}", text, value=getattr(stats, field))
+        below = list(accumulate(stats.steps_by_size))
+        bounds = [*map(floatToGoString, STEP_TOKEN_BOUNDS), "+Inf"]
+        yield HistogramMetricFamily(
+            "jaxserve:iteration_tokens_total",
+            "Tokens that a step computes, of prompts and outputs.",
+            buckets=list(zip(bounds, below)),
+            sum_value=stats.step_tokens,
+        )
+        engine = self._engine()
+        labels = {
+            "page_size": engine.cache_config.page_size,
+            "num_pages": engine.cache_config.num_pages,
+            "prefix_caching": engine.cache_config.prefix_caching,
+            "dtype": engine.dtype,
+            "max_model_len": engine.scheduler_config.max_model_len,
+            "max_num_seqs": engine.scheduler_config.max_num_seqs,
+        }
+        info = GaugeMetricFamily("jaxserve:cache_config_info", "Always 1; the labels say.", labels=list(labels))
+        info.add_metric([str(value) for value in labels.values()], 1)
+        yield info

@@ -13,7 +13,6 @@ from jaxserve import __version__
 from jaxserve.engine.async_engine import (
     AsyncEngine,
     DuplicateRequestError,
-    EngineCore,
     EngineFailedError,
     NotServingError,
     RequestEndedError,
@@ -22,18 +21,14 @@ from jaxserve.engine.event_stream import SlowReaderError
 from jaxserve.request import QueueFullError, Request, RequestError
 from jaxserve.server import codec
 from jaxserve.server.batch import MissingIdError, run_batch
+from jaxserve.server.limits import Admission, limited_deadline, make_request
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
-from jaxserve.text.chat_template import ChatTemplateError
-from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 FIELD_KEY = "jaxserve-field"  # trailing metadata: the request field at fault
 ABORT_TIMEOUT_S = 0.2  # a reader that takes nothing may not take its status either
-
-
-class UnsupportedByModelError(RequestError):
-    """The model lacks what the request needs."""
 
 
 STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
@@ -51,9 +46,10 @@ ANSWERED = tuple(kind for kind, _ in STATUS)
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """``idle`` is set while no Generate call is open, its last bytes handed to the transport or its reader too slow."""
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions):
+    def __init__(self, engine: AsyncEngine, options: ServerOptions, admission: Admission):
         self._engine = engine
         self._options = options
+        self._admission = admission
         self._started = time.monotonic()
         self._num_open = 0
         self.idle = asyncio.Event()
@@ -62,10 +58,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         self._count_open(context)
         remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+        deadline = limited_deadline(self._options, None if remaining_s is None else time.monotonic() + remaining_s)
         finish_reason = None
         started = False
+        admitted = False
         try:
+            self._admission.take(1)
+            admitted = True
             # Tokenizing may take long, and the event loop has other streams to serve.
             engine_request = await asyncio.to_thread(self._read_request, request, deadline)
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
@@ -80,6 +79,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort_unread(context, error)
         except ANSWERED as error:
             await _abort(context, error)
+        finally:
+            self._admission.give(admitted)
         if finish_reason == "deadline":
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
         if finish_reason == "abort" and self._engine.state != "ready":
@@ -93,14 +94,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         deadline = None if remaining_s is None else time.monotonic() + remaining_s
 
         async def read(message: pb.GenerateRequest) -> Request:
-            return await asyncio.to_thread(self._read_request, message, deadline)
+            return await asyncio.to_thread(self._read_request, message, limited_deadline(self._options, deadline))
 
         async def write(chunk: pb.BatchChunk) -> None:
             await self._write(context, chunk)
 
         await context.send_initial_metadata(())
         try:
-            ends = await run_batch(request_iterator, self._engine, read, write, _failure)
+            ends = await run_batch(request_iterator, self._engine, self._admission, read, write, _failure)
         except SlowReaderError as error:
             await _abort_unread(context, error)
         except MissingIdError as error:
@@ -115,8 +116,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
         self._count_open(context)
         remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+        deadline = limited_deadline(self._options, None if remaining_s is None else time.monotonic() + remaining_s)
+        admitted = False
         try:
+            self._admission.take(1)
+            admitted = True
             engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline)
             embedding = await self._engine.embed(engine_request)
         except RequestEndedError as error:
@@ -124,6 +128,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await context.abort(code, str(error))
         except ANSWERED as error:
             await _abort(context, error)
+        finally:
+            self._admission.give(admitted)
         return pb.EmbedResponse(
             request_id=embedding.request_id, values=embedding.values, prompt_tokens=embedding.prompt_len
         )
@@ -194,11 +200,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         params = codec.read_sampling(message.sampling, engine.sampling_defaults)
         prompt = codec.read_prompt(message)
         if isinstance(prompt, str):
-            self._tokenizer(engine, "prompt")
-            self._check_bytes("prompt", prompt)
+            tokenizer_of(engine, "prompt")
+            check_bytes("prompt", prompt, self._options.max_prompt_bytes)
         elif isinstance(prompt, list):
-            prompt = self._encode_chat(engine, prompt, cut=params.truncate_prompt_tokens is not None)
-        return engine.make_request(
+            cut = params.truncate_prompt_tokens is not None
+            prompt = encode_chat(engine, prompt, self._options.max_prompt_bytes, cut=cut)
+        return make_request(
+            engine,
+            self._options,
             prompt,
             params,
             request_id=message.request_id if message.HasField("request_id") else None,
@@ -220,52 +229,21 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         engine = self._engine.engine
         prompt = codec.read_prompt(message)
         if isinstance(prompt, list):
-            return self._encode_chat(engine, prompt, cut=False)
+            return encode_chat(engine, prompt, self._options.max_prompt_bytes, cut=False)
         assert isinstance(prompt, str)
-        tokenizer = self._tokenizer(engine, "prompt")
-        self._check_bytes("prompt", prompt)
-        _check_fits(engine, tokenizer, "prompt", prompt)
+        tokenizer = tokenizer_of(engine, "prompt")
+        check_bytes("prompt", prompt, self._options.max_prompt_bytes)
+        check_fits(engine, tokenizer, "prompt", prompt)
         add_special_tokens = message.add_special_tokens if message.HasField("add_special_tokens") else True
         return tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
     def _detokenize(self, message: pb.DetokenizeRequest) -> str:
-        tokenizer = self._tokenizer(self._engine.engine, "token_ids")
+        tokenizer = tokenizer_of(self._engine.engine, "token_ids")
         for i in message.token_ids:
             if not 0 <= i < tokenizer.vocab_size:
                 raise RequestError("token_ids", f"{i} is not a token id, the vocabulary has {tokenizer.vocab_size}")
         skip_special_tokens = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
         return tokenizer.decode(message.token_ids, skip_special_tokens=skip_special_tokens)
-
-    def _encode_chat(self, engine: EngineCore, messages: list[dict[str, str]], *, cut: bool) -> list[int]:
-        tokenizer = self._tokenizer(engine, "messages")
-        if tokenizer.chat_template is None:
-            raise UnsupportedByModelError("messages", f"{engine.model_name} has no chat template: send text")
-        contents = "".join(m["content"] for m in messages)
-        self._check_bytes("messages", contents)
-        if not cut:
-            _check_fits(engine, tokenizer, "messages", contents)
-        try:
-            return tokenizer.encode_chat(messages)
-        except (ChatTemplateError, TokenizerError) as error:
-            raise RequestError("messages", str(error)) from error
-
-    @staticmethod
-    def _tokenizer(engine: EngineCore, field: str) -> Tokenizer:
-        if engine.tokenizer is None:
-            raise UnsupportedByModelError(field, f"{engine.model_name} has no tokenizer: send and take token ids")
-        return engine.tokenizer
-
-    def _check_bytes(self, field: str, text: str) -> None:
-        limit = self._options.max_prompt_bytes
-        if limit is not None and (num_bytes := len(text.encode())) > limit:
-            raise RequestError(field, f"{num_bytes} bytes, this server takes at most {limit}")
-
-
-def _check_fits(engine: EngineCore, tokenizer: Tokenizer, field: str, text: str) -> None:
-    """Refuses a text that cannot fit, without the time of tokenizing it (``make_request`` does so for its texts)."""
-    max_model_len = engine.scheduler_config.max_model_len
-    if (num_tokens := tokenizer.min_num_tokens(text)) > max_model_len:
-        raise RequestError(field, f"at least {num_tokens} tokens, max_model_len={max_model_len}")
 
 
 def _failure(request_id: str, error: Exception) -> pb.BatchChunk | None:

@@ -164,6 +164,11 @@ class Tokenizer:
         ids = self.encode(self.render_chat(messages, **options), add_special_tokens=False)
         return ids if tuple(ids[: len(self.prefix_ids)]) == self.prefix_ids else [*self.prefix_ids, *ids]
 
+    @property
+    def tool_template(self) -> str | None:
+        """Jinja source for chats with tools; None where the model has no chat template."""
+        return self._templates.get("tool_use", self.chat_template)
+
     def _template(self, name: str) -> ChatTemplate:
         if not self._templates:
             raise ChatTemplateError("the model has no chat template: send a prompt instead of messages")

@@ -5,6 +5,9 @@ there are, and the matrices of groups without rows are not read: XLA's own ``rag
 with all matrices.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,8 +17,9 @@ MIN_BLOCK, MAX_BLOCK = 8, 64  # rows; fewer cost as much as 8, more need no othe
 
 def grouped_matmul(
     x: jax.Array,  # [M, D]
-    w: jax.Array,  # [E, F, D]
+    w: Any,  # [E, F, D]
     group_sizes: jax.Array,  # [E]
+    matrix: Callable[[Any, Any], jax.Array],
 ) -> jax.Array:  # [M, F]
     """See ``pallas_kernels.grouped_matmul.grouped_matmul``."""
     num_rows, num_groups = x.shape[0], w.shape[0]
@@ -34,7 +38,7 @@ def grouped_matmul(
         start = ends[group] - group_sizes[group] + (i - (last_block - blocks)[group]) * block
         rows = lax.dynamic_slice_in_dim(padded, start, block)  # [block, D]
         product = lax.dot_general(
-            rows, w[group], (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+            rows, matrix(w, group), (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         )
         return lax.dynamic_update_slice_in_dim(out, product.astype(x.dtype), start, axis=0)
 

@@ -78,20 +78,23 @@ def prepare(w: Any, *, repack: bool = True) -> PreparedInt4:
     return PreparedInt4(weights, arrange(scale), None if bias is None else arrange(bias), row_scale)
 
 
-@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
-def int4_matmul(x: jax.Array, w: PreparedInt4, *, tuning: Tuning | None = None, interpret: Any = None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("out_dtype", "tuning", "interpret"))
+def int4_matmul(
+    x: jax.Array, w: PreparedInt4, *, out_dtype: Any = None, tuning: Tuning | None = None, interpret: Any = None
+) -> jax.Array:
     """``x @ weight.T`` accumulated in float32.
 
     Args:
         x: ``[M, D]`` bfloat16.
         w: of ``prepare``.
+        out_dtype: of the result; None is x's.
         tuning: None takes the defaults.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
     Returns:
-        ``[M, F]`` bfloat16.
+        ``[M, F]``.
 
     Raises:
         ValueError: x is not of the matrix' D, or of another type.
     """
-    return gpu_product.multiply(x, *w, tuning or Tuning(), interpret)
+    return gpu_product.multiply(x, *w, out_dtype, tuning or Tuning(), interpret)

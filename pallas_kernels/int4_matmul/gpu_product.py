@@ -16,6 +16,7 @@ def multiply(
     scale: jax.Array | None,
     bias: jax.Array | None,
     row_scale: jax.Array,
+    out_dtype: Any,
     t: Tuning,
     interpret: Any,
 ) -> jax.Array:
@@ -25,9 +26,10 @@ def multiply(
         x: ``[M, D]`` bfloat16.
         weights, scale, bias: as of ``gpu_stream.multiply``, of F and D padded to multiples of 128.
         row_scale: ``[F]`` float32, not padded.
+        out_dtype: of the result; None is x's.
 
     Returns:
-        ``[M, F]`` bfloat16.
+        ``[M, F]``.
 
     Raises:
         ValueError: x is not of the matrix' D, or of another type.
@@ -39,8 +41,9 @@ def multiply(
     padded = steps * gpu_unpack.COLUMNS
     if not padded - gpu_unpack.COLUMNS < d <= padded or x.dtype != jnp.bfloat16:
         raise ValueError(f"x is {x.dtype}[{num_tokens}, {d}]; the matrix takes bfloat16 of {padded} inputs, padded")
+    out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
     row_scale = jnp.pad(row_scale, (0, row_blocks * gpu_unpack.ROWS - num_features))
-    if num_tokens > t.many_tokens:
+    if num_tokens > t.many_tokens and repacked:
         x = jnp.pad(x, ((0, 0), (0, padded - d)))
         # Not before x is there: XLA may dequantize the matrices of all layers first, and hold them all.
         x, weights = lax.optimization_barrier((x, weights))
@@ -48,11 +51,14 @@ def multiply(
             weight = dequantize(weights, scale, bias, row_scale)
         else:
             weight = gpu_dequantize.dequantize(weights, scale, bias, row_scale, interpret=interpret)
-        out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+        # In the type that is wanted: accumulators are f32 all the same, and there is no kernel that only rounds.
+        out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
     else:
         split = gpu_stream.split_of(num_tokens, row_blocks, steps, t)
         x = jnp.pad(x, ((0, -num_tokens % split.tokens), (0, padded - d))).reshape(-1, split.tokens, padded)
-        out = gpu_stream.multiply(x, weights, scale, bias, row_scale, split=split, t=t, interpret=interpret)
+        out = gpu_stream.multiply(
+            x, weights, scale, bias, row_scale, split=split, out_dtype=out_dtype, t=t, interpret=interpret
+        )
     return out[:num_tokens, :num_features]
 
 

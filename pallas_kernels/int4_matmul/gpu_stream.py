@@ -96,7 +96,7 @@ def split_of(num_tokens: int, row_blocks: int, steps: int, t: Tuning) -> Split:
     return Split(tokens, across, along, token_blocks, blocks, steps, stretch)
 
 
-def add_pieces(pieces: jax.Array, split: Split) -> jax.Array:
+def add_pieces(pieces: jax.Array, split: Split, out_dtype: Any) -> jax.Array:
     """``[P, 2, MB tokens, F]`` bfloat16, values and what rounding left over of them -> ``[MB tokens, F]``. Places that
     ``Split.counts`` does not name were not written and are left out."""
     features = split.blocks // split.token_blocks
@@ -105,10 +105,10 @@ def add_pieces(pieces: jax.Array, split: Split) -> jax.Array:
     halves = pieces.reshape(split.pieces, 2, split.token_blocks, split.tokens, features, -1).astype(jnp.float32)
     values = halves[:, 0] + halves[:, 1]
     total = sum(x if w.all() else jnp.where(w, x, 0) for w, x in zip(written, values, strict=True))
-    return jnp.reshape(total, pieces.shape[2:]).astype(pieces.dtype)
+    return jnp.reshape(total, pieces.shape[2:]).astype(out_dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("split", "t", "interpret"))
+@functools.partial(jax.jit, static_argnames=("split", "out_dtype", "t", "interpret"))
 def multiply(
     x: jax.Array,
     weights: jax.Array,
@@ -117,6 +117,7 @@ def multiply(
     row_scale: jax.Array,
     *,
     split: Split,
+    out_dtype: Any,
     t: Tuning,
     interpret: Any = None,
 ) -> jax.Array:
@@ -129,11 +130,11 @@ def multiply(
         row_scale: ``[F]`` float32.
 
     Returns:
-        ``[MB tokens, F]`` bfloat16.
+        ``[MB tokens, F]`` in ``out_dtype``; of float32 17 bits are kept.
     """
     token_blocks, tokens, d = x.shape
     across, along, steps, stretch = split.across, split.along, split.steps, split.stretch
-    total, whole = split.blocks * steps, split.pieces == 1
+    total, whole = split.blocks * steps, split.pieces == 1 and out_dtype == x.dtype
     halves = 1 if whole else 2  # of an output: a piece keeps what rounding leaves over
     group = COLUMNS if scale is None else d // scale.shape[1]
     groups = COLUMNS // group  # of a warpgroup's part of a tile
@@ -376,4 +377,4 @@ def multiply(
         scratch_types=scratch,
         interpret=interpret,
     )(*operands)
-    return out[0] if whole else add_pieces(out, split)
+    return out[0] if whole else add_pieces(out, split, out_dtype)

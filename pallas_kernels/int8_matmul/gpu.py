@@ -38,20 +38,23 @@ def prepare(w: Any) -> PreparedInt8:
     return PreparedInt8(gpu_unpack.pack(q, 8), w.scale[:, 0].astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnames=("tuning", "interpret"))
-def int8_matmul(x: jax.Array, w: PreparedInt8, *, tuning: Tuning | None = None, interpret: Any = None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("out_dtype", "tuning", "interpret"))
+def int8_matmul(
+    x: jax.Array, w: PreparedInt8, *, out_dtype: Any = None, tuning: Tuning | None = None, interpret: Any = None
+) -> jax.Array:
     """``x @ weight.T`` accumulated in float32.
 
     Args:
         x: ``[M, D]`` bfloat16.
         w: of ``prepare``.
+        out_dtype: of the result; None is x's.
         tuning: None takes the defaults.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
     Returns:
-        ``[M, F]`` bfloat16.
+        ``[M, F]``.
 
     Raises:
         ValueError: x is not of the matrix' D, or of another type.
     """
-    return gpu_product.multiply(x, w.weights, None, None, w.row_scale, tuning or Tuning(), interpret)
+    return gpu_product.multiply(x, w.weights, None, None, w.row_scale, out_dtype, tuning or Tuning(), interpret)

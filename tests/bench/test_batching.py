@@ -19,7 +19,7 @@ Rows = dict[tuple[str, str], BatchingRow]
 def rows_of(workload: Sequence[WorkItem], **options: Any) -> Rows:
     """Pages of 4 tokens, and prompts of two sequences, 4 tokens each, in one step, which samples their first tokens.
     The second pool has 6 pages, 24 tokens of room: what one sequence of ``max_model_len`` takes."""
-    values: dict[str, Any] = {"max_model_len": 24, "page_size": 4, "prefill_sizes": (8,), "max_prefill_rows": 2}
+    values: dict[str, Any] = {"max_model_len": 24, "page_size": 4, "prefill_sizes": (9,), "max_prefill_rows": 2}
     rows = compare(tiny.CONFIG, tiny.params(), workload, max_num_seqs=2, **values, **options)
     return {(row.comparison, row.mode): row for row in rows}
 

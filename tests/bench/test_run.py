@@ -21,7 +21,7 @@ OPTIONS: dict[str, Any] = {"num_requests": 6, "seed": 1, "max_prompt": 12, "max_
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.gguf"
     write(path)
-    return run(str(path), **OPTIONS, page_size=4, prefill_sizes=(8,))
+    return run(str(path), **OPTIONS, page_size=4, prefill_sizes=(9,))
 
 
 def test_every_row_has_every_key_and_is_a_line_of_json(rows: list[dict[str, Any]]):
@@ -35,7 +35,7 @@ def test_every_row_has_every_key_and_is_a_line_of_json(rows: list[dict[str, Any]
 def test_rows_say_how_to_repeat_them(rows: list[dict[str, Any]]):
     assert {row["command"] for row in rows} == {
         "jaxserve bench batching tiny.gguf --num-requests=6 --seed=1 --max-prompt=12 --max-output=8 --max-num-seqs=2"
-        " --page-size=4 --prefill-sizes=8"
+        " --page-size=4 --prefill-sizes=9"
     }
     assert {row["max_model_len"] for row in rows} == {12 + 8}
     assert all("/" not in text for text in (rows[0]["model"], rows[0]["device"]))

@@ -27,8 +27,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "long key": ({"k" * 500: 3}, r"'k+\.\.\.=3 is not supported"),
     "long value": ({"use_magic": "x" * 500}, r"use_magic='x+\.\.\. is not supported"),
     "quantized": (
-        {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
-        "quantization_config with quant_method='fp8' is not supported",
+        {"quantization_config": {"quant_method": "quip", "bits": 2}},
+        "quantization_config with quant_method='quip' is not supported",
     ),
     "images": ({"vision_config": {}, "text_config": {}}, "text_config or vision_config: a model of text and images"),
     "window": ({"sliding_window": 8}, "sliding_window=8 is not supported, only null"),

@@ -4,12 +4,15 @@ Sizes are checked as the two numbers that all of them go into: the parameters th
 that a token of context costs in bfloat16.
 """
 
+import json
+
 import pytest
 
 from jaxserve.checkpoint import CheckpointError
 from jaxserve.checkpoint.hf.config import read_hf_config
+from jaxserve.checkpoint.shapes import read_shape
 from jaxserve.model.params import num_params
-from tests.checkpoint.hub_configs import CONFIGS, QUANTIZED
+from tests.checkpoint.hub_configs import CONFIGS, QUANTIZED, SERVED_QUANTIZED
 
 # Millions of parameters as published (without layers that only draft), bytes of K and V a token, first rope's scaling,
 # windows of the first two layers.
@@ -85,9 +88,24 @@ def test_sizes(name):
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_models_are_refused_by_name(name):
     with pytest.raises(
-        CheckpointError, match=r"^config.json: quantization_config with quant_method='(mxfp4|fp8)' is not"
+        CheckpointError,
+        match=r"^config.json: quantization_config(.scale_fmt='ue8m0'| with quant_method='mxfp4') is not",
     ):
         read_hf_config(QUANTIZED[name])
+
+
+@pytest.mark.parametrize("name", SERVED_QUANTIZED)
+def test_quantized_models_have_the_config_of_the_plain_ones(name, tmp_path):
+    values = SERVED_QUANTIZED[name]
+    plain = {key: value for key, value in values.items() if key != "quantization_config"}
+    assert read_hf_config(values) == read_hf_config(plain)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shape = read_shape(tmp_path)  # of which every matrix of the layers is taken to be quantized
+    assert shape.quantization is not None
+    formats = shape.quantization.formats()
+    assert {"layers.2.attn_out", f"layers.{shape.num_layers - 1}.attn_out"} <= formats.keys()
+    assert not {"embed", "head", "layers.0.k_up"} & formats.keys()
+    assert num_params(shape) == num_params(read_hf_config(plain))
 
 
 def test_what_else_tells_them_apart():

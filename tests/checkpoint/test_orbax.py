@@ -375,7 +375,7 @@ def copied(folder: Path, to: Path, change: Any) -> Path:
         (lambda m: m["params"].pop("embed"), r"parameter embed is missing, expected shape \(259, 32\)"),
         (lambda m: m["params"].update(extra=m["params"]["embed"]), "'extra' is not a parameter of this model"),
         (lambda m: m["params"]["embed"].update(shape=[259, 33]), r"embed has shape \(259, 33\), expected \(259, 32\)"),
-        (lambda m: m["params"]["embed"].update(dtype="int8"), "embed: dtype 'int8' is not one of"),
+        (lambda m: m["params"]["embed"].update(dtype="int8"), "embed is of int8, expected a float type"),
         (lambda m: m["params"]["embed"].update(chunks=[0, 32]), "embed: shape .* do not fit"),
         (lambda m: m["params"]["embed"].update(dtype="bfloat16"), "embed/0.0 has 33152 bytes, expected 16576"),
         (lambda m: m.update(params=[]), r"params is \[\], expected dict"),

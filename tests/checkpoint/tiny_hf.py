@@ -17,7 +17,8 @@ V, D, F, LAYERS, N, K, H, E = 19, 12, 10, 2, 6, 2, 4, 3
 G = N // K
 Arrays = dict[str, np.ndarray]
 NAMES = {np.dtype("f8"): "F64", np.dtype("f4"): "F32", np.dtype("f2"): "F16", np.dtype(jnp.bfloat16): "BF16"}
-NAMES |= {np.dtype("i4"): "I32", np.dtype("u1"): "U8", np.dtype("bool"): "BOOL"}
+NAMES |= {np.dtype("i4"): "I32", np.dtype("u1"): "U8", np.dtype("bool"): "BOOL", np.dtype("i8"): "I64"}
+NAMES |= {np.dtype("i1"): "I8", np.dtype(jnp.float8_e4m3fn): "F8_E4M3"}
 
 
 def safetensors(tensors: Arrays, metadata: dict[str, str] | None = None, *, pad: int = 0) -> bytes:

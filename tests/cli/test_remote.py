@@ -158,3 +158,13 @@ def test_interrupt_ends_the_request(fake_server: str, spawn):
     deadline = time.monotonic() + TIMEOUT_S
     while run(["client", "abort", "interrupted", "--server", fake_server]) == 0:  # until it is unknown, status 2
         assert time.monotonic() < deadline
+
+
+def test_files_of_token_and_tls(client, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("a-token-nobody-asks-for\n")
+    assert client("tokenize", "ab", "--api-key-file", str(key)) == (0, "97 98\n", "")
+    status, _, err = client("tokenize", "ab", "--api-key-file", str(tmp_path / "none"))
+    assert status == 1 and str(tmp_path / "none") in err
+    status, _, err = client("tokenize", "ab", "--tls")  # of a server without
+    assert status == 1 and "UNAVAILABLE" in err

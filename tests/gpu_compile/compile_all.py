@@ -108,7 +108,7 @@ def compile_product(case: ProductCase) -> dict[str, Any]:
     x, row_scale = shape((case.tokens, 4096), jnp.bfloat16), shape((4096,), jnp.float32)
     weights = shape((4096 // 64, 4096 // 128, 2 * case.bits, 128), jnp.int32)
     scale = shape((4096 // 64, 4096 // case.group, 64), jnp.float16) if case.bits == 4 else None
-    multiply = jax.jit(functools.partial(gpu_product.multiply, t=case.tuning, interpret=None))
+    multiply = jax.jit(functools.partial(gpu_product.multiply, out_dtype=None, t=case.tuning, interpret=None))
     arguments = x, weights, scale, scale if case.biases else None, row_scale
     return assembled(with_output(lambda: multiply.lower(*arguments).compile())[1])
 

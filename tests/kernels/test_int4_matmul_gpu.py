@@ -77,6 +77,18 @@ def test_kernel_with_mosaics_own_conversion():
     assert not races_found()
 
 
+@pytest.mark.parametrize("tuning", [Tuning(num_sms=3), Tuning(num_sms=2, busy=0.5), Tuning(many_tokens=4)])
+def test_float32_keeps_more_than_the_rounding_of_bfloat16(tuning):
+    w, weight = matrix(7, 256, 256, 128, symmetric=True)
+    x = tokens(8, 5, 256)
+    out = int4_matmul(x, prepare(w), out_dtype=jnp.float32, tuning=tuning, interpret=INTERPRET)
+    assert out.dtype == jnp.float32
+    x64 = np.asarray(x, np.float64)
+    want, terms = x64 @ weight.T, np.abs(x64) @ np.abs(weight).T
+    bound = terms * 2**-8 if tuning.many_tokens < 5 else np.abs(want) * 2**-16 + terms * 2**-20
+    assert np.all(np.abs(np.asarray(out, np.float64) - want) <= bound)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_pack_has_each_thread_s_operands_in_its_own_words(bits):
     """Against the registers of a matrix instruction as its manual has them, and the loads of a warpgroup."""

@@ -74,3 +74,13 @@ def test_prompt_log_probabilities_find_the_greedy_tokens(engine):
     (scored,) = engine.generate([ids], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))
     for entry in scored.prompt_logprobs[len(prompt["prompt_token_ids"]) :]:
         assert entry.top == ((entry.token_id, entry.logprob),)
+
+
+def test_greedy_tokens_of_the_4_bit_weights_as_they_are():
+    prompt, count = REFERENCE["prompts"][0], 40
+    options = {"max_model_len": 128, "max_num_seqs": 1, "prefill_sizes": (64,)}
+    with Engine.from_pretrained(DEFAULT_MODEL, quantization="gguf", dtype="float32", **options) as engine:
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+        (completion,) = engine.generate([prompt["prompt_token_ids"]], sampling)
+    assert len(completion.prompt_logprobs) == completion.prompt_len  # the head is quantized for them, too
+    assert completion.token_ids == prompt["new_token_ids"][:count]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import QueueFullError, RequestError
+from jaxserve.request import STEP_TOKEN_BOUNDS, QueueFullError, RequestError
 from jaxserve.scheduler.batch import ScheduledBatch
 from jaxserve.scheduler.scheduler import CommittedToken, Scheduler
 from tests.scheduler.fake_engine import EOS_ID, FakeEngine, dims_of, make_request
@@ -503,3 +503,33 @@ def test_configs_that_disagree_are_refused():
     static = CacheConfig(num_pages=8, page_size=4, allocation="static")
     with pytest.raises(ValueError, match="16 pages a sequence, num_pages=8"):
         Scheduler(static, config, dims_of(static, config))
+
+
+def test_steps_are_counted_by_their_tokens():
+    scheduler = make_scheduler()
+    sequence = scheduler.add(make_request("a", [5] * 10, 3))
+    assert sequence.admitted_at is None
+    while scheduler.has_unfinished():  # a step of 10 tokens, two of 1
+        commit(scheduler, next_batch(scheduler))
+    stats = scheduler.stats()
+    assert stats.step_tokens == 12 and sequence.admitted_at == 100.0
+    assert {STEP_TOKEN_BOUNDS[i]: n for i, n in enumerate(stats.steps_by_size) if n} == {1: 2, 16: 1}
+
+
+def test_page_map_says_who_holds_what():
+    scheduler = make_scheduler(prefix_caching=True, max_num_seqs=2)
+    scheduler.add(make_request("a", [5] * 9, 5))
+    commit(scheduler, next_batch(scheduler))
+    scheduler.add(make_request("b", [5] * 9, 5))
+    scheduler.add(make_request("c", [7] * 9, 5))
+    next_batch(scheduler)
+    found = scheduler.page_map()
+    a, b, c = found.sequences
+    assert (a.request_id, a.is_running, a.num_tokens, a.num_output_tokens, len(a.pages)) == ("a", True, 10, 1, 3)
+    assert b.is_running and a.pages[:2] == b.pages[:2] and a.pages[2] != b.pages[2]  # two full pages are shared
+    assert not c.is_running and c.pages == () and found.cached == ()
+    for name in "abc":
+        scheduler.abort(name)
+    found = scheduler.page_map()
+    assert found.sequences == () and set(found.cached) == set(a.pages[:2])
+    assert (found.num_pages, found.page_size) == (16, 4)

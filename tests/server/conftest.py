@@ -21,6 +21,7 @@ class Serving:
         self.client = client
         self.engine = engine
         self.target = f"127.0.0.1:{server.port}"
+        self.url = f"http://127.0.0.1:{server.http_port}"
 
     async def is_idle(self) -> bool:
         """Waits until the engine has no live request."""

@@ -22,6 +22,8 @@ from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerC
 from jaxserve.request import (
     EngineStats,
     FinishReason,
+    HeldPages,
+    PageMap,
     Pooling,
     QueueFullError,
     Request,
@@ -35,6 +37,7 @@ from jaxserve.text.decoding import BYTE_OF_CHAR
 from jaxserve.text.tokenizer import Tokenizer
 
 EOS_ID = 256
+QUEUE_TIME_S = -5.0  # what every request is said to have waited: nothing real is mistaken for it
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
     "{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -74,6 +77,7 @@ class FakeEngine:
     Args:
         step_delay_s: how long a step takes.
         text_scale: each token's text is its letter so many times.
+        says: the answer to everything instead, in ASCII: a token a character, then end-of-sequence.
     Attributes:
         fail: once set, the next step raises.
         idle: set while no request is live.
@@ -88,6 +92,7 @@ class FakeEngine:
         tokenizer: Tokenizer | None = None,
         step_delay_s: float = 0.0,
         text_scale: int = 1,
+        says: str | None = None,
     ):
         self.model_name = "fake"
         self.sampling_defaults: dict[str, Any] = {}
@@ -112,6 +117,7 @@ class FakeEngine:
         self.params: object = None
         self._step_delay_s = step_delay_s
         self._text_scale = text_scale
+        self._says = says
         self._live: dict[str, tuple[Request, int]] = {}  # request and its number of output tokens
         self._last_events: list[TokenEvent] = []
         self._num_tokens = 0
@@ -214,6 +220,24 @@ class FakeEngine:
             prefix_cache_queries=40, prefix_cache_hits=30, num_preemptions=2,
             num_steps=self.num_steps, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.requests),
             generation_tokens=self._num_tokens, recompilations_after_ready=0,
+            step_tokens=self._num_tokens, steps_by_size=(0, self.num_steps, *(0 for _ in range(14))),
+        )  # fmt: skip
+
+    def page_map(self) -> PageMap:
+        """Every live request holds page 0, and one of its own."""
+        self._on_one_thread()
+        held = enumerate(self._live.values(), 1)
+        return PageMap(
+            num_pages=100,
+            page_size=16,
+            cached=(97, 98, 99),
+            sequences=tuple(
+                HeldPages(
+                    request_id=_name(request), choice=request.choice, is_running=True, num_preemptions=0, pages=(0, i),
+                    num_tokens=len(request.prompt_token_ids) + num_tokens, num_output_tokens=num_tokens,
+                )
+                for i, (request, num_tokens) in held
+            ),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -222,10 +246,12 @@ class FakeEngine:
 
     def _next_event(self, request: Request, index: int) -> TokenEvent:
         token = _token(request.prompt_token_ids, index + request.choice)
+        if self._says is not None:
+            token = [*self._says.encode("ascii"), EOS_ID][index]
         num_tokens = index + 1
         self._num_tokens += 1
         reason: FinishReason | None = None
-        if token in request.stop_token_ids:
+        if token in request.stop_token_ids or token == EOS_ID:
             reason = "stop"
         elif len(request.prompt_token_ids) + num_tokens >= request.max_total_len:
             reason = "length"
@@ -240,11 +266,11 @@ class FakeEngine:
             request_id=_name(request),
             index=index,
             token_id=token,
-            text=chr(token) * self._text_scale,
+            text="" if token == EOS_ID else chr(token) * self._text_scale,
             logprob=None if k is None else -0.5,
             top_logprobs=None if k is None else tuple((token + j, -0.5 - j) for j in range(k)),
             finish_reason=reason,
-            stop_reason=token if reason == "stop" else None,
+            stop_reason=token if token in request.stop_token_ids else None,
             usage=None if reason is None else self._usage(request, num_tokens),
             choice=request.choice,
             num_open=self._num_open(request),
@@ -286,7 +312,12 @@ class FakeEngine:
 
     @staticmethod
     def _usage(request: Request, num_tokens: int) -> Usage:
-        return Usage(prompt_tokens=len(request.prompt_token_ids), completion_tokens=num_tokens, cached_tokens=1)
+        return Usage(
+            prompt_tokens=len(request.prompt_token_ids),
+            completion_tokens=num_tokens,
+            cached_tokens=1,
+            admitted_at=request.arrival + QUEUE_TIME_S,
+        )
 
     def _on_one_thread(self) -> None:
         self._thread = self._thread or threading.get_ident()

@@ -17,7 +17,7 @@ from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.v1 import inference_pb2 as pb
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
-from tests.server.fake_engine import FakeEngine, byte_tokenizer, expected_text
+from tests.server.fake_engine import QUEUE_TIME_S, FakeEngine, byte_tokenizer, expected_text
 from tests.server.test_service import refused, text_of
 
 Health = health_pb2.HealthCheckResponse
@@ -237,8 +237,27 @@ async def test_metrics():
             "e2e_request_latency_seconds_count": 2,
             "request_prompt_tokens_sum": 6,
             "request_generation_tokens_sum": 6,
+            "request_params_n_count": 3,
+            "request_params_n_sum": 3,
+            "request_params_max_tokens_count": 1,
+            "request_params_max_tokens_sum": 5,
+            "iteration_tokens_total_sum": 6 + num_aborted,
+            "iteration_tokens_total_count": s.engine.num_steps,
+            "request_queue_time_seconds_sum": 2 * QUEUE_TIME_S,
+            "request_queue_time_seconds_count": 2,
+            "request_inference_time_seconds_count": 2,
+            "request_prefill_time_seconds_count": 2,
+            "request_decode_time_seconds_count": 2,
+            "cache_config_info/float32/1000000/8/100/16/True": 1,
         }
-        assert {name: metrics[f"jaxserve:{name}"] for name in expected} == expected
+        assert {name: metrics[f"jaxserve:{name}"] for name in expected} == pytest.approx(expected)
+        phases = {
+            name: metrics[f"jaxserve:{name}_seconds_sum"]
+            for name in ("e2e_request_latency", "request_inference_time", "request_prefill_time", "request_decode_time")
+        }
+        e2e, inference, prefill, decode = phases.values()
+        assert inference == pytest.approx(e2e - 2 * QUEUE_TIME_S) == pytest.approx(prefill + decode)
+        assert 0 < decode < e2e
         assert 0 < metrics["jaxserve:time_to_first_token_seconds_sum"] < TIMEOUT_S
 
 

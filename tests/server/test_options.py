@@ -1,6 +1,7 @@
 """What ``ServerOptions`` refuses, and that a refused server loads nothing."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ REFUSED: list[tuple[str, Any]] = [
     ("slow_reader_timeout_s", -1.0),
     ("slow_reader_timeout_s", math.inf),
     ("slow_reader_timeout_s", math.nan),
+    ("http_port", -1),
+    ("http_port", 50051),
+    ("body_timeout_s", 0.0),
+    ("request_timeout_s", 0.0),
+    ("request_timeout_s", math.inf),
+    ("max_concurrent_requests", 0),
+    ("max_output_tokens", 0),
+    ("tool_call_parser", "xml"),
     ("max_prompt_bytes", 0),
     ("max_message_bytes", 0),
     ("max_message_bytes", 2**31),
@@ -43,8 +52,25 @@ def test_the_ends_of_the_ranges_are_taken():
     assert f"{ServerOptions().host}:{ServerOptions().port}" == DEFAULT_TARGET
 
 
+CONTRADICTIONS: list[dict[str, Any]] = [
+    {"http_port": 8000, "metrics_port": 8000},
+    {"tls_cert": Path("a")},
+    {"tls_key": Path("a")},
+    {"tls_client_ca": Path("a")},
+    {"metrics_port": 1, "api_keys_file": Path("a")},
+    {"served_model_names": ("a", "")},
+]
+
+
+@pytest.mark.parametrize("options", CONTRADICTIONS)
+def test_contradictions_name_their_fields(options: dict[str, Any]):
+    with pytest.raises(ValueError) as caught:
+        ServerOptions(**options)
+    assert all(f"{name}=" in str(caught.value) or name == "http_port" for name in options)
+
+
 async def test_a_metrics_port_lost_at_the_last_moment_is_one_error_before_anything_is_loaded(taken_port, monkeypatch):
-    monkeypatch.setattr(app, "_check_can_bind", lambda host, port: None)  # as if it was taken after the check
+    monkeypatch.setattr(app, "check_can_bind", lambda host, port: None)  # as if it was taken after the check
     built = []
     with pytest.raises(ServeError, match=f"^cannot bind 127.0.0.1:{taken_port}: "):
         await Server(lambda: built.append(1) or FakeEngine(), ServerOptions(port=0, metrics_port=taken_port)).start()

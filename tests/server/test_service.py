@@ -57,7 +57,7 @@ async def test_chunks_carry_ids_index_logprobs_reason_and_usage():
         last = chunks[-1]
         assert all(c.finish_reason is None and c.usage is None for c in chunks[:-1])
         assert (last.finish_reason, last.stop_reason) == ("length", None)
-        assert last.usage is not None and dataclasses.astuple(last.usage) == (2, 5, 1)
+        assert last.usage is not None and dataclasses.astuple(last.usage) == (2, 5, 1, None)
 
 
 async def test_no_logprobs_unless_asked_and_stop_id_is_told():

@@ -1,14 +1,15 @@
-"""GGUF checkpoints: config, tokenizer and dequantized parameters from one file.
+"""GGUF checkpoints: config, tokenizer and parameters from one file, dequantized or as they are.
 
 The header is read by ``gguf.header`` (the `gguf` package's reader believes every length it finds, and takes seconds
 over a large vocabulary); the `gguf` package knows the block formats. Tensor data stays memory-mapped and is
 dequantized in the parts that are read.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.gguf.config import read_config, read_family, read_layout
 from jaxserve.checkpoint.gguf.header import BlockType, TensorInfo, read_header
 from jaxserve.checkpoint.gguf.layout import Piece, param_shape
+from jaxserve.checkpoint.gguf.quantized import BLOCK, leaf_of_blocks, quantization
 from jaxserve.checkpoint.mapped import drop_pages
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
@@ -32,6 +34,9 @@ SAMPLING = {
 
 class GGUFCheckpoint:
     """An open GGUF file whose header, config and tensor shapes have been checked. Close it, or use it as a context.
+
+    Where ``quantized`` is "kept", matrices of the types ``gguf.quantized.KEPT`` stay as they are
+    (``config.quantization`` has their formats); all others are dequantized when they are read.
 
     Attributes:
         path: the file.
@@ -50,7 +55,7 @@ class GGUFCheckpoint:
         CheckpointError: one line naming the file and the byte, key or tensor at fault.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, quantized: Literal["dequantized", "kept"] = "dequantized"):
         self.path = Path(path)
         self._block_types = _block_types(self.path)
         self._data: np.ndarray | None = _map_file(self.path)
@@ -66,6 +71,9 @@ class GGUFCheckpoint:
             self.close()
             text = str(e)
             raise CheckpointError(text if text.startswith(f"{self.path}: ") else f"{self.path}: {text}") from None
+        self._formats = {}
+        if quantized == "kept" and (found := quantization(self._layout, self.tensors)) is not None:
+            self.config, self._formats = dataclasses.replace(self.config, quantization=found), found.formats()
         self.architecture = family.architecture
         self.num_params = sum(math.prod(p.shape) for pieces in self._layout.values() for p in pieces)
         self.sampling_defaults = _sampling_defaults(self.metadata)
@@ -108,13 +116,16 @@ class GGUFCheckpoint:
         )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part ``index`` (one slice with a start and a stop for each axis) of parameter ``name``, in float32; maybe a
-        read-only view of the mapped file. Dequantizes the rows of that part alone, and of them the blocks that it
-        meets. Threads may call it at once.
+        """Part ``index`` (one slice with a start and a stop for each axis) of parameter ``name``, in float32 (of a
+        quantized one in the leaf's own type); maybe a read-only view of the mapped file. Dequantizes the rows of that
+        part alone, and of them the blocks that it meets. Threads may call it at once.
 
         Raises:
             CheckpointError: no such parameter, the file is closed, or its tensor is of a type that cannot be read.
         """
+        matrix, _, leaf = name.rpartition(".")
+        if matrix in self._formats:
+            return self._read_leaf(matrix, leaf, index)
         if name not in self._layout:
             raise CheckpointError(f"{self.path}: no parameter {name!r}")
         pieces = self._layout[name]
@@ -132,6 +143,47 @@ class GGUFCheckpoint:
                 return values
             out[tuple(slice(r.start - b.start, r.stop - b.start) for r, b in zip(part, box))] = values
         return out
+
+    def _read_leaf(self, name: str, leaf: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part ``index`` of the array ``leaf`` of a quantized parameter."""
+        pieces, kind = self._layout[name], self._formats[name].kind
+        per_block = 1 if leaf != "q" else BLOCK // 2 if kind == "int4" else BLOCK
+        columns = range(*index[-1].indices(param_shape(pieces)[-1]))
+        first, last = columns.start // per_block, -(-columns.stop // per_block)
+        box = [range(n)[s] for n, s in zip(param_shape(pieces), index[:-1])]
+        out: np.ndarray | None = None
+        for piece in pieces:
+            part = [_overlap(r, at, n) for r, at, n in zip(box, piece.start, piece.shape)]
+            if not all(part):
+                continue
+            tensor = self.tensors[piece.tensor]
+            inside = [range(r.start - at, r.stop - at) for r, at in zip(part, piece.start)]
+            rows = self._rows(piece, [np.arange(r.start, r.stop) for r in (*inside, range(0))])
+            raw = self._raw_rows(tensor).reshape(
+                -1, tensor.shape[-1] // BLOCK, self._block_types[tensor.type_id].num_bytes
+            )
+            step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
+            found = [
+                leaf_of_blocks(leaf, tensor.type_name, raw[rows[i : i + step], first:last])
+                for i in range(0, len(rows), step)
+            ]
+            values = np.concatenate(found)[:, columns.start - first * per_block :][:, : len(columns)]
+            if out is None:
+                out = np.empty([*map(len, box), len(columns)], values.dtype)
+            where = tuple(slice(r.start - b.start, r.stop - b.start) for r, b in zip(part, box))
+            out[where] = values.reshape(*map(len, part), len(columns))
+        if out is None:
+            raise CheckpointError(f"{self.path}: parameter {name!r} has no part {index}")
+        return out
+
+    def _rows(self, piece: Piece, coordinates: list[np.ndarray]) -> np.ndarray:
+        """Rows of a piece's tensor at the given places of all axes of the piece but the last."""
+        axis = piece.interleaved_axis
+        if axis is not None:
+            coordinates[axis] = _interleaved(coordinates[axis], piece.shape[axis])
+        if piece.rows_apart is not None:
+            return (coordinates[0][:, None] * piece.rows_apart + coordinates[1]).ravel() + piece.first_row
+        return np.ravel_multi_index(np.ix_(*coordinates[:-1]), piece.shape[:-1]).ravel() + piece.first_row
 
     def _raw_rows(self, tensor: TensorInfo) -> np.ndarray:
         """A tensor's rows as they are stored: ``[rows, bytes of a row]`` u8."""
@@ -169,16 +221,12 @@ class GGUFCheckpoint:
         tensor, axis = self.tensors[piece.tensor], piece.interleaved_axis
         raw = self._raw_rows(tensor)
         coordinates = [np.arange(r.start, r.stop) for r in part]
-        if axis is not None:
-            half = piece.shape[axis] // 2
-            coordinates[axis] = coordinates[axis] % half * 2 + coordinates[axis] // half
         if len(tensor.shape) == 1:  # its blocks run across the parameter's axes: small, so all of it
+            if axis is not None:
+                coordinates[axis] = _interleaved(coordinates[axis], piece.shape[axis])
             values = self._dequantize(tensor, raw).ravel()[piece.first_row :][: math.prod(piece.shape)]
             return values.reshape(piece.shape)[np.ix_(*coordinates)]
-        if piece.rows_apart is not None:
-            rows = (coordinates[0][:, None] * piece.rows_apart + coordinates[1]).ravel() + piece.first_row
-        else:
-            rows = np.ravel_multi_index(np.ix_(*coordinates[:-1]), piece.shape[:-1]).ravel() + piece.first_row
+        rows = self._rows(piece, coordinates)
         block = self._block_types[tensor.type_id]
         first = part[-1].start // block.block_size
         last = -(-part[-1].stop // block.block_size)
@@ -190,6 +238,11 @@ class GGUFCheckpoint:
         offset = first * block.block_size
         values = self._dequantize(tensor, raw)[:, part[-1].start - offset : part[-1].stop - offset]
         return values.reshape([len(r) for r in part])
+
+
+def _interleaved(places: np.ndarray, size: int) -> np.ndarray:
+    """Where elements of halves are, which the tensor has side by side."""
+    return places % (size // 2) * 2 + places // (size // 2)
 
 
 def _overlap(part: range, start: int, size: int) -> range:

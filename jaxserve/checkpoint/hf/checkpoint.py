@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,8 +19,12 @@ from jaxserve.checkpoint.hf.config import eos_ids, family_of, read_hf_config
 from jaxserve.checkpoint.hf.families import HFFamily
 from jaxserve.checkpoint.hf.files import TensorFiles, has_tensors
 from jaxserve.checkpoint.hf.layout import Piece, Recipe, pieces, read_box
+from jaxserve.checkpoint.hf.quantized_layout import quantized_parameters, read_leaf
+from jaxserve.checkpoint.hf.quantized_module import LogicalTensors, QuantizedModule, find_modules
 from jaxserve.checkpoint.hf.safetensors_header import FLOATS
+from jaxserve.checkpoint.hf.scheme import Scheme, read_scheme
 from jaxserve.checkpoint.json_file import read_json, shown
+from jaxserve.config import MatrixFormat
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -32,6 +36,10 @@ class HFCheckpoint:
     Every tensor of the files is a part of a parameter, or one of the family's that say nothing new, or refused. With
     ``allow_bare`` a folder without tensors can be opened for what its config says.
 
+    A quantized folder's matrices stay as they are where ``quantization`` is "auto" (``config.quantization`` has their
+    formats), and are dequantized when they are read where it is "none"; so are always those that are no parameter of
+    their own kind in our tree (MLA's up projections), or that are fused with others of another format.
+
     Attributes:
         path, config, architecture, model_name, license, num_bytes, num_params, sampling_defaults: see ``Checkpoint``.
             ``sampling_defaults`` are taken from generation_config.json whether it says do_sample or not, as vLLM does.
@@ -40,17 +48,19 @@ class HFCheckpoint:
         CheckpointError: one line naming the folder or file and the key or tensor at fault.
     """
 
-    def __init__(self, path: str | Path, *, allow_bare: bool = False):
+    def __init__(self, path: str | Path, *, allow_bare: bool = False, quantization: Literal["auto", "none"] = "auto"):
         from jaxserve.model.params import named_leaves, param_specs  # imports jax
 
         self.path = Path(path)
         self.model_name = _model_name(self.path)
         self.license = _license(self.path / "README.md")
         self._tensors: TensorFiles | None = None
+        self._modules: dict[str, QuantizedModule] = {}
         try:
             values = read_json(self.path / "config.json")
             config = read_hf_config(values)
             self._family = family_of(values)
+            scheme = read_scheme(values)
             generation = self.path / "generation_config.json"
             generated = read_json(generation) if generation.exists() else {}
             eos = eos_ids(generated.get("eos_token_id"), config.vocab_size)
@@ -59,14 +69,18 @@ class HFCheckpoint:
             raise CheckpointError(f"{self.path}: {e}") from None
         self.config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos))))
         self.architecture = self._family.architecture
+        self._formats: dict[str, MatrixFormat] = {}
         self._shapes = {name: spec.shape for name, spec in named_leaves(param_specs(self.config))}
         self.num_params = sum(map(math.prod, self._shapes.values()))
         self.num_bytes = 0
         if has_tensors(self.path) or not allow_bare:
             self._tensors = TensorFiles(self.path)
+            self._logical: TensorFiles | LogicalTensors = self._tensors
             self.num_bytes = self._tensors.num_bytes
             self._prefix = self._find_prefix()
             try:
+                if scheme is not None:
+                    self._find_modules(scheme, keep=quantization == "auto")
                 self._check_tensors(_draft_layers(self._family, values, self.config.num_layers))
             except CheckpointError as e:
                 raise CheckpointError(f"{self.path}: {e}") from None
@@ -111,11 +125,14 @@ class HFCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part ``index`` of parameter ``name``, a copy: in the file's own float type where its tensors agree and it
-        has at most 32 bits, else in float32."""
+        has at most 32 bits, else in float32; of a quantized one in the leaf's own type."""
         if self._tensors is None:
             raise CheckpointError(f"{self.path} has no tensors, only a config.json")
+        matrix, _, leaf = name.rpartition(".")
+        if matrix in self._formats:
+            return read_leaf(matrix, leaf, index, self._pieces, self._modules, self._formats[matrix])
         experts = index[0] if ".experts_" in name else None
-        found = read_box(self._pieces(name, experts), self._tensors, index)
+        found = read_box(self._pieces(name, experts), self._logical, index)
         dtypes = {part.dtype for _, part in found}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         out = np.empty([i.stop - i.start for i in index], np.float32 if dtype.itemsize > 4 else dtype)
@@ -123,10 +140,25 @@ class HFCheckpoint:
             out[where] = part
         return out
 
-    def _pieces(self, name: str, experts: slice | None = None) -> Iterator[Piece]:
+    def _find_modules(self, scheme: Scheme, *, keep: bool) -> None:
+        """Sets the modules and, where they are to be kept, ``config.quantization``."""
+        assert self._tensors is not None
+        self._modules = find_modules(self._tensors, scheme)
+        if not self._modules:
+            raise CheckpointError(f"quantization_config says {scheme.method}, but no tensor is quantized")
+        self._logical = LogicalTensors(self._tensors, self._modules)
+        found = quantized_parameters(scheme.method, self._shapes, self._pieces, self._modules)
+        if keep and found.matrices:
+            self.config = dataclasses.replace(self.config, quantization=found)
+            self._formats = found.formats()
+
+    def _pieces(self, name: str, experts: slice | None = None, columns: int | None = None) -> Iterator[Piece]:
+        """The pieces of a parameter; as if its last axis had so many ``columns``."""
         *parents, parameter = name.split(".")
         layer = int(parents[1]) if parents else None
         shapes = {p: self._shapes[n] for p in _together(parameter) if (n := ".".join([*parents, p])) in self._shapes}
+        if columns is not None:
+            shapes[parameter] = (*shapes[parameter][:-1], columns)
         recipe = self._recipe(parameter, layer)
         selected = None if experts is None else range(experts.start, experts.stop)
         return pieces(parameter, shapes, recipe, self._prefix, layer, selected)
@@ -136,7 +168,7 @@ class HFCheckpoint:
         recipes = self._family.tensors[parameter]
         assert self._tensors is not None
         for recipe in recipes:
-            if recipe[0].tensor.format(p=self._prefix, i=layer, e=0) in self._tensors.infos:
+            if recipe[0].tensor.format(p=self._prefix, i=layer, e=0) in self._logical.infos:
                 return recipe
         return recipes[0]
 
@@ -150,7 +182,7 @@ class HFCheckpoint:
         """Raises CheckpointError naming the first tensor that is missing, misshapen (with both shapes), not of floats
         or unknown."""
         assert self._tensors is not None
-        infos, used = self._tensors.infos, set[str]()
+        infos, used = self._logical.infos, set[str]()
         for name in self._shapes:
             for piece in self._pieces(name):
                 info = infos.get(piece.tensor)

@@ -8,6 +8,7 @@ from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.hf.config_keys import MAX_SIZE, ConfigKeys
 from jaxserve.checkpoint.hf.families import ACTIVATIONS, CHECKED, DEFAULTS, FAMILIES, NEUTRAL, HFFamily
 from jaxserve.checkpoint.hf.rope import FULL, SLIDING, read_rope, read_two_ropes
+from jaxserve.checkpoint.hf.scheme import read_scheme
 from jaxserve.checkpoint.json_file import shown
 from jaxserve.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 
@@ -56,13 +57,11 @@ def family_of(values: Mapping[str, Any]) -> HFFamily:
 
 def _read(values: Mapping[str, Any]) -> ModelConfig:
     family = family_of(values)
-    if values.get("quantization_config") is not None:
-        quantization = values["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(f"quantization_config with quant_method={shown(method)} is not supported")
+    read_scheme(values)  # what it says is in the tensors; refused where we could not serve them
     if values.get("text_config") is not None or values.get("vision_config") is not None:
         raise CheckpointError("text_config or vision_config: a model of text and images is not supported")
     keys = ConfigKeys(values, defaults={**DEFAULTS, **family.defaults}, renamed=family.renamed)
+    keys.take("quantization_config")
     hidden = keys.size("hidden_size")
     num_heads = keys.size("num_attention_heads")
     num_layers = keys.size("num_hidden_layers", most=MAX_LAYERS)

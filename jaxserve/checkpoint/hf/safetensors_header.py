@@ -21,6 +21,7 @@ DTYPE_BITS: dict[str, int] = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1"}
 FLOATS = ("F64", "F32", "F16", "BF16")  # what a parameter can be read from: 8 bits and less need scales beside them
 
 
@@ -62,12 +63,12 @@ def view_tensor(data: np.ndarray, tensor: TensorInfo) -> np.ndarray:
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
-    """Of one of ``FLOATS``."""
-    if dtype == "BF16":
-        import jax.numpy as jnp  # numpy has no bfloat16 of its own
+    """Of one of ``FLOATS``, or of the numbers of a quantized matrix."""
+    if dtype in ("BF16", "F8_E4M3"):
+        import jax.numpy as jnp  # numpy has none of its own
 
-        return np.dtype(jnp.bfloat16)
-    return np.dtype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+        return np.dtype(jnp.bfloat16 if dtype == "BF16" else jnp.float8_e4m3fn)
+    return np.dtype(_NUMPY[dtype])
 
 
 def _tensor_info(name: str, entry: Any, data_start: int, file_len: int) -> TensorInfo:

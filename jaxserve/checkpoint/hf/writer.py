@@ -55,7 +55,7 @@ def writable_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     from the config, layers that only draft).
 
     Raises:
-        CheckpointError: the checkpoint did not come from a Hugging Face folder.
+        CheckpointError: the checkpoint did not come from a Hugging Face folder, or from one that was quantized.
     """
     found = source_tensors(checkpoint)
     if found is None:
@@ -67,6 +67,11 @@ def writable_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     except (TypeError, ValueError):
         raise CheckpointError(f"{checkpoint.path}: {SOURCE_TENSORS} is not of tensors") from None
     for name, tensor in tensors.items():
+        if tensor.dtype in ("I32", "I64", "I8", "F8_E4M3"):
+            raise CheckpointError(
+                f"{checkpoint.path} came from a quantized model (tensor {name!r:.80} is of {tensor.dtype}), which can "
+                "be written as orbax only"
+            )
         if not re.fullmatch(r"[^/\0]+\.safetensors", tensor.file) or tensor.dtype not in (*DTYPE_OF.values(), "F64"):
             raise CheckpointError(f"{checkpoint.path}: {SOURCE_TENSORS}: {name!r:.80} is {tensor!r:.120}")
     inverse = _inverse(checkpoint, tensors)

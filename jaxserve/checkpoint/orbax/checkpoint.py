@@ -7,11 +7,12 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import tensorstore as ts
 
+from jaxserve.checkpoint.dequantize import DequantizedSource
 from jaxserve.checkpoint.errors import CheckpointError
 from jaxserve.checkpoint.orbax.config_json import config_from_json
 from jaxserve.checkpoint.orbax.layout import (
@@ -20,6 +21,7 @@ from jaxserve.checkpoint.orbax.layout import (
     MANIFEST,
     SOURCE,
     TOKENIZER,
+    ZARR_DTYPES,
     ArrayEntry,
     damage,
     open_array,
@@ -48,6 +50,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 class OrbaxCheckpoint:
     """An open checkpoint of our own format (``checkpoint.protocol.Checkpoint``), whole and with all its files.
 
+    Quantized matrices are dequantized when they are read where ``quantization`` is "none".
+
     Attributes:
         source, converted_to: what it was made from (``convert.source_digest``) and the dtype asked for, maybe None.
         entries: shape, dtype and chunks of every parameter, in the order of ``param_specs``.
@@ -58,7 +62,9 @@ class OrbaxCheckpoint:
             damaged: names the file, field or parameter.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, quantization: Literal["auto", "none"] = "auto"):
+        from jaxserve.model.params import num_params  # imports jax
+
         self.path = Path(path)
         manifest = _read_manifest(self.path)
         try:
@@ -76,12 +82,16 @@ class OrbaxCheckpoint:
         self.license: str | None = manifest["license"]
         self.sampling_defaults: dict[str, Any] = manifest["sampling_defaults"]
         self.num_bytes = sum(e.num_bytes for e in self.entries.values())
-        self.num_params = sum(e.size for e in self.entries.values())
+        self.num_params = num_params(self.config)
         self.source_folder = self.path / SOURCE
         self._has_tokenizer: bool = manifest["has_tokenizer"]
         self._arrays: dict[str, ts.TensorStore] = {}
         self._lock = threading.Lock()  # guards _arrays
         self._closed = False
+        self._plain: DequantizedSource | None = None
+        if quantization == "none" and self.config.quantization is not None:
+            self._plain = DequantizedSource(self._read, self.config)
+            self.config = self._plain.config
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +125,9 @@ class OrbaxCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Part ``index`` of parameter ``name`` in the folder's dtype. Reads the chunks it touches; any thread."""
+        return self._read(name, index) if self._plain is None else self._plain.read(name, index)
+
+    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         try:
             return self._array(name)[index].read(order="C").result()
         except (ValueError, OSError, RuntimeError) as e:  # tensorstore's own: I/O errors, files changed since
@@ -177,6 +190,8 @@ def _read_entries(values: dict[str, Any], config: ModelConfig) -> dict[str, Arra
             raise CheckpointError(f"parameter {name}: {e}") from None
         if entry.shape != spec.shape:
             raise CheckpointError(f"parameter {name} has shape {entry.shape}, expected {spec.shape}")
+        if entry.dtype != spec.dtype and (spec.dtype is not None or entry.dtype not in ZARR_DTYPES):
+            raise CheckpointError(f"parameter {name} is of {entry.dtype}, expected {spec.dtype or 'a float type'}")
         entries[name] = entry
     for name in values.keys() - entries.keys():
         raise CheckpointError(f"parameter {name!r:.60} is not a parameter of this model")

@@ -32,6 +32,7 @@ MAX_CHUNK_BYTES = 32 << 20
 MIN_SPLIT_BYTES = 1 << 20  # an array below this is one chunk
 
 ZARR_DTYPES = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2"}  # of tensors in the folder
+NUMBER_DTYPES = {"uint8": "|u1", "int8": "|i1", "int32": "<i4", "float8_e4m3fn": "float8_e4m3fn"}  # of quantized ones
 
 
 class ArrayEntry(NamedTuple):
@@ -65,8 +66,8 @@ def read_entry(value: Any) -> ArrayEntry:
         shape, chunks, dtype = tuple(value["shape"]), tuple(value["chunks"]), value["dtype"]
     except (TypeError, KeyError):
         raise CheckpointError(f"{value!r:.60} must have shape, dtype and chunks") from None
-    if not isinstance(dtype, str) or dtype not in ZARR_DTYPES:
-        raise CheckpointError(f"dtype {dtype!r:.40} is not one of {', '.join(ZARR_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in ZARR_DTYPES | NUMBER_DTYPES:
+        raise CheckpointError(f"dtype {dtype!r:.40} is not one of {', '.join(ZARR_DTYPES | NUMBER_DTYPES)}")
     sizes = (*shape, *chunks)
     if len(shape) != len(chunks) or not all(type(n) is int and n > 0 for n in sizes):
         raise CheckpointError(f"shape {shape!r:.60} and chunks {chunks!r:.60} do not fit")
@@ -100,7 +101,7 @@ def open_array(folder: Path, name: str, entry: ArrayEntry, *, create: bool = Fal
             "zarr_format": 2,
             "shape": entry.shape,
             "chunks": entry.chunks,
-            "dtype": ZARR_DTYPES[entry.dtype],
+            "dtype": (ZARR_DTYPES | NUMBER_DTYPES)[entry.dtype],
             "compressor": None,
             "filters": None,
             "fill_value": None,

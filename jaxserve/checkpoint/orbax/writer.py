@@ -21,6 +21,7 @@ from jaxserve.checkpoint.orbax.layout import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
+    NUMBER_DTYPES,
     ORBAX_METADATA,
     PARAMS,
     SOURCE,
@@ -55,15 +56,15 @@ def write_orbax(
     with unfinished(folder, plan) as log:
         done = {entry["name"]: read_entry(entry) for entry in log.entries}
         done = {name: entry for name, entry in done.items() if damage(folder, name, entry) is None}
-        left = sum(math.prod(s.shape) for name, s in specs.items() if name not in done)
+        left = [(math.prod(s.shape), s.dtype or plan.dtype) for name, s in specs.items() if name not in done]
         # Of a dtype that is not known before a tensor is read, two bytes are sure.
-        check_space(folder, left * (2 if plan.dtype is None else ts.dtype(plan.dtype).numpy_dtype.itemsize))
+        check_space(folder, sum(n * (2 if t is None else ts.dtype(t).numpy_dtype.itemsize) for n, t in left))
         for name, spec in specs.items():
             if on_progress is not None:
                 on_progress("convert", len(done), len(specs))
             if name not in done:
                 drop_pages_of(checkpoint)
-                done[name] = _write_tensor(checkpoint, folder, name, spec.shape, spec.axes, plan.dtype)
+                done[name] = _write_tensor(checkpoint, folder, name, spec.shape, spec.axes, spec.dtype or plan.dtype)
                 log.append({"name": name, **done[name]._asdict()})
         if on_progress is not None:
             on_progress("convert", len(done), len(specs))
@@ -80,8 +81,8 @@ def _write_tensor(
 ) -> ArrayEntry:
     """Reads one parameter slab by slab along its first axis and writes it. Its bytes are on the disk on return."""
     given = source.read(name, tuple(slice(0, 1) for _ in shape)).dtype.name if dtype is None else dtype
-    if given not in ZARR_DTYPES:
-        raise CheckpointError(f"parameter {name}: {given} is not one of {', '.join(ZARR_DTYPES)}")
+    if given not in ZARR_DTYPES | NUMBER_DTYPES:
+        raise CheckpointError(f"parameter {name}: {given} is not one of {', '.join(ZARR_DTYPES | NUMBER_DTYPES)}")
     itemsize = ts.dtype(given).numpy_dtype.itemsize
     entry = ArrayEntry(shape, given, chunk_shape(shape, axes, itemsize))
     with _tensorstore_errors(folder, name):

@@ -1,0 +1,154 @@
+"""What is served and how it is: models, tokens, health, metrics."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import JSONResponse, Response
+
+from jaxserve import __version__
+from jaxserve.request import RequestError
+from jaxserve.server.http.backend import Backend
+from jaxserve.server.http.conversation import encode_conversation
+from jaxserve.server.http.errors import NO_SUCH_MODEL, NOT_SERVING, HTTPError
+from jaxserve.server.http.fields import BOOLEAN, MESSAGES, OBJECT, OBJECTS, TOKEN_IDS, boolean, optional, required
+from jaxserve.server.http.generation import in_thread
+from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: Any = optional(BOOLEAN)
+    messages: Any = optional(MESSAGES)
+    add_generation_prompt: Any = optional(BOOLEAN)
+    continue_final_message: Any = optional(BOOLEAN)
+    chat_template_kwargs: Any = optional(OBJECT)
+    tools: Any = optional(OBJECTS)
+    return_token_strs: Any = optional(BOOLEAN)
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: Any = required(TOKEN_IDS)
+    skip_special_tokens: Any = optional(BOOLEAN)
+
+
+def about_routes(backend: Backend) -> APIRouter:
+    router = APIRouter()
+    started = int(time.time())
+
+    @router.get("/health", tags=["Operation"])
+    async def health() -> Response:
+        """200 while the process can serve or will: loading, ready or draining. 503 once the engine has failed."""
+        state = backend.async_engine.state
+        return JSONResponse({"status": state}, 503 if state in ("failed", "closed") else 200)
+
+    @router.get("/ready", tags=["Operation"])
+    async def ready() -> Response:
+        """200 while requests are taken, 503 while loading, draining, or failed."""
+        state = backend.async_engine.state
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @router.get("/version", tags=["Operation"])
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @router.get("/metrics", tags=["Operation"])
+    async def metrics() -> Response:
+        """Prometheus text."""
+        return Response(generate_latest(backend.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def model_card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": started,
+            "owned_by": "jaxserve",
+            "root": backend.engine.model_name,
+            "parent": None,
+            "max_model_len": backend.engine.scheduler_config.max_model_len,
+        }
+
+    def check_ready() -> None:
+        if backend.async_engine.state not in ("ready", "draining"):
+            raise HTTPError(NOT_SERVING, f"the engine is {backend.async_engine.state}")
+
+    @router.get("/v1/models", tags=["OpenAI"])
+    async def models() -> dict[str, Any]:
+        check_ready()
+        return {"object": "list", "data": [model_card(name) for name in backend.model_names()]}
+
+    @router.get("/v1/models/{name:path}", tags=["OpenAI"])
+    async def model(name: str) -> dict[str, Any]:
+        check_ready()
+        if name not in backend.model_names():
+            raise HTTPError(NO_SUCH_MODEL, f"model: {name!r:.200} is not served here", "model")
+        return model_card(name)
+
+    @router.post("/tokenize", tags=["Tokens"])
+    async def tokenize(body: TokenizeRequest, http: Request) -> dict[str, Any]:
+        """Token ids of a text or a conversation, as the generating routes would read them."""
+        backend.check_model(body.model)
+        token_ids = await in_thread({}, lambda: _tokenize(backend, body))
+        answer: dict[str, Any] = {
+            "count": len(token_ids),
+            "max_model_len": backend.engine.scheduler_config.max_model_len,
+            "tokens": token_ids,
+        }
+        if boolean("return_token_strs", body.return_token_strs, False):
+            tokenizer = tokenizer_of(backend.engine, "prompt")
+            answer["token_strs"] = [tokenizer.token_bytes(i).decode(errors="replace") for i in token_ids]
+        return answer
+
+    @router.post("/detokenize", tags=["Tokens"])
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """Text of token ids."""
+        backend.check_model(body.model)
+        return {"prompt": await in_thread({}, lambda: _detokenize(backend, body))}
+
+    return router
+
+
+def _tokenize(backend: Backend, body: TokenizeRequest) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("prompt", "give exactly one of prompt, messages")
+    if body.prompt is not None:
+        tokenizer = tokenizer_of(backend.engine, "prompt")
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+            if getattr(body, name) is not None:
+                raise RequestError(name, "is for messages, not for a prompt")
+        check_bytes("prompt", body.prompt, backend.options.max_prompt_bytes)
+        check_fits(backend.engine, tokenizer, "prompt", body.prompt)
+        special = boolean("add_special_tokens", body.add_special_tokens, True)
+        return tokenizer.encode(body.prompt, add_special_tokens=special)
+    if body.add_special_tokens is not None:
+        raise RequestError("add_special_tokens", "is for a prompt: a chat template writes its own")
+    continues = boolean("continue_final_message", body.continue_final_message, False)
+    return encode_conversation(
+        backend,
+        body.messages,
+        cut=False,
+        add_generation_prompt=boolean("add_generation_prompt", body.add_generation_prompt, not continues),
+        continue_final_message=continues,
+        tools=body.tools,
+        variables=body.chat_template_kwargs,
+    )
+
+
+def _detokenize(backend: Backend, body: DetokenizeRequest) -> str:
+    tokenizer = tokenizer_of(backend.engine, "tokens")
+    if not isinstance(body.tokens, list):
+        raise RequestError("tokens", f"{body.tokens!r:.80} is not a list")
+    for i in body.tokens:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < tokenizer.vocab_size:
+            raise RequestError("tokens", f"{i!r:.40} is not a token id, the vocabulary has {tokenizer.vocab_size}")
+    return tokenizer.decode(
+        body.tokens, skip_special_tokens=boolean("skip_special_tokens", body.skip_special_tokens, False)
+    )

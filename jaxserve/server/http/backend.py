@@ -1,0 +1,48 @@
+"""What the routes share: the engine, the server's options, and the checks that every model route makes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from jaxserve.engine.async_engine import AsyncEngine, EngineCore
+from jaxserve.server.http.errors import NO_SUCH_MODEL, HTTPError
+from jaxserve.server.limits import Admission
+from jaxserve.server.options import ServerOptions
+from jaxserve.server.recent import RecentLatencies
+from jaxserve.server.tool_calls import detect_style
+
+
+@dataclass(frozen=True)
+class Backend:
+    async_engine: AsyncEngine
+    options: ServerOptions
+    registry: CollectorRegistry
+    admission: Admission
+    recent: RecentLatencies
+
+    @property
+    def engine(self) -> EngineCore:
+        """Raises NotServingError before ready."""
+        return self.async_engine.engine
+
+    def model_names(self) -> Sequence[str]:
+        """Under which the model is asked for; the first is the one that answers tell."""
+        return self.options.served_model_names or (self.engine.model_name,)
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with. HTTPError for a model that is not served; None is whichever is."""
+        names = self.model_names()
+        if name is not None and name not in names:
+            raise HTTPError(NO_SUCH_MODEL, f"model: {name!r:.200} is not served here, {', '.join(names)} is", "model")
+        return name or names[0]
+
+    def tool_call_style(self) -> str | None:
+        """How the model writes tool calls; None: not at all."""
+        asked = self.options.tool_call_parser
+        if asked == "none":
+            return None
+        if asked != "auto":
+            return asked
+        tokenizer = self.engine.tokenizer
+        return detect_style(tokenizer.tool_template if tokenizer is not None else None)

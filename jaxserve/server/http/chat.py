@@ -1,0 +1,203 @@
+"""``/v1/chat/completions``: conversations, with tools."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from jaxserve.request import Request as EngineRequest
+from jaxserve.request import RequestError, TokenEvent
+from jaxserve.server.http.backend import Backend
+from jaxserve.server.http.completions import by_choice, entries_of
+from jaxserve.server.http.conversation import encode_conversation
+from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, unfinished
+from jaxserve.server.http.fields import (
+    BOOLEAN,
+    COUNT,
+    MESSAGES,
+    OBJECT,
+    OBJECTS,
+    Body,
+    boolean,
+    integer,
+    optional,
+    priority_of,
+    required,
+    sampling_params,
+    wants_usage,
+)
+from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
+from jaxserve.server.http.logprobs import chat_logprobs
+from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
+from jaxserve.server.http.structured import constraint_name, constraint_of
+from jaxserve.server.http.tools import Answer, ToolPlan, call_delta, message_of, tool_plan
+from jaxserve.server.limits import make_request
+from jaxserve.server.tool_calls import Content
+
+
+class ChatRequest(Body):
+    messages: Any = required(MESSAGES)
+    max_completion_tokens: Any = optional(COUNT)
+    logprobs: Any = optional(BOOLEAN)
+    top_logprobs: int | None = None
+    tools: Any = optional(OBJECTS)
+    tool_choice: Any = None
+    parallel_tool_calls: Any = optional(BOOLEAN)
+    response_format: Any = optional(OBJECT)
+    add_generation_prompt: Any = optional(BOOLEAN)
+    continue_final_message: Any = optional(BOOLEAN)
+    chat_template_kwargs: Any = optional(OBJECT)
+    documents: Any = optional(OBJECTS)
+    reasoning_effort: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked request."""
+
+    request: EngineRequest
+    tools: ToolPlan
+    num_top: int | None  # log-probabilities of so many
+
+
+def chat_routes(backend: Backend) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post("/v1/chat/completions", responses=STREAMED)
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        """The next message of a conversation. With `stream`, server-sent events that end with `[DONE]`."""
+        model = backend.check_model(body.model)
+        in_chunks, in_all = wants_usage(body)
+        deadline = deadline_of(http.headers, backend.options)
+        name = body.request_id or f"chatcmpl-{secrets.token_hex(12)}"
+        renames = {"prompt": "messages", "logprobs": "top_logprobs"}
+        renames["structured_outputs"] = constraint_name(body, body.response_format, body.tool_choice)
+        if body.max_completion_tokens is not None:
+            renames["max_tokens"] = "max_completion_tokens"
+        plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))
+        head = {"id": name, "object": "chat.completion", "created": int(time.time()), "model": model}
+        generation = Generation(backend, [plan.request])
+        if boolean("stream", body.stream, False):
+            await generation.start(http.receive)
+            chunks = _chunks(backend, plan, generation, head, in_chunks, in_all)
+            return EventStream(chunks, backend.options.slow_reader_timeout_s)
+        (choices,) = await collected(generation, http.receive)
+        usage = UsageCount([plan.request])
+        usage.cached(0, choices[0].usage)
+        for choice in choices:
+            usage.add(0, choice.events)
+        shown = [_choice(backend, plan, choice, i) for i, choice in enumerate(choices)]
+        return JSONResponse({**head, "choices": shown, "usage": usage.total()})
+
+    return router
+
+
+def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None) -> Plan:
+    """In a thread: renders and tokenizes."""
+    engine = backend.engine
+    with_logprobs = boolean("logprobs", body.logprobs, False)
+    if body.top_logprobs is not None and not with_logprobs:
+        raise RequestError("top_logprobs", f"{body.top_logprobs}, but logprobs is not true")
+    num_top = integer("top_logprobs", body.top_logprobs, 0, 0, 2**31 - 1) if with_logprobs else None
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise RequestError("max_completion_tokens", f"{body.max_completion_tokens}, but max_tokens={body.max_tokens}")
+    tools = tool_plan(backend, body.tools, body.tool_choice, body.parallel_tool_calls)
+    params = sampling_params(
+        body,
+        engine.sampling_defaults,
+        max_tokens=body.max_completion_tokens,
+        logprobs=num_top,
+        skip_special_tokens=False if tools.keeps_special_tokens and body.skip_special_tokens is None else None,
+        **constraint_of(body, body.response_format, tools.schema),
+    )
+    continues = boolean("continue_final_message", body.continue_final_message, False)
+    if continues and body.add_generation_prompt is True:
+        raise RequestError("continue_final_message", "true, but add_generation_prompt is true, too")
+    variables = body.chat_template_kwargs
+    if body.reasoning_effort is not None:
+        variables = {"reasoning_effort": body.reasoning_effort} | (variables if isinstance(variables, dict) else {})
+    token_ids = encode_conversation(
+        backend,
+        body.messages,
+        cut=params.truncate_prompt_tokens is not None,
+        add_generation_prompt=boolean("add_generation_prompt", body.add_generation_prompt, not continues),
+        continue_final_message=continues,
+        tools=tools.tools,
+        documents=body.documents,
+        variables=variables,
+    )
+    request = make_request(
+        engine, backend.options, token_ids, params, request_id=name, priority=priority_of(body), deadline=deadline
+    )
+    return Plan(request=request, tools=tools, num_top=num_top)
+
+
+def _finish_reason(reason: str | None, answer: Answer) -> str | None:
+    return "tool_calls" if reason == "stop" and answer.num_calls else reason
+
+
+def _logprobs(backend: Backend, plan: Plan, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
+    if plan.num_top is None:
+        return None
+    return chat_logprobs(backend.engine.tokenizer, entries_of(events), plan.num_top)
+
+
+def _choice(backend: Backend, plan: Plan, choice: Choice, index: int) -> dict[str, Any]:
+    answer = Answer(plan.tools)
+    message = message_of(answer.add(choice.text, at_end=True))
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _logprobs(backend, plan, choice.events),
+        "finish_reason": _finish_reason(choice.finish_reason, answer),
+        "stop_reason": choice.stop_reason,
+    }
+
+
+async def _chunks(
+    backend: Backend, plan: Plan, generation: Generation, head: dict[str, Any], with_usage: bool, always: bool
+) -> AsyncGenerator[bytes]:
+    usage = UsageCount([plan.request])
+    head = {**head, "object": "chat.completion.chunk"}
+    answers: dict[int, Answer] = {}
+
+    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        shown = {"usage": usage.total() if always else None} if with_usage else {}
+        return event({**head, "choices": [choice], **shown})
+
+    try:
+        async for _, events in generation:
+            usage.add(0, events)
+            for of_choice in by_choice(events):
+                last = of_choice[-1]
+                if (error := unfinished(last.finish_reason, backend.async_engine.state)) is not None:
+                    raise error
+                index = last.choice
+                if index not in answers:
+                    answers[index] = Answer(plan.tools)
+                    yield chunk(index, {"role": "assistant", "content": ""})
+                text = "".join(e.text for e in of_choice)
+                logprobs = _logprobs(backend, plan, of_choice)
+                for delta in answers[index].add(text, at_end=last.finish_reason is not None):
+                    shown = (
+                        {"content": delta.text} if isinstance(delta, Content) else {"tool_calls": [call_delta(delta)]}
+                    )
+                    yield chunk(index, shown, logprobs)
+                    logprobs = None  # once
+                if logprobs is not None and logprobs["content"]:
+                    yield chunk(index, {"content": ""}, logprobs)
+                if last.finish_reason is not None:
+                    yield chunk(index, {}, None, _finish_reason(last.finish_reason, answers[index]))
+        if with_usage:
+            yield event({**head, "choices": [], "usage": usage.total()})
+    except (*ANSWERED, HTTPError) as error:
+        yield event(body_of(error_of(error)))
+        return
+    finally:
+        await generation.aclose()
+    yield DONE

@@ -1,0 +1,251 @@
+"""``/v1/completions``: texts or token ids, continued."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from jaxserve.request import Request as EngineRequest
+from jaxserve.request import RequestError, SamplingParams, TokenEvent
+from jaxserve.server.http.backend import Backend
+from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, unfinished
+from jaxserve.server.http.fields import (
+    BOOLEAN,
+    OBJECT,
+    PROMPT,
+    Body,
+    boolean,
+    integer,
+    optional,
+    priority_of,
+    required,
+    sampling_params,
+    wants_usage,
+)
+from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
+from jaxserve.server.http.logprobs import CompletionLogprobs, Entry
+from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
+from jaxserve.server.http.structured import constraint_name, constraint_of
+from jaxserve.server.limits import make_request
+from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+MAX_PROMPTS = 2048
+MAX_LOGPROBS = 2**31 - 1  # the engine has a limit of its own
+
+
+class CompletionRequest(Body):
+    prompt: Any = required(PROMPT)
+    echo: Any = optional(BOOLEAN)
+    logprobs: int | None = None
+    add_special_tokens: Any = optional(BOOLEAN)
+    response_format: Any = optional(OBJECT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked request."""
+
+    requests: list[EngineRequest]
+    texts: list[str]  # what ``echo`` puts before each prompt's completions
+    echo: bool
+    num_top: int | None
+    drops_output: bool  # max_tokens 0: the engine makes one token, which nobody gets
+
+
+def completions_routes(backend: Backend) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.post("/v1/completions", responses=STREAMED)
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        """Continues each prompt. With `stream`, server-sent events that end with `[DONE]`."""
+        model = backend.check_model(body.model)
+        in_chunks, in_all = wants_usage(body)
+        deadline = deadline_of(http.headers, backend.options)
+        name = body.request_id or f"cmpl-{secrets.token_hex(12)}"
+        renames = {"prompt_logprobs": "logprobs"}
+        renames["structured_outputs"] = constraint_name(body, body.response_format)
+        plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))
+        head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
+        generation = Generation(backend, plan.requests)
+        if boolean("stream", body.stream, False):
+            await generation.start(http.receive)
+            chunks = _chunks(backend, plan, generation, head, in_chunks, in_all)
+            return EventStream(chunks, backend.options.slow_reader_timeout_s)
+        usage = UsageCount(plan.requests, not plan.drops_output)
+        choices = await collected(generation, http.receive)
+        shown = []
+        for i, of_prompt in enumerate(choices):
+            for choice in of_prompt:
+                shown.append(_choice(backend, plan, i, choice, of_prompt[0], len(shown)))
+                usage.add(i, choice.events)
+            usage.cached(i, of_prompt[0].usage)
+        return JSONResponse({**head, "choices": shown, "usage": usage.total()})
+
+    return router
+
+
+def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float | None) -> Plan:
+    """In a thread: tokenizes."""
+    engine = backend.engine
+    echo = boolean("echo", body.echo, False)
+    num_top = None if body.logprobs is None else integer("logprobs", body.logprobs, 0, 0, MAX_LOGPROBS)
+    max_tokens = integer("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, 0, 2**31 - 1)
+    params = sampling_params(
+        body,
+        engine.sampling_defaults,
+        max_tokens=max(max_tokens, 1),
+        logprobs=num_top,
+        prompt_logprobs=num_top if echo else None,
+        **constraint_of(body, body.response_format, None),
+    )
+    if echo and num_top is not None and params.n > 1 and body.stream:
+        raise RequestError("n", f"{params.n}, streamed log-probabilities of the prompt (echo) come with 1")
+    if max_tokens == 0 and params.min_tokens:
+        raise RequestError("min_tokens", f"{params.min_tokens} is more than max_tokens=0")
+    prompts = read_prompts(body.prompt)
+    add_special_tokens = boolean("add_special_tokens", body.add_special_tokens, True)
+    requests = []
+    texts = []
+    for i, prompt in enumerate(prompts):
+        token_ids = token_ids_of(backend, prompt, add_special_tokens, cut=params.truncate_prompt_tokens is not None)
+        if body.max_tokens is None:  # a default is no reason to refuse a prompt
+            length = min(len(token_ids), params.truncate_prompt_tokens or len(token_ids))
+            room = max(engine.scheduler_config.max_model_len - length, 1)
+            limit = backend.options.max_output_tokens or DEFAULT_MAX_TOKENS
+            params = replace(params, max_tokens=min(DEFAULT_MAX_TOKENS, limit, room))
+        request = make_request(
+            engine,
+            backend.options,
+            token_ids,
+            params,
+            request_id=name if len(prompts) == 1 else f"{name}-{i}",
+            priority=priority_of(body),
+            deadline=deadline,
+        )
+        requests.append(request)
+        if echo:
+            texts.append(_text_of(backend, prompt, request, params))
+    return Plan(requests=requests, texts=texts, echo=echo, num_top=num_top, drops_output=max_tokens == 0)
+
+
+def token_ids_of(backend: Backend, prompt: str | list[int], add_special_tokens: bool, *, cut: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    tokenizer = tokenizer_of(backend.engine, "prompt")
+    check_bytes("prompt", prompt, backend.options.max_prompt_bytes)
+    if not cut:
+        check_fits(backend.engine, tokenizer, "prompt", prompt)
+    return tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+
+
+def read_prompts(value: Any) -> list[str] | list[list[int]] | list[str | list[int]]:
+    """The forms that a prompt may have, as a list. RequestError; token ids are ``make_request``'s to check."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise RequestError("prompt", f"{value!r:.80} is not a string, a list of strings, or (a list of) token ids")
+    if not value:
+        raise RequestError("prompt", "is an empty list")
+    if all(isinstance(part, int) and not isinstance(part, bool) for part in value):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise RequestError("prompt", f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
+    for i, part in enumerate(value):
+        if not isinstance(part, (str, list)):
+            raise RequestError("prompt", f"prompt[{i}] is {part!r:.80}, neither a string nor a list of token ids")
+    return value
+
+
+def _text_of(backend: Backend, prompt: str | list[int], request: EngineRequest, params: SamplingParams) -> str:
+    """The prompt as text: as it came, or of the tokens that are left of it."""
+    if isinstance(prompt, str) and params.truncate_prompt_tokens is None:
+        return prompt
+    tokenizer = tokenizer_of(backend.engine, "echo")
+    return tokenizer.decode(request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
+
+
+def _choice(
+    backend: Backend, plan: Plan, request_index: int, choice: Choice, first: Choice, index: int
+) -> dict[str, Any]:
+    logprobs = None
+    events = [] if plan.drops_output else choice.events
+    if plan.num_top is not None:
+        entries = [*_prompt_entries(plan, request_index, first.events), *entries_of(events)]
+        logprobs = CompletionLogprobs(backend.engine.tokenizer, plan.num_top).add(entries)
+    return {
+        "index": index,
+        "text": (plan.texts[request_index] if plan.echo else "") + ("" if plan.drops_output else choice.text),
+        "logprobs": logprobs,
+        "finish_reason": "length" if plan.drops_output else choice.finish_reason,
+        "stop_reason": None if plan.drops_output else choice.stop_reason,
+    }
+
+
+def entries_of(events: Sequence[TokenEvent]) -> list[Entry]:
+    return [(e.token_id, e.logprob, e.top_logprobs or ()) for e in events if e.token_id is not None]
+
+
+def _prompt_entries(plan: Plan, request_index: int, events: Sequence[TokenEvent]) -> list[Entry]:
+    """Of the prompt's tokens, where ``echo`` and ``logprobs`` ask for them: they come with the first choice's first
+    token, and of the first token of all there are none."""
+    found: Any = next((p for e in events if (p := getattr(e, "prompt_logprobs", None)) is not None), None)
+    if not plan.echo or found is None:
+        return []
+    ids = plan.requests[request_index].prompt_token_ids
+    return [(i, None, ()) if p is None else (p.token_id, p.logprob, p.top) for i, p in zip(ids, found)]
+
+
+async def _chunks(
+    backend: Backend, plan: Plan, generation: Generation, head: dict[str, Any], with_usage: bool, always: bool
+) -> AsyncGenerator[bytes]:
+    usage = UsageCount(plan.requests, not plan.drops_output)
+    begun: dict[int, CompletionLogprobs] = {}
+    null_usage = {"usage": None} if with_usage else {}
+    try:
+        async for i, events in generation:
+            usage.add(i, events)
+            for of_choice in by_choice(events):
+                last = of_choice[-1]
+                if (error := unfinished(last.finish_reason, backend.async_engine.state)) is not None:
+                    raise error
+                index = i * plan.requests[i].params.n + last.choice
+                first = index not in begun
+                if first:
+                    begun[index] = CompletionLogprobs(backend.engine.tokenizer, plan.num_top or 0)
+                text = "" if plan.drops_output else "".join(e.text for e in of_choice)
+                entries = [] if plan.drops_output else entries_of(of_choice)
+                if first and plan.echo:
+                    text = plan.texts[i] + text
+                    entries = [*_prompt_entries(plan, i, of_choice), *entries]
+                has_logprobs = plan.num_top is not None and entries
+                if not (text or has_logprobs or first or last.finish_reason):
+                    continue
+                choice = {
+                    "index": index,
+                    "text": text,
+                    "logprobs": begun[index].add(entries) if has_logprobs else None,
+                    "finish_reason": "length" if plan.drops_output and last.finish_reason else last.finish_reason,
+                    "stop_reason": None if plan.drops_output else last.stop_reason,
+                }
+                yield event({**head, "choices": [choice], **({"usage": usage.total()} if always else null_usage)})
+        if with_usage:
+            yield event({**head, "choices": [], "usage": usage.total()})
+    except (*ANSWERED, HTTPError) as error:
+        yield event(body_of(error_of(error)))
+        return
+    finally:
+        await generation.aclose()
+    yield DONE
+
+
+def by_choice(events: Sequence[TokenEvent]) -> list[list[TokenEvent]]:
+    """Events of one request, those of each choice together."""
+    choices: dict[int, list[TokenEvent]] = {}
+    for e in events:
+        choices.setdefault(e.choice, []).append(e)
+    return list(choices.values())

@@ -1,0 +1,230 @@
+"""The fields of a request's body: which are applied, which change nothing here, which are refused.
+
+Sampling fields are named as in ``SamplingParams``, which checks their values: the JSON schemas here are for the OpenAPI
+document. A field of None is unset.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from jaxserve.request import RequestError, SamplingParams, sampling_params_from
+
+NO_OPS = {
+    "user": "who asks: nothing is kept about users",
+    "safety_identifier": "as user",
+    "metadata": "for stored completions: nothing is stored",
+    "store": "nothing is stored",
+    "service_tier": "there is one",
+    "prompt_cache_key": "prefixes are found by their tokens",
+    "prompt_cache_retention": "prefixes stay until their pages are wanted",
+}  # taken and without effect on any answer: field -> why
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "prompt_logprobs": ((), "send logprobs with echo to /v1/completions"),
+    "suffix": (("",), "nothing is inserted before a suffix: send a fill-in-the-middle prompt"),
+    "best_of": ((1,), "only n completions are made, none is chosen among more"),
+    "functions": (([],), "deprecated: send tools"),
+    "function_call": ((), "deprecated: send tool_choice"),
+    "modalities": ((["text"],), "only text is made"),
+    "audio": ((), "only text is made"),
+    "prediction": ((), "predicted outputs are not implemented"),
+    "web_search_options": ((), "there is no web search"),
+    "verbosity": (("medium",), "the model knows no such control"),
+    "use_beam_search": ((False,), "there is no beam search"),
+    "length_penalty": ((1, 1.0), "there is no beam search"),
+    "early_stopping": ((False,), "there is no beam search"),
+    "spaces_between_special_tokens": ((True,), "text is the concatenation of its tokens' text"),
+}  # known elsewhere: field -> values that ask for nothing, and why others are refused
+
+
+LATER = ("stream_interval", "stream_max_delay_s")  # refused where the engine's SamplingParams have no such field
+
+
+def optional(schema: dict[str, Any]) -> Any:
+    """A field that may be left out, of any value: ``schema`` is for the OpenAPI document."""
+    return Field(default=None, json_schema_extra={"anyOf": [schema, {"type": "null"}]})
+
+
+def required(schema: dict[str, Any]) -> Any:
+    return Field(json_schema_extra=schema)
+
+
+def _listed(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema}
+
+
+_TOKEN_ID = {"type": "integer", "minimum": 0}
+_STRING = {"type": "string"}
+_TEXT = {"type": "string", "minLength": 1}
+
+BOOLEAN = {"type": "boolean"}
+COUNT = {"type": "integer", "minimum": 1}
+PRIORITY = {"type": "integer", "minimum": -(2**31), "maximum": 2**31 - 1}
+TEXTS = _listed(_TEXT)
+TOKEN_IDS = _listed(_TOKEN_ID)
+OBJECT = {"type": "object"}
+OBJECTS = _listed(OBJECT)
+PROMPT = {"anyOf": [_TEXT, _listed(_TEXT), _listed(_TOKEN_ID), _listed(_listed(_TOKEN_ID))]}
+TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": _STRING},
+}
+MESSAGES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {"role": _STRING, "content": {"anyOf": [_STRING, _listed(TEXT_PART), {"type": "null"}]}},
+    },
+}
+
+
+class Body(BaseModel):
+    """What every generating request may have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    stream: bool | None = None
+    # SamplingParams.
+    max_tokens: Any = optional({"type": "integer", "minimum": 0})
+    min_tokens: Any = optional({"type": "integer", "minimum": 0})
+    temperature: Any = optional({"type": "number", "minimum": 0})
+    top_p: Any = optional({"type": "number", "exclusiveMinimum": 0, "maximum": 1})
+    top_k: Any = optional({"type": "integer", "minimum": -1})
+    min_p: Any = optional({"type": "number", "minimum": 0, "maximum": 1})
+    seed: Any = optional({"type": "integer", "minimum": 0, "maximum": 2**64 - 1})
+    stop: Any = optional({"anyOf": [_TEXT, _listed(_TEXT)]})
+    stop_token_ids: Any = optional(TOKEN_IDS)
+    include_stop_str_in_output: Any = optional(BOOLEAN)
+    ignore_eos: Any = optional(BOOLEAN)
+    skip_special_tokens: Any = optional(BOOLEAN)
+    n: Any = optional(COUNT)
+    presence_penalty: Any = optional({"type": "number", "minimum": -2, "maximum": 2})
+    frequency_penalty: Any = optional({"type": "number", "minimum": -2, "maximum": 2})
+    repetition_penalty: Any = optional({"type": "number", "exclusiveMinimum": 0})
+    logit_bias: Any = optional(
+        {
+            "type": "object",
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "propertyNames": {"pattern": "^[0-9]+$"},
+        }
+    )
+    allowed_token_ids: Any = optional({**_listed(_TOKEN_ID), "minItems": 1})
+    bad_words: Any = optional(TEXTS)
+    truncate_prompt_tokens: Any = optional(COUNT)
+    # What the answer is held to (``structured``).
+    structured_outputs: Any = optional(OBJECT)
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: Any = optional(TEXTS)
+    guided_grammar: str | None = None
+    # Of the request.
+    priority: Any = optional(PRIORITY)
+    stream_options: Any = optional(OBJECT)
+    request_id: str | None = None
+    stream_interval: Any = optional(COUNT)
+    stream_max_delay_s: Any = optional({"type": "number", "minimum": 0})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_elsewhere(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in LATER and value is not None and name not in SamplingParams.__dataclass_fields__:
+                raise RequestError(name, "not supported yet")
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in NO_OPS:
+                continue
+            elif name in REFUSED:
+                neutral, why = REFUSED[name]
+                # By type too: True is no 1.
+                if value is not None and not any(type(value) is type(v) and value == v for v in neutral):
+                    raise RequestError(name, why)
+            else:
+                raise RequestError(name[:80], "unknown field")
+        return kept
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the fields ``names`` that are set."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
+SAMPLING_FIELDS = tuple(
+    name
+    for name in SamplingParams.__dataclass_fields__
+    if name in Body.model_fields and name != "structured_outputs"  # which has fields of its own
+)
+
+
+def sampling_params(body: Body, defaults: Mapping[str, Any], **fields: Any) -> SamplingParams:
+    """``SamplingParams`` of the body's fields, of ``fields`` where those are not None, of ``defaults`` elsewhere.
+
+    Raises RequestError naming the field.
+    """
+    given = body.given(SAMPLING_FIELDS)
+    for name in LISTS:
+        if name in given and not isinstance(given[name], list if name != "stop" else (list, str)):
+            raise RequestError(name, f"{given[name]!r:.80} is not a list")
+    if "logit_bias" in given:
+        given["logit_bias"] = _logit_bias(given["logit_bias"])
+    given |= {name: value for name, value in fields.items() if value is not None}
+    return sampling_params_from({**defaults, **given})
+
+
+def _logit_bias(values: Any) -> Any:
+    """With token ids for keys: JSON's are strings. What they are not is ``SamplingParams``' to refuse."""
+    if not isinstance(values, dict):
+        return values
+    return {int(key) if re.fullmatch("[0-9]{1,12}", key) else key: value for key, value in values.items()}
+
+
+def boolean(name: str, value: Any, default: bool) -> bool:
+    """``value``, or ``default`` where it is None. Raises RequestError."""
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise RequestError(name, f"{value!r:.80} is not true or false")
+    return value
+
+
+def integer(name: str, value: Any, default: int, least: int, most: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(name, f"{value!r:.80} is not an integer")
+    if not least <= value <= most:
+        raise RequestError(name, f"{value} is not in [{least}, {most}]")
+    return value
+
+
+def priority_of(body: Body) -> int:
+    return integer("priority", body.priority, 0, -(2**31), 2**31 - 1)
+
+
+def wants_usage(body: Body) -> tuple[bool, bool]:
+    """Of ``stream_options``: whether a last chunk has the usage, and whether every chunk has it so far."""
+    options = body.stream_options
+    if options is None:
+        return False, False
+    if not isinstance(options, dict):
+        raise RequestError("stream_options", f"{options!r:.80} is not an object")
+    if not body.stream:
+        raise RequestError("stream_options", "set, but stream is not")
+    for name in options:
+        if name not in ("include_usage", "continuous_usage_stats", "include_obfuscation"):
+            raise RequestError(f"stream_options.{name[:80]}", "unknown field")
+    if boolean("stream_options.include_obfuscation", options.get("include_obfuscation"), False):
+        raise RequestError("stream_options.include_obfuscation", "no padding is sent")
+    at_end = boolean("stream_options.include_usage", options.get("include_usage"), False)
+    always = boolean("stream_options.continuous_usage_stats", options.get("continuous_usage_stats"), False)
+    return at_end, always and at_end

@@ -1,0 +1,64 @@
+"""Log-probabilities in OpenAI's two shapes: that of completions, and that of chats."""
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from jaxserve.text.tokenizer import Tokenizer
+
+Entry = tuple[int, float | None, Sequence[tuple[int, float]]]  # token id, its log-probability, the k best
+
+
+def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """A token's text; ``bytes:\\xe2\\x80`` for part of a character, ``token_id:7`` where there is no tokenizer."""
+    if tokenizer is None:
+        return f"token_id:{token_id}"
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class CompletionLogprobs:
+    """Of one choice, piece by piece: ``text_offset`` counts characters from the beginning of the choice's text."""
+
+    def __init__(self, tokenizer: Tokenizer | None, num_top: int):
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+        self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        tokens, values, tops, offsets = [], [], [], []
+        for token_id, logprob, top in entries:
+            text = token_text(self._tokenizer, token_id)
+            tokens.append(text)
+            values.append(logprob)
+            offsets.append(self._offset)
+            if self._tokenizer is not None:
+                self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+            if logprob is None:
+                tops.append(None)  # the first token of a prompt: nothing predicts it
+                continue
+            best: dict[str, float] = {}
+            for i, value in top[: self._num_top]:
+                best.setdefault(token_text(self._tokenizer, i), value)  # of tokens with one text the likeliest
+            best.setdefault(text, logprob)
+            tops.append(best)
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def chat_logprobs(tokenizer: Tokenizer | None, entries: Sequence[Entry], num_top: int) -> dict[str, Any]:
+    def one(token_id: int, logprob: float | None) -> dict[str, Any]:
+        data = None if tokenizer is None else tokenizer.token_bytes(token_id)
+        text = f"token_id:{token_id}" if data is None else data.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": None if data is None else list(data)}
+
+    return {
+        "content": [
+            one(token_id, logprob) | {"top_logprobs": [one(i, value) for i, value in top[:num_top]]}
+            for token_id, logprob, top in entries
+        ],
+        "refusal": None,
+    }

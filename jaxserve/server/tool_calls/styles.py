@@ -1,0 +1,336 @@
+"""The styles in which models write tool calls, and which one a chat template teaches.
+
+hermes       <tool_call>{"name": "f", "arguments": {}}</tool_call>, any number (Hermes, Qwen 2.5 and 3)
+llama3_json  {"name": "f", "parameters": {}} as the whole answer, several parted by ";" (Llama 3.1 and later),
+             perhaps after <|python_tag|>
+mistral      [TOOL_CALLS][{"name": "f", "arguments": {}}, ...], or as newer models do
+             [TOOL_CALLS]f[CALL_ID]id[ARGS]{} for each call, the id optional
+"""
+
+from collections.abc import Callable, Mapping
+
+from jaxserve.server.tool_calls.deltas import Arguments, Content, Delta, Parser, Start
+from jaxserve.server.tool_calls.json_call import SPACES, CallScanner, ValueScanner
+
+TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
+PYTHON_TAG = "<|python_tag|>"
+TOOL_CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+
+
+class _Reading:
+    """What the styles share: the text that waits, the calls so far, and content with its spaces in the right place.
+
+    Spaces at the end of content wait until it is known what follows: before calls that end the answer they are the
+    format's, not the answer's, as are those after a call.
+    """
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.num_calls = 0
+        self.call: CallScanner | None = None
+        self._spaces = ""
+        self._after_call = False
+        self._has_content = False
+
+    def content(self, text: str) -> None:
+        if self._after_call:
+            text = text.lstrip(SPACES)
+        if not text:
+            return
+        self._after_call = False
+        text = self._spaces + text
+        kept = text.rstrip(SPACES)
+        self._spaces = text[len(kept) :]
+        if kept:
+            self._content(kept)
+
+    def _content(self, text: str) -> None:
+        self._has_content = True
+        if self.deltas and isinstance(last := self.deltas[-1], Content):
+            self.deltas[-1] = Content(last.text + text)
+        else:
+            self.deltas.append(Content(text))
+
+    def start(self, name: str, call_id: str | None) -> None:
+        self._after_call = True
+        if not self._has_content:
+            self._spaces = ""
+        self.deltas.append(Start(self.num_calls, name, call_id))
+        self.num_calls += 1
+
+    def arguments(self, text: str) -> None:
+        if not text:
+            return
+        last = self.deltas[-1] if self.deltas else None
+        if isinstance(last, Arguments) and last.index == self.num_calls - 1:
+            self.deltas[-1] = Arguments(last.index, last.text + text)
+        else:
+            self.deltas.append(Arguments(self.num_calls - 1, text))
+
+    def scan(self, char: str) -> str:
+        """Gives the call one character; returns its state. Of a broken one without a name ``raw`` is text."""
+        assert self.call is not None
+        named = self.call.name is not None
+        self.call.add(char)
+        if not named and self.call.name is not None and self.call.state != "broken":
+            self.start(self.call.name, self.call.call_id)
+        if self.call.name is not None:
+            self.arguments(self.call.take_arguments())
+        return self.call.state
+
+    def take(self) -> list[Delta]:
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+    def end(self) -> list[Delta]:
+        if self.call is not None and self.call.name is None:
+            self.content(self.call.raw)
+        self.call = None
+        if self._spaces and not self.num_calls:
+            self._content(self._spaces)
+        self._spaces = ""
+        return self.take()
+
+
+class HermesParser:
+    def __init__(self) -> None:
+        self._reading = _Reading()
+        self._held = ""  # what may be the beginning of a tag, or waits for a call's end
+
+    def feed(self, text: str) -> list[Delta]:
+        for char in text:
+            self._add(char)
+        return self._reading.take()
+
+    def finish(self) -> list[Delta]:
+        held, self._held = self._held, ""
+        if self._reading.call is not None and self._reading.call.name is None:
+            held = TOOL_CALL + held
+        if held and (self._reading.call is None or self._reading.call.state == "open"):
+            self._reading.content(held)
+        return self._reading.end()
+
+    def _add(self, char: str) -> None:
+        reading = self._reading
+        if reading.call is None:
+            self._held += char
+            if self._held == TOOL_CALL:
+                self._held, reading.call = "", CallScanner()
+                return
+            while self._held and not TOOL_CALL.startswith(self._held):
+                reading.content(self._held[0])
+                self._held = self._held[1:]
+            return
+        if reading.call.state == "open":
+            if reading.scan(char) != "broken":
+                return
+            if reading.call.name is None:  # no call after all: the tag was text
+                text, reading.call = TOOL_CALL + reading.call.raw, None
+                for text_char in TOOL_CALL:
+                    reading.content(text_char)
+                for text_char in text[len(TOOL_CALL) :]:
+                    self._add(text_char)
+            return
+        # The object has ended, or broke after its name: nothing up to the closing tag belongs to anything.
+        self._held += char
+        if self._held.endswith(END_TOOL_CALL):
+            self._held, reading.call = "", None
+        elif self._held.endswith(TOOL_CALL):  # some models forget to close
+            self._held, reading.call = "", CallScanner()
+
+
+class Llama3Parser:
+    def __init__(self) -> None:
+        self._reading = _Reading()
+        self._held = ""
+        self._mode = "start"  # then "calls", or "text" for good
+
+    def feed(self, text: str) -> list[Delta]:
+        for char in text:
+            self._add(char)
+        return self._reading.take()
+
+    def finish(self) -> list[Delta]:
+        call = self._reading.call
+        if self._mode == "start":
+            self._reading.content(self._held)
+        elif call is not None and call.name is None:
+            self._reading.call = None
+            self._reading.content(self._held[:-1] + call.raw)
+        self._held = ""
+        return self._reading.end()
+
+    def _add(self, char: str) -> None:
+        reading = self._reading
+        if self._mode == "text":
+            reading.content(char)
+        elif self._mode == "start":
+            self._held += char
+            begun = self._held.lstrip(SPACES)
+            if begun.startswith(PYTHON_TAG):
+                begun = begun.removeprefix(PYTHON_TAG).lstrip(SPACES)
+            elif PYTHON_TAG.startswith(begun):
+                return
+            if begun.startswith("{"):
+                self._mode, reading.call = "calls", CallScanner()
+                self._scan(char)
+            elif begun:
+                self._become_text(self._held)
+        elif reading.call is not None:
+            self._scan(char)
+        elif char == "{":
+            reading.call = CallScanner()
+            self._scan(char)
+        elif char not in SPACES + ";":
+            self._become_text(char)
+
+    def _scan(self, char: str) -> None:
+        reading = self._reading
+        state = reading.scan(char)
+        assert reading.call is not None
+        if state == "done":
+            self._held, reading.call = "", None
+        elif state == "broken":
+            call, reading.call = reading.call, None
+            if call.name is None:
+                self._become_text(self._held[:-1] + call.raw)
+            else:
+                self._become_text("")
+
+    def _become_text(self, text: str) -> None:
+        self._mode, self._held = "text", ""
+        self._reading.content(text)
+
+
+class MistralParser:
+    def __init__(self) -> None:
+        self._reading = _Reading()
+        self._held = ""
+        self._mode = "text"  # then "tag" after [TOOL_CALLS], "list", "name", "arguments"
+        self._value = ValueScanner()
+
+    def feed(self, text: str) -> list[Delta]:
+        for char in text:
+            getattr(self, f"_in_{self._mode}")(char)
+        return self._reading.take()
+
+    def finish(self) -> list[Delta]:
+        if self._mode in ("text", "name"):
+            self._reading.content((TOOL_CALLS if self._mode == "name" else "") + self._held)
+        elif self._mode == "tag":
+            self._reading.content(TOOL_CALLS)
+        return self._reading.end()
+
+    def _in_text(self, char: str) -> None:
+        self._held += char
+        if self._held == TOOL_CALLS:
+            self._held, self._mode = "", "tag"
+            return
+        while self._held and not TOOL_CALLS.startswith(self._held):
+            self._reading.content(self._held[0])
+            self._held = self._held[1:]
+
+    def _in_tag(self, char: str) -> None:
+        if char == "[":
+            self._mode = "list"
+        elif char == "{":  # one call without its list
+            self._mode = "list"
+            self._in_list(char)
+        elif char not in SPACES:
+            self._held, self._mode = char, "name"
+
+    def _in_list(self, char: str) -> None:
+        reading = self._reading
+        if reading.call is None:
+            if char == "{":
+                reading.call = CallScanner()
+            elif char == "]":
+                self._mode = "text"
+                return
+            elif char in SPACES + ",":
+                return
+            else:
+                self._mode = "text"
+                reading.content(char)
+                return
+        state = reading.scan(char)
+        if state == "open":
+            return
+        call, reading.call = reading.call, None
+        if state == "broken":
+            self._mode = "text"
+            if call.name is None:
+                reading.content(call.raw)
+
+    def _in_name(self, char: str) -> None:
+        self._held += char
+        if char != "{":
+            return
+        name, _, after = self._held[:-1].partition(ARGS)
+        name, _, call_id = name.partition(CALL_ID)
+        if not name.strip() or after.strip():
+            self._reading.content(TOOL_CALLS + self._held)
+            self._held, self._mode = "", "text"
+            return
+        self._reading.start(name.strip(), call_id.strip() or None)
+        self._held, self._mode, self._value = "", "arguments", ValueScanner()
+        self._in_arguments(char)
+
+    def _in_arguments(self, char: str) -> None:
+        self._value.add(char)
+        self._reading.arguments(char)
+        if self._value.ended:
+            self._mode = "text"
+
+
+class ListParser:
+    """The whole answer is a JSON list of calls: what a constrained answer is held to."""
+
+    def __init__(self) -> None:
+        self._mistral = MistralParser()
+        self._mistral.feed(TOOL_CALLS)
+
+    def feed(self, text: str) -> list[Delta]:
+        return self._mistral.feed(text)
+
+    def finish(self) -> list[Delta]:
+        return self._mistral.finish()
+
+
+class NamedParser:
+    """The whole answer is the arguments of one call."""
+
+    def __init__(self, name: str):
+        self._pending: list[Delta] = [Start(0, name)]
+
+    def feed(self, text: str) -> list[Delta]:
+        deltas, self._pending = self._pending, []
+        return [*deltas, Arguments(0, text)] if text else deltas
+
+    def finish(self) -> list[Delta]:
+        return self.feed("")
+
+
+STYLES: Mapping[str, Callable[[], Parser]] = {
+    "hermes": HermesParser,
+    "llama3_json": Llama3Parser,
+    "mistral": MistralParser,
+}
+SPECIAL_MARKS = ("llama3_json", "mistral")  # styles whose marks are special tokens: text must keep them
+
+MARKS: tuple[tuple[str, str | None], ...] = (
+    ("<function=", None),  # XML inside of <tool_call> (Qwen3-Coder): not read
+    (TOOL_CALL, "hermes"),
+    (TOOL_CALLS, "mistral"),
+    (PYTHON_TAG, "llama3_json"),
+    ('"parameters": ', "llama3_json"),
+)  # what a template writes -> its style; the first that occurs
+
+
+def detect_style(chat_template: str | None) -> str | None:
+    """The style that a chat template shows to its model; None where it is none of those known."""
+    return next((style for mark, style in MARKS if mark in (chat_template or "")), None)
+
+
+def make_parser(style: str) -> Parser:
+    return STYLES[style]()
