@@ -67,7 +67,6 @@ def serve(
         served_model_names=tuple(served_model_name or (served_name(model),)),
         tool_call_parser=tool_call_parser,
         metrics_port=metrics_port,
-        weight_folders=tuple(weights_from or ()),
         tls_cert=tls_cert,
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
@@ -76,6 +75,7 @@ def serve(
         max_output_tokens=max_output_tokens,
         max_message_bytes=max_message_bytes,
         request_timeout_s=request_timeout,
+        weight_folders=tuple(weights_from or ()),
         drain_timeout_s=drain_timeout,
         slow_reader_timeout_s=slow_reader_timeout,
     )

@@ -26,6 +26,7 @@ from jaxserve.request import (
     FinishReason,
     PageMap,
     Pooling,
+    QueueFullError,
     Request,
     RequestError,
     SamplingParams,
@@ -112,6 +113,8 @@ class AsyncEngine:
         engine_factory: builds the engine. It is called in the engine thread, so a server can answer while it loads.
         slow_reader_timeout_s: a stream whose reader takes nothing for this long while events are pending is aborted,
             and raises ``SlowReaderError``. Pending events are bounded by the request's ``max_total_len`` times ``n``.
+        max_concurrent_requests: more than so many that are queued or running are refused with ``QueueFullError``; None:
+            as many as the engine's queue takes.
         observer: called with (request, event) once for every event, on the loop that streams the request.
     """
 
@@ -120,10 +123,12 @@ class AsyncEngine:
         engine_factory: Callable[[], EngineCore],
         *,
         slow_reader_timeout_s: float = 30.0,
+        max_concurrent_requests: int | None = None,
         observer: Callable[[Request, TokenEvent], None] | None = None,
     ):
         self._factory = engine_factory
         self._slow_reader_timeout_s = slow_reader_timeout_s
+        self._max_concurrent_requests = max_concurrent_requests
         self._observer = observer
         self._wake = threading.Condition()  # guards _state and _commands
         self._state: State = "loading"
@@ -351,6 +356,11 @@ class AsyncEngine:
         request_id = stream.request.request_id
         if request_id in self._streams:
             raise DuplicateRequestError("request_id", f"{request_id!r} is queued or running")
+        limit = self._max_concurrent_requests
+        if limit is not None and len(self._streams) >= limit:
+            raise QueueFullError(
+                f"{len(self._streams)} requests are queued or running, max_concurrent_requests={limit}"
+            )
         engine.add_request(stream.request)
         self._streams[request_id] = stream
 

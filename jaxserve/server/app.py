@@ -27,7 +27,6 @@ from jaxserve.server.http.app import make_app
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.guard import Guard
 from jaxserve.server.http.listener import HttpListener
-from jaxserve.server.limits import Admission
 from jaxserve.server.logs import RequestLog
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
@@ -87,7 +86,6 @@ class Server:
         keys = None if options.api_keys_file is None else ApiKeys.from_file(options.api_keys_file)
         context, credentials = http_context(options), grpc_credentials(options)
         warn_if_open(options)
-        admission = Admission(options.max_concurrent_requests)
         for port in (options.port, options.http_port, options.metrics_port):
             if port is not None:
                 check_can_bind(options.host, port)
@@ -136,10 +134,15 @@ class Server:
             recent.observe(request, event)
 
         # Last of what can fail: its thread cannot be interrupted while it loads.
-        self._engine = AsyncEngine(self._factory, slow_reader_timeout_s=options.slow_reader_timeout_s, observer=observe)
-        self._service = InferenceService(self.engine, options, admission)
+        self._engine = AsyncEngine(
+            self._factory,
+            slow_reader_timeout_s=options.slow_reader_timeout_s,
+            max_concurrent_requests=options.max_concurrent_requests,
+            observer=observe,
+        )
+        self._service = InferenceService(self.engine, options)
         if listening is not None:
-            backend = Backend(self.engine, options, metrics.registry, admission, recent)
+            backend = Backend(self.engine, options, metrics.registry, recent)
             self._guard = Guard(make_app(backend), options, keys)
             self._http = HttpListener(self._guard, listening, options.max_message_bytes, context)
             self.http_port = self._http.port

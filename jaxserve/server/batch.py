@@ -9,7 +9,6 @@ import grpc
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.request import FinishReason, Request
 from jaxserve.server import codec
-from jaxserve.server.limits import Admission
 from jaxserve.server.v1 import inference_pb2 as pb
 
 Read = Callable[[pb.GenerateRequest], Awaitable[Request]]
@@ -22,19 +21,13 @@ class MissingIdError(Exception):
 
 
 async def run_batch(
-    messages: AsyncIterator[pb.GenerateRequest],
-    engine: AsyncEngine,
-    admission: Admission,
-    read: Read,
-    write: Write,
-    failed: Failed,
+    messages: AsyncIterator[pb.GenerateRequest], engine: AsyncEngine, read: Read, write: Write, failed: Failed
 ) -> set[FinishReason]:
     """Runs every request of ``messages`` until they and their chunks have ended; returns how any of them ended.
 
     A request that fails has a chunk that says so, and the others go on; whatever ends the call ends them all.
 
     Args:
-        admission: counts each request while it is open.
         read: from a message to the engine's request.
         write: hands a chunk to the transport; called by one task at a time.
         failed: the chunk that tells what became of a request.
@@ -47,10 +40,7 @@ async def run_batch(
             await write(chunk)
 
     async def run(message: pb.GenerateRequest) -> None:
-        admitted = False
         try:
-            admission.take(1)
-            admitted = True
             request = await read(message)
             async with aclosing(engine.stream_batches(request)) as batches:
                 async for events in batches:
@@ -61,8 +51,6 @@ async def run_batch(
             if (chunk := failed(message.request_id, error)) is None:
                 raise
             await say(chunk)
-        finally:
-            admission.give(admitted)
 
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -218,7 +218,7 @@ class AsyncClient:
     """The same on asyncio. Belongs to the event loop it is made in."""
 
     def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, tls: TLS | None = None):
-        kinds = (_AsyncUnaryBearer, _AsyncStreamBearer, _AsyncBatchBearer)  # a class of two kinds counts as one of them
+        kinds = (_AsyncUnaryBearer, _AsyncStreamBearer, _AsyncBatchBearer)
         bearers = [] if api_key is None else [kind(api_key) for kind in kinds]
         if tls is None:
             self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS, interceptors=bearers)

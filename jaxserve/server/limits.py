@@ -6,28 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from jaxserve.engine.async_engine import EngineCore
-from jaxserve.request import QueueFullError, Request, RequestError, SamplingParams
+from jaxserve.request import Request, RequestError, SamplingParams
 from jaxserve.server.options import ServerOptions
-
-
-class Admission:
-    """Counts the requests that are open, and refuses those beyond ``limit`` (None: there is none)."""
-
-    def __init__(self, limit: int | None):
-        self._limit = limit
-        self.num_open = 0
-
-    def take(self, num_requests: int) -> None:
-        """QueueFullError, and nothing taken, where they would be too many."""
-        if self._limit is not None and self.num_open + num_requests > self._limit:
-            raise QueueFullError(
-                f"{self.num_open} requests are open, max_concurrent_requests={self._limit}: "
-                f"no room for {num_requests} more"
-            )
-        self.num_open += num_requests
-
-    def give(self, num_requests: int) -> None:
-        self.num_open -= num_requests
 
 
 def limited_deadline(options: ServerOptions, deadline: float | None) -> float | None:
@@ -36,6 +16,11 @@ def limited_deadline(options: ServerOptions, deadline: float | None) -> float | 
         return deadline
     limit = time.monotonic() + options.request_timeout_s
     return limit if deadline is None else min(limit, deadline)
+
+
+def remaining_deadline(options: ServerOptions, remaining_s: float | None) -> float | None:
+    """The same of a call that has ``remaining_s`` left."""
+    return limited_deadline(options, None if remaining_s is None else time.monotonic() + remaining_s)
 
 
 def make_request(

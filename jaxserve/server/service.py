@@ -21,7 +21,7 @@ from jaxserve.engine.event_stream import SlowReaderError
 from jaxserve.request import QueueFullError, Request, RequestError
 from jaxserve.server import codec
 from jaxserve.server.batch import MissingIdError, run_batch
-from jaxserve.server.limits import Admission, limited_deadline, make_request
+from jaxserve.server.limits import make_request, remaining_deadline
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -46,10 +46,9 @@ ANSWERED = tuple(kind for kind, _ in STATUS)
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """``idle`` is set while no Generate call is open, its last bytes handed to the transport or its reader too slow."""
 
-    def __init__(self, engine: AsyncEngine, options: ServerOptions, admission: Admission):
+    def __init__(self, engine: AsyncEngine, options: ServerOptions):
         self._engine = engine
         self._options = options
-        self._admission = admission
         self._started = time.monotonic()
         self._num_open = 0
         self.idle = asyncio.Event()
@@ -57,14 +56,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         self._count_open(context)
-        remaining_s = context.time_remaining()
-        deadline = limited_deadline(self._options, None if remaining_s is None else time.monotonic() + remaining_s)
+        deadline = remaining_deadline(self._options, context.time_remaining())
         finish_reason = None
         started = False
-        admitted = False
         try:
-            self._admission.take(1)
-            admitted = True
             # Tokenizing may take long, and the event loop has other streams to serve.
             engine_request = await asyncio.to_thread(self._read_request, request, deadline)
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
@@ -79,8 +74,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort_unread(context, error)
         except ANSWERED as error:
             await _abort(context, error)
-        finally:
-            self._admission.give(admitted)
         if finish_reason == "deadline":
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
         if finish_reason == "abort" and self._engine.state != "ready":
@@ -90,18 +83,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
     ) -> None:
         self._count_open(context)
-        remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else time.monotonic() + remaining_s
+        deadline = remaining_deadline(self._options, context.time_remaining())
 
         async def read(message: pb.GenerateRequest) -> Request:
-            return await asyncio.to_thread(self._read_request, message, limited_deadline(self._options, deadline))
+            return await asyncio.to_thread(self._read_request, message, deadline)
 
         async def write(chunk: pb.BatchChunk) -> None:
             await self._write(context, chunk)
 
         await context.send_initial_metadata(())
         try:
-            ends = await run_batch(request_iterator, self._engine, self._admission, read, write, _failure)
+            ends = await run_batch(request_iterator, self._engine, read, write, _failure)
         except SlowReaderError as error:
             await _abort_unread(context, error)
         except MissingIdError as error:
@@ -115,12 +107,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
         self._count_open(context)
-        remaining_s = context.time_remaining()
-        deadline = limited_deadline(self._options, None if remaining_s is None else time.monotonic() + remaining_s)
-        admitted = False
+        deadline = remaining_deadline(self._options, context.time_remaining())
         try:
-            self._admission.take(1)
-            admitted = True
             engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline)
             embedding = await self._engine.embed(engine_request)
         except RequestEndedError as error:
@@ -128,8 +116,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await context.abort(code, str(error))
         except ANSWERED as error:
             await _abort(context, error)
-        finally:
-            self._admission.give(admitted)
         return pb.EmbedResponse(
             request_id=embedding.request_id, values=embedding.values, prompt_tokens=embedding.prompt_len
         )
@@ -218,10 +204,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _read_embed_request(self, message: pb.EmbedRequest, deadline: float | None) -> Request:
         prompt = codec.read_prompt(message)
         assert not isinstance(prompt, list)
-        limit = self._options.max_prompt_bytes
-        num_bytes = len(prompt.encode()) if isinstance(prompt, str) else 0
-        if limit is not None and num_bytes > limit:
-            raise RequestError("prompt", f"{num_bytes} bytes, this server takes at most {limit}")
+        if isinstance(prompt, str):
+            check_bytes("prompt", prompt, self._options.max_prompt_bytes)
         options = codec.read_embed_options(message)
         return self._engine.engine.make_embedding_request(prompt, deadline=deadline, **options)
 

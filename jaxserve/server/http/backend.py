@@ -7,7 +7,6 @@ from prometheus_client import CollectorRegistry
 
 from jaxserve.engine.async_engine import AsyncEngine, EngineCore
 from jaxserve.server.http.errors import NO_SUCH_MODEL, HTTPError
-from jaxserve.server.limits import Admission
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.recent import RecentLatencies
 from jaxserve.server.tool_calls import detect_style
@@ -18,7 +17,6 @@ class Backend:
     async_engine: AsyncEngine
     options: ServerOptions
     registry: CollectorRegistry
-    admission: Admission
     recent: RecentLatencies
 
     @property

@@ -193,7 +193,7 @@ def entries_of(events: Sequence[TokenEvent]) -> list[Entry]:
 def _prompt_entries(plan: Plan, request_index: int, events: Sequence[TokenEvent]) -> list[Entry]:
     """Of the prompt's tokens, where ``echo`` and ``logprobs`` ask for them: they come with the first choice's first
     token, and of the first token of all there are none."""
-    found: Any = next((p for e in events if (p := getattr(e, "prompt_logprobs", None)) is not None), None)
+    found = next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None)
     if not plan.echo or found is None:
         return []
     ids = plan.requests[request_index].prompt_token_ids

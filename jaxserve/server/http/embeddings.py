@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response
 
+from jaxserve.request import Pooling, RequestError
 from jaxserve.request import Request as EngineRequest
-from jaxserve.request import RequestError
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.completions import read_prompts, token_ids_of
 from jaxserve.server.http.errors import unfinished
@@ -28,7 +28,7 @@ class EmbeddingRequest(BaseModel):
     input: Any = required(PROMPT)
     encoding_format: str | None = None
     dimensions: Any = optional(COUNT)
-    pooling: str | None = None
+    pooling: Pooling | None = None
     normalize: Any = optional(BOOLEAN)
     truncate_prompt_tokens: Any = optional(COUNT)
     add_special_tokens: Any = optional(BOOLEAN)
@@ -60,9 +60,7 @@ def embeddings_routes(backend: Backend) -> APIRouter:
 
 def _requests(backend: Backend, body: EmbeddingRequest, deadline: float | None) -> list[EngineRequest]:
     """In a thread: tokenizes."""
-    engine: Any = backend.engine
-    if not hasattr(engine, "make_embedding_request"):
-        raise RequestError("input", "embeddings are not supported yet")
+    engine = backend.engine
     if body.encoding_format not in (None, *FORMATS):
         raise RequestError("encoding_format", f"{body.encoding_format!r:.80} is not one of {', '.join(FORMATS)}")
     width = engine.model_config.hidden_size
@@ -97,8 +95,8 @@ async def _embedded(generation: Generation) -> list[np.ndarray]:
     try:
         async for i, events in generation:
             for event in events:
-                if (vector := getattr(event, "embedding", None)) is not None:
-                    found[i] = vector
+                if event.embedding is not None:
+                    found[i] = event.embedding
                 elif (error := unfinished(event.finish_reason, generation.engine.state)) is not None:
                     raise error
     finally:

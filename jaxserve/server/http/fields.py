@@ -40,9 +40,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }  # known elsewhere: field -> values that ask for nothing, and why others are refused
 
 
-LATER = ("stream_interval", "stream_max_delay_s")  # refused where the engine's SamplingParams have no such field
-
-
 def optional(schema: dict[str, Any]) -> Any:
     """A field that may be left out, of any value: ``schema`` is for the OpenAPI document."""
     return Field(default=None, json_schema_extra={"anyOf": [schema, {"type": "null"}]})
@@ -138,8 +135,6 @@ class Body(BaseModel):
             return values
         kept = {}
         for name, value in values.items():
-            if name in LATER and value is not None and name not in SamplingParams.__dataclass_fields__:
-                raise RequestError(name, "not supported yet")
             if name in cls.model_fields:
                 kept[name] = value
             elif name in NO_OPS:

@@ -34,17 +34,11 @@ def deadline_of(headers: Mapping[str, str], options: ServerOptions) -> float | N
 
 
 class Generation:
-    """The requests of one HTTP call, running: an iterator over their pieces. ``aclose`` aborts what is unfinished.
-
-    Raises QueueFullError where the server has too many open.
-    """
+    """The requests of one HTTP call, running: an iterator over their pieces. ``aclose`` aborts what is unfinished."""
 
     def __init__(self, backend: Backend, requests: Sequence[Request]):
         self.engine = backend.async_engine
         self.requests = requests
-        self._admission = backend.admission
-        self._admission.take(len(requests))
-        self._num_taken = len(requests)
         self._pieces = _merged(self.engine, requests)
         self._first: Piece | None = None
 
@@ -66,8 +60,6 @@ class Generation:
         return await anext(self._pieces)
 
     async def aclose(self) -> None:
-        self._admission.give(self._num_taken)
-        self._num_taken = 0
         await self._pieces.aclose()
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxserve.request import RequestError, SamplingParams
+from jaxserve.request import RequestError
 from jaxserve.server.http.fields import Body
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
@@ -32,9 +32,7 @@ def constraint_of(body: Body, response_format: Any, schema: dict[str, Any] | Non
     if len(asked) > 1:
         first, second, *_ = asked
         raise RequestError(second, f"set, but {first} holds the answer to something already")
-    ((name, value),) = asked.items()
-    if "structured_outputs" not in SamplingParams.__dataclass_fields__:
-        raise RequestError(name, "structured output is not supported yet")
+    (value,) = asked.values()
     return {"structured_outputs": value}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.request import RequestError, SamplingParams
+from jaxserve.request import SamplingParams
 from jaxserve.server.http.chat import ChatRequest
 from jaxserve.server.http.structured import constraint_name, constraint_of
 from tests.server.http.conftest import Web, web
@@ -23,7 +23,6 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"guided_grammar": "start: /a/"}, {"grammar": "start: /a/"}),
     ({"structured_outputs": {"regex": "a+", "json": None}}, {"regex": "a+"}),
 ]
-IMPLEMENTED = "structured_outputs" in SamplingParams.__dataclass_fields__
 
 
 @pytest.mark.parametrize(("fields", "expected"), WAYS)
@@ -31,12 +30,6 @@ async def test_the_ways_of_saying_it(site: Web, fields: dict[str, Any], expected
     (name,) = fields
     body = ChatRequest(messages=HELLO, **fields)
     assert constraint_name(body, body.response_format) == name
-    if not IMPLEMENTED:
-        with pytest.raises(RequestError, match=f"^{name}: .*not supported yet"):
-            constraint_of(body, body.response_format, None)
-        status, error = await site.refused("/v1/chat/completions", messages=HELLO, **fields)
-        assert (status, error["param"]) == (400, name)
-        return
     assert constraint_of(body, body.response_format, None) == {"structured_outputs": expected}
     given: dict[str, Any] = {"max_tokens": 1, "structured_outputs": expected}
     for path, prompt in (("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "a"})):
@@ -67,16 +60,13 @@ async def test_tools_that_must_be_called():
     ):
         async with web(engine(says)) as site:
             body = {"messages": HELLO, "tools": TOOLS, "tool_choice": choice}
-            if not IMPLEMENTED:
-                status, error = await site.refused("/v1/chat/completions", **body)
-                assert (status, error["param"]) == (400, "tool_choice")
-                continue
             answer = await site.post("/v1/chat/completions", **body)
             message = answer["choices"][0]["message"]
             assert [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]] == expected
             assert answer["choices"][0]["finish_reason"] == "tool_calls" and message["content"] is None
-            params: Any = site.engine.requests[-1].params
-            schema = json.loads(params.structured_outputs.json)
+            held = site.engine.requests[-1].params.structured_outputs
+            assert held is not None
+            schema = json.loads(held.json)
             if choice == "required":
                 assert schema["minItems"] == 1 and "maxItems" not in schema
                 assert [c["properties"]["name"]["const"] for c in schema["items"]["anyOf"]] == ["f", "g"]
