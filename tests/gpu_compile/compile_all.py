@@ -125,7 +125,11 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     params = jax.tree.unflatten(jax.tree.structure(formats), leaves)
     cache = CacheConfig(num_pages=NUM_PAGES, page_size=PAGE_SIZE)
     dims = StepDims(
-        num_slots=NUM_SLOTS, max_pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE, num_pages=NUM_PAGES, page_size=PAGE_SIZE
+        num_slots=NUM_SLOTS,
+        max_pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE,
+        num_pages=NUM_PAGES,
+        page_size=PAGE_SIZE,
+        hidden_tokens=CHUNK_TOKENS,  # kept for scores of prompts and for embeddings
     )
     state = state_shape(config, cache, dims, mesh, jnp.dtype("bfloat16"))
     start = time.perf_counter()

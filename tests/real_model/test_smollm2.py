@@ -82,5 +82,5 @@ def test_greedy_tokens_of_the_4_bit_weights_as_they_are():
     with Engine.from_pretrained(DEFAULT_MODEL, quantization="gguf", dtype="float32", **options) as engine:
         sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, prompt_logprobs=0)
         (completion,) = engine.generate([prompt["prompt_token_ids"]], sampling)
-    assert len(completion.prompt_logprobs) == completion.prompt_len  # the head is quantized for them, too
+    assert completion.prompt_logprobs is not None and len(completion.prompt_logprobs) == completion.prompt_len
     assert completion.token_ids == prompt["new_token_ids"][:count]
