@@ -132,9 +132,9 @@ def test_every_piece_has_one_place():
             assert len(set(owner[block * steps : (block + 1) * steps])) == count <= split.pieces
 
 
-@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (32, False), (96, False)])
+@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (32, False)])
 def test_many_tokens_take_the_dequantized_matrix(group, symmetric):
-    w, weight = matrix(4, 72, {128: 256, 32: 192, 96: 96}[group], group, symmetric=symmetric)
+    w, weight = matrix(4, 72, {128: 256, 32: 192}[group], group, symmetric=symmetric)
     prepared = prepare(w)
     f, d = weight.shape
     padded = jnp.pad(prepared.row_scale, (0, -f % 128))

@@ -30,7 +30,6 @@ CASES = {
     # m, f, d, tuning
     "halves of a tile": (3, 128, 1280, Tuning(num_sms=3, ring=2)),
     "four blocks of features, padded": (24, 200, 288, Tuning(num_sms=3)),
-    "whole blocks": (9, 384, 256, Tuning(num_sms=2, busy=0.7)),
     "dequantized": (9, 200, 288, Tuning(many_tokens=8)),
     "dequantized by XLA": (9, 200, 288, Tuning(many_tokens=8, xla_dequantizes=True)),
 }
