@@ -169,6 +169,8 @@ def _whole(chunks: "list[Chunk]") -> dict[str, Any]:
         "logprobs": logprobs or None,
     }
     del values["index"]  # of the last chunk
+    if values["usage"] is not None:
+        del values["usage"]["admitted_at"]  # by the server's own clock, which no wire carries
     return values
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ModelConfig
 from jaxserve.execution import sampling
-from jaxserve.execution.step import StageParams, pack_outputs, stage_param_specs
+from jaxserve.execution.step import StageParams, pack_outputs
 from jaxserve.model import decoder, layers
 from jaxserve.parallel import specs
 
@@ -36,12 +36,14 @@ def head_params(params: StageParams) -> HeadParams:
     return HeadParams(params.final_norm, params.final_norm_bias, params.embed if params.head is None else params.head)
 
 
-def make_scorer(config: ModelConfig, mesh: Mesh, max_logprobs: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_scorer(
+    config: ModelConfig, mesh: Mesh, max_logprobs: int, params_specs: HeadParams
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """``scorer(params, hidden [ST, TH, D], fields [2, C] i32) -> (packed [C, 2 + 2 * KL] i32, logprobs [C, V] f32)``.
 
     ``fields`` are the places of tokens in the step and the ids that follow them. ``packed`` is for
     ``step_io.unpack_outputs``: log-probabilities of those ids and the best; ``logprobs`` are all, to be copied on
-    demand only.
+    demand only. ``params_specs`` are the PartitionSpecs of ``params``.
     """
 
     def scorer(params: HeadParams, hidden: jax.Array, fields: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -51,11 +53,11 @@ def make_scorer(config: ModelConfig, mesh: Mesh, max_logprobs: int) -> Callable[
         chosen, top_ids, top = sampling.top_logprobs(logits, fields[1], jnp.ones_like(fields[1]), max_logprobs)
         return pack_outputs(fields[1], chosen, top_ids, top), jax.nn.log_softmax(logits, axis=1)
 
-    in_specs = (head_params(stage_param_specs(config, mesh.shape["stage"])), specs.HIDDEN, P())
+    in_specs = (params_specs, specs.HIDDEN, P())
     return jax.shard_map(scorer, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=False)
 
 
-def make_pooler(config: ModelConfig, mesh: Mesh, num_rows: int) -> Callable[..., jax.Array]:
+def make_pooler(config: ModelConfig, mesh: Mesh, num_rows: int, params_specs: HeadParams) -> Callable[..., jax.Array]:
     """``pooler(params, hidden [ST, TH, D], rows [TH] i32) -> sums [R, D] f32``: of the final norm's outputs of the
     tokens that ``rows`` gives to each; R: to none."""
 
@@ -64,7 +66,7 @@ def make_pooler(config: ModelConfig, mesh: Mesh, num_rows: int) -> Callable[...,
         sums = jnp.zeros((num_rows, x.shape[1]), jnp.float32).at[rows].add(x.astype(jnp.float32), mode="drop")
         return decoder.from_last_stage(sums)
 
-    in_specs = (head_params(stage_param_specs(config, mesh.shape["stage"])), specs.HIDDEN, P())
+    in_specs = (params_specs, specs.HIDDEN, P())
     return jax.shard_map(pooler, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
 
 

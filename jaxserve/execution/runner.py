@@ -133,8 +133,9 @@ def lower_scorer(
 ) -> jax.stages.Lowered:
     """``hidden.make_scorer``, lowered for ``params`` and ``state`` (arrays or shapes)."""
     fields = jax.ShapeDtypeStruct((2, SCORE_ROWS), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
-    scorer = jax.jit(make_scorer(config, mesh, dims.max_logprobs))
-    return scorer.lower(head_params(params), state.hidden, fields)
+    head = head_params(params)
+    scorer = jax.jit(make_scorer(config, mesh, dims.max_logprobs, jax.tree.map(lambda x: x.sharding.spec, head)))
+    return scorer.lower(head, state.hidden, fields)
 
 
 def lower_pooler(
@@ -142,7 +143,9 @@ def lower_pooler(
 ) -> jax.stages.Lowered:
     """``hidden.make_pooler``, lowered for ``params`` and ``state`` (arrays or shapes)."""
     rows = jax.ShapeDtypeStruct((dims.hidden_tokens,), jnp.int32, sharding=NamedSharding(mesh, specs.REPLICATED))
-    return jax.jit(make_pooler(config, mesh, dims.num_slots)).lower(head_params(params), state.hidden, rows)
+    head = head_params(params)
+    pooler = jax.jit(make_pooler(config, mesh, dims.num_slots, jax.tree.map(lambda x: x.sharding.spec, head)))
+    return pooler.lower(head, state.hidden, rows)
 
 
 # XLA's own choices that are wrong for a step. Slices by address: it would hand a kernel a slice of the packed inputs by

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve import Engine, SamplingParams
+from jaxserve import Engine, SamplingParams, StructuredOutputs
 from jaxserve.checkpoint.resolve import DEFAULT_MODEL
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine compiles and runs slowly
@@ -53,10 +53,34 @@ def test_stream_concatenates_to_the_text(engine):
     assert "".join(e.text for e in events) == engine.tokenizer.decode(ids)
 
 
+def test_json_of_a_schema_beside_free_text(engine):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    prompt = REFERENCE["prompts"][0]
+    held = SamplingParams(temperature=0, max_tokens=120, structured_outputs=StructuredOutputs(json=schema))
+    text = "Alice is 31 years old. As JSON: "
+    free, structured = engine.generate([prompt["text"], text], [params(prompt), held])
+    assert free.token_ids == prompt["new_token_ids"]
+    assert structured.finish_reason == "stop" and set(json.loads(structured.text)) == {"name", "age"}
+
+
+def test_prompt_log_probabilities_find_the_greedy_tokens(engine):
+    prompt = REFERENCE["prompts"][1]
+    ids = [*prompt["prompt_token_ids"], *prompt["new_token_ids"]]
+    (scored,) = engine.generate([ids], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))
+    for entry in scored.prompt_logprobs[len(prompt["prompt_token_ids"]) :]:
+        assert entry.top == ((entry.token_id, entry.logprob),)
+
+
 def test_greedy_tokens_of_the_4_bit_weights_as_they_are():
     prompt, count = REFERENCE["prompts"][0], 40
-    options = {"max_model_len": 128, "max_num_seqs": 1, "prefill_sizes": (64,), "samplings": ("greedy",)}
+    options = {"max_model_len": 128, "max_num_seqs": 1, "prefill_sizes": (64,)}
     with Engine.from_pretrained(DEFAULT_MODEL, quantization="gguf", dtype="float32", **options) as engine:
-        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, prompt_logprobs=0)
         (completion,) = engine.generate([prompt["prompt_token_ids"]], sampling)
+    assert len(completion.prompt_logprobs) == completion.prompt_len  # the head is quantized for them, too
     assert completion.token_ids == prompt["new_token_ids"][:count]
