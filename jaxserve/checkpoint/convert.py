@@ -129,6 +129,8 @@ def source_digest(checkpoint: Checkpoint) -> str:
     facts = [checkpoint.model_name, checkpoint.architecture, checkpoint.num_bytes, checkpoint.num_params]
     if checkpoint.config.quantization is not None:  # kept, which makes another folder than dequantized
         facts.append(checkpoint.config.quantization.method)
+    if recipe := getattr(checkpoint, "recipe", None):  # of what is quantized on the way
+        facts.append(recipe)
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
     return hashlib.sha256(json.dumps([facts, stats]).encode()).hexdigest()
 

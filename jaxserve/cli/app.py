@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import jaxserve
-from jaxserve.cli import converting, local, measuring, remote, serving
+from jaxserve.cli import converting, evaluating, local, measuring, remote, serving
 from jaxserve.cli.loading import INTERRUPTED
 
 BAD_INPUT, FAILURE = 2, 1
@@ -28,6 +28,7 @@ app.add_typer(remote.app, name="client")
 app.command()(local.info)
 app.command()(converting.convert)
 app.add_typer(measuring.app, name="bench")
+app.add_typer(evaluating.app, name="eval")
 
 
 @app.callback(invoke_without_command=True)

@@ -21,8 +21,20 @@ def convert(
     format: Annotated[
         str, typer.Option(help="orbax, our own; or safetensors, for what came from a Hugging Face folder.")
     ] = "orbax",
+    quantize: Annotated[
+        str | None, typer.Option(help="Quantize the layers' matrices: int8, w8a8 or int4-rtn. (default: no)")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Input columns that share an int4's scale. (default: 128, 64 or 32, what divides)"),
+    ] = None,
 ) -> None:
-    """Write a checkpoint in our own format, or back to safetensors. Run it again to continue after an interruption."""
+    """Write a checkpoint in our own format, quantized if asked, or back to safetensors. Run it again to continue after
+    an interruption."""
+    if quantize is None and group_size is not None:
+        raise ValueError(f"group_size={group_size} is of --quantize, which is not given")
+    if quantize is not None and format != "orbax":
+        raise ValueError(f"format={format!r:.40}: quantize={quantize!r:.40} writes orbax only")
     from jaxserve.checkpoint.convert import convert as convert_checkpoint
 
     interrupted_at: tuple[int, int] | None = None
@@ -35,7 +47,22 @@ def convert(
             progress(stage, done, total)
 
         try:
-            convert_checkpoint(src, dst, dtype=dtype, quantization=quantization, format=format, on_progress=on_progress)
+            if quantize is None:
+                convert_checkpoint(
+                    src, dst, dtype=dtype, quantization=quantization, format=format, on_progress=on_progress
+                )
+            else:
+                from jaxserve.quantization.convert import quantize as quantize_checkpoint
+
+                quantize_checkpoint(
+                    src,
+                    dst,
+                    method=quantize,
+                    group_size=group_size,
+                    dtype=dtype,
+                    quantization=quantization,
+                    on_progress=on_progress,
+                )
         except KeyboardInterrupt:
             progress.__exit__(None, None, None)
             if interrupted_at is not None:

@@ -17,6 +17,7 @@ ROOMS = {
     "jaxserve.execution": "device wing",
     "jaxserve.execution.runner": "runner",
     "jaxserve.checkpoint": "checkpoint",
+    "jaxserve.quantization": "quantization",
     "jaxserve.engine": "engine",
     "jaxserve.bench": "bench",
     "jaxserve.server": "server",
@@ -33,10 +34,11 @@ MAY_IMPORT = {
     "device wing": {"kernels", "configs"},
     "runner": {"kernels", "configs", "device wing"},
     "checkpoint": {"configs", "host wing", "device wing"},
+    "quantization": {"configs", "host wing", "device wing", "checkpoint"},
     "engine": {"kernels", "configs", "host wing", "device wing", "runner", "checkpoint"},
     "bench": {"names", "kernels", "configs", "host wing", "device wing", "runner", "checkpoint", "engine"},
     "server": {"names", "configs", "host wing", "engine"},
-    "cli": {"names", "configs", "host wing", "device wing", "checkpoint", "engine", "bench", "server"},
+    "cli": {"names", "configs", "host wing", "device wing", "checkpoint", "quantization", "engine", "bench", "server"},
 }  # besides itself
 
 
