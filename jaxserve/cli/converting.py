@@ -22,17 +22,22 @@ def convert(
         str, typer.Option(help="orbax, our own; or safetensors, for what came from a Hugging Face folder.")
     ] = "orbax",
     quantize: Annotated[
-        str | None, typer.Option(help="Quantize the layers' matrices: int8, w8a8 or int4-rtn. (default: no)")
+        str | None, typer.Option(help="Quantize the layers' matrices: int8, w8a8, int4-rtn, gptq or awq. (default: no)")
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Input columns that share an int4's scale. (default: 128, 64 or 32, what divides)"),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A file of text for gptq and awq. (default: a small one of our own)")
     ] = None,
 ) -> None:
     """Write a checkpoint in our own format, quantized if asked, or back to safetensors. Run it again to continue after
     an interruption."""
     if quantize is None and group_size is not None:
         raise ValueError(f"group_size={group_size} is of --quantize, which is not given")
+    if quantize is None and calibration is not None:
+        raise ValueError(f"calibration={str(calibration)!r} is of --quantize, which is not given")
     if quantize is not None and format != "orbax":
         raise ValueError(f"format={format!r:.40}: quantize={quantize!r:.40} writes orbax only")
     from jaxserve.checkpoint.convert import convert as convert_checkpoint
@@ -59,6 +64,7 @@ def convert(
                     dst,
                     method=quantize,
                     group_size=group_size,
+                    calibration=calibration,
                     dtype=dtype,
                     quantization=quantization,
                     on_progress=on_progress,

@@ -13,7 +13,10 @@ METHODS = {
     "int8": MatrixFormat(kind="int8"),
     "w8a8": MatrixFormat(kind="int8", activations="int8"),
     "int4-rtn": _INT4,
+    "gptq": dataclasses.replace(_INT4, has_perm=True),
+    "awq": _INT4,
 }  # groups of an int4 are chosen by the matrix' width
+CALIBRATED = frozenset({"gptq", "awq"})  # which read text
 GROUP_SIZES = (128, 64, 32)  # that kernels take, the cheapest first
 KEPT = frozenset({"embed", "head"})  # the first and last are the most sensitive, and a tied one is both
 

@@ -1,0 +1,110 @@
+"""GPTQ and AWQ against rounding to nearest, on matrices and on a whole model whose inputs are uneven."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.checkpoint import CheckpointError
+from jaxserve.model.layers import layer_kind
+from jaxserve.quantization.activations import Moments, layer_forward, layer_moments
+from jaxserve.quantization.awq import best_scale, rounded, scaled_layer
+from jaxserve.quantization.convert import quantize
+from jaxserve.quantization.gptq import gptq
+from tests import tiny
+from tests.oracle import oracle_logits
+from tests.quantization.test_rounding import live, plain_params
+
+
+def problem(rows: int = 24, columns: int = 64, tokens: int = 256):
+    """A matrix and inputs that are correlated and of very different sizes."""
+    r = np.random.default_rng(0)
+    w = r.standard_normal((rows, columns)).astype(np.float32)
+    x = r.standard_normal((tokens, 12)) @ r.standard_normal((12, columns)) + 0.3 * r.standard_normal((tokens, columns))
+    x = (x * np.exp(r.standard_normal(columns))).astype(np.float32)
+    return w, x, Moments(jnp.asarray(x.T @ x), jnp.asarray(np.abs(x).sum(0)))
+
+
+def dequantized(found) -> np.ndarray:
+    numbers = found.q.reshape(*found.scale.shape, -1)
+    values = (numbers * found.scale[..., None] + found.bias[..., None]).reshape(found.q.shape)
+    return values[:, np.argsort(found.perm)]
+
+
+def output_error(w: np.ndarray, approximated: np.ndarray, x: np.ndarray) -> float:
+    return float(np.linalg.norm(x @ (approximated - w).T) / np.linalg.norm(x @ w.T))
+
+
+def test_outputs_are_nearer_than_those_of_rounding():
+    w, x, moments = problem()
+    nearest = output_error(w, np.asarray(rounded(jnp.asarray(w), 16)), x)
+    found = gptq("m", w, moments.second, 16)
+    assert found.q.max() <= 15 and sorted(found.perm) == list(range(64))
+    assert output_error(w, dequantized(found), x) < 0.6 * nearest
+    scale = np.asarray(best_scale(jnp.asarray(w), *moments, group_size=16))
+    assert output_error(w, np.asarray(rounded(jnp.asarray(w * scale), 16)) / scale, x) < 0.9 * nearest
+
+
+def test_gptq_with_inputs_of_one_size_that_are_independent_is_rounding():
+    w, _, _ = problem()
+    found = gptq("m", w, jnp.eye(64), 16)
+    np.testing.assert_allclose(dequantized(found), rounded(jnp.asarray(w), 16), atol=1e-5)
+
+
+def test_gptq_where_an_input_is_always_zero_and_where_moments_are_none():
+    w, x, _ = problem()
+    x[:, 5] = 0
+    found = dequantized(gptq("m", w, jnp.asarray(x.T @ x), 16))
+    assert np.isfinite(found).all() and output_error(w, found, x) < 0.1
+    with pytest.raises(CheckpointError, match=r"parameter m: its inputs' second moments cannot be factorized"):
+        gptq("m", w, -jnp.eye(64), 16)
+
+
+def layer() -> dict:
+    specs = tiny.params().layers[1]
+    return {
+        f.name: np.asarray(getattr(specs, f.name))
+        for f in dataclasses.fields(specs)
+        if getattr(specs, f.name) is not None
+    }
+
+
+def test_a_scaled_layer_computes_the_same():
+    p = layer()
+    xs = [np.asarray(jax.random.normal(jax.random.key(i), (20, 32))) * np.linspace(0.1, 5, 32) for i in range(2)]
+    config = tiny.CONFIG
+    moments = layer_moments(p, xs, config=config, layer=1)
+    scaled = scaled_layer(p, moments, {"qkv": 16, "attn_out": 16, "gate_up": 16, "down": 16}, config)
+    assert not np.allclose(scaled["attn_norm"], p["attn_norm"]) or not np.allclose(scaled["mlp_norm"], p["mlp_norm"])
+    kind = layer_kind(config, 1)
+    want, got = (layer_forward(q, xs[0], config=config, kind=kind)[0] for q in (p, scaled))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_models_are_nearer_than_the_rounded_one(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("".join(map(chr, np.random.default_rng(1).integers(32, 127, 1500))))
+    ids = tiny.tokenizer().encode(text.read_text()[:200])
+    want = oracle_logits(tiny.CONFIG, tiny.params(), ids)
+    errors = {}
+    for method in ("int4-rtn", "gptq", "awq"):
+        given = {} if method == "int4-rtn" else {"calibration": text}
+        folder = quantize(live(), tmp_path / method, method=method, group_size=16, **given)
+        errors[method] = np.square(oracle_logits(tiny.CONFIG, plain_params(folder), ids) - want).mean()
+    assert errors["gptq"] < errors["int4-rtn"] and errors["awq"] < errors["int4-rtn"], errors
+
+
+def test_calibration_that_cannot_be_is_refused(tmp_path):
+    def refused(message: str, source=None, **options):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            quantize(source or live(), tmp_path / "no", group_size=16, **options)
+
+    refused("calibration='x': quantize='int4-rtn' reads no text", method="int4-rtn", calibration="x")
+    refused(f"{tmp_path / 'x'}: cannot be read: No such file", method="gptq", calibration=tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"")
+    refused(f"{tmp_path / 'x'} has 0 tokens, at least 2", method="awq", calibration=tmp_path / "x")
+    embed = np.full_like(tiny.params().embed, np.nan)
+    refused("layers.0.qkv: its input on the calibration text is not finite", live(embed=embed), method="gptq")
