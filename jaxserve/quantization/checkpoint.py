@@ -9,7 +9,7 @@ import numpy as np
 from jaxserve.checkpoint.mapped import drop_pages_of
 from jaxserve.checkpoint.protocol import Checkpoint
 from jaxserve.config import MatrixFormat, ModelConfig
-from jaxserve.model.params import named_leaves, param_specs
+from jaxserve.model.params import ParamSource, named_leaves, param_specs
 from jaxserve.quantization.rounding import round_to_nearest
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -17,15 +17,15 @@ Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # ``model.params.ParamSou
 
 
 class QuantizedCheckpoint:
-    """``source``, whose parameters are ``read``'s (``checkpoint.protocol.Checkpoint``). Closing it closes the source.
+    """``source``, with the parameters of ``params`` (``checkpoint.protocol.Checkpoint``). Closing it closes the source.
 
     Attributes:
         config: of ``recipe.quantized_config``.
         recipe: what besides the source decides the values, for ``convert.source_digest``.
     """
 
-    def __init__(self, source: Checkpoint, config: ModelConfig, read: Read, recipe: str):
-        self._source, self.config, self.read, self.recipe = source, config, read, recipe
+    def __init__(self, source: Checkpoint, config: ModelConfig, params: ParamSource, recipe: str):
+        self._source, self.config, self._params, self.recipe = source, config, params, recipe
         self.path: Path = source.path
         self.source_folder: Path = getattr(source, "source_folder", source.path)
         self.architecture, self.model_name, self.license = source.architecture, source.model_name, source.license
@@ -46,6 +46,9 @@ class QuantizedCheckpoint:
 
     def tensor_types(self) -> dict[str, int]:
         return self._source.tensor_types()
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._params.read(name, index)
 
     def drop_pages(self) -> None:
         drop_pages_of(self._source)

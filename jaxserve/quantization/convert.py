@@ -58,13 +58,13 @@ def quantize(
     recipe = str(config.quantization)
     if method in CALIBRATED:
         sequences = calibration_sequences(src, CALIBRATION_TEXT if calibration is None else Path(calibration))
-        read = CalibratedSource(src.read, config, sequences).read
+        params = CalibratedSource(src.read, config, sequences)
         recipe += hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
     elif calibration is not None:
         raise CheckpointError(f"calibration={str(calibration)!r}: quantize={method!r} reads no text")
     else:
-        read = RoundedSource(src.read, config).read
-    return convert(QuantizedCheckpoint(src, config, read, recipe), dst, dtype=dtype, on_progress=on_progress)
+        params = RoundedSource(src.read, config)
+    return convert(QuantizedCheckpoint(src, config, params, recipe), dst, dtype=dtype, on_progress=on_progress)
 
 
 def calibration_sequences(source: Checkpoint, path: Path) -> list[list[int]]:

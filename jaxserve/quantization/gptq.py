@@ -40,7 +40,7 @@ def gptq(name: str, w: np.ndarray, second: jax.Array, group_size: int) -> Int4:
         factor = _factor(moments, damping)
         if bool(jnp.isfinite(factor).all()):
             q, scale, bias = _round(w_sorted, factor, group_size)
-            return Int4(*map(np.asarray, (q, scale, bias)), np.asarray(perm, np.int32))
+            return Int4(np.asarray(q), np.asarray(scale), np.asarray(bias), np.asarray(perm, np.int32))
     raise CheckpointError(
         f"parameter {name}: its inputs' second moments cannot be factorized with a damping of {DAMPING[-1]}: "
         "give more calibration text"
