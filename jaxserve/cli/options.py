@@ -115,7 +115,7 @@ class EngineOptions:
         ),
     ] = None
     page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None
-    prefill_sizes: Annotated[str | None, typer.Option(help='Prompt tokens in a step, as "64,256".')] = None
+    prefill_sizes: Annotated[str | None, typer.Option(help='Tokens in a step that reads prompts, as "64,256".')] = None
     decode_sizes: Annotated[
         str | None, typer.Option(help='Sequences that decode in a step, as "1,8"; the last is --max-num-seqs.')
     ] = None
