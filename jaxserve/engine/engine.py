@@ -204,9 +204,9 @@ class Engine:
             max_num_seqs: sequences that run at once.
             num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
             page_size: tokens a page.
-            prefill_sizes: ascending padded sizes, in tokens, of a step that reads prompts, those of the rows that decode
-                in it included; the last is the token budget, and more than ``max_num_seqs``.
-            decode_sizes: ascending padded sizes, in rows, of a step that reads none, the last equal to ``max_num_seqs``.
+            prefill_sizes: ascending padded sizes, in tokens, of a step that reads prompts, the tokens of rows that
+                decode in it included; the last is the token budget, and more than ``max_num_seqs``.
+            decode_sizes: ascending padded sizes, in rows, of a step that reads none, the last ``max_num_seqs``.
             samplings: what requests may ask of sampling, each a sampler more to compile (``step_io.SAMPLINGS``; None is
                 everything). ("greedy",) refuses every request that is not greedy.
             max_prefill_rows: sequences at most that have a prompt chunk in one step.
