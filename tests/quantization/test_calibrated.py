@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.checkpoint import CheckpointError
-from jaxserve.model.layers import layer_kind
+from jaxserve.model.layers import layer_kind, norm
 from jaxserve.model.params import TreeSource, named_leaves, param_specs
 from jaxserve.quantization.activations import Moments, layer_forward, layer_moments
 from jaxserve.quantization.awq import best_scale, rounded, scaled_layer
@@ -73,6 +73,20 @@ def layer() -> dict:
         for f in dataclasses.fields(specs)
         if getattr(specs, f.name) is not None
     }
+
+
+def test_layers_in_a_row_are_the_model():
+    ids = np.random.default_rng(6).integers(2, 259, 256).tolist()
+    x = np.asarray(tiny.params().embed)[ids]
+    for i, one in enumerate(tiny.params().layers):
+        p = {f.name: np.asarray(v) for f in dataclasses.fields(one) if (v := getattr(one, f.name)) is not None}
+        x, inputs = layer_forward(p, x, config=tiny.CONFIG, kind=layer_kind(tiny.CONFIG, i))
+    x = norm(x, tiny.params().final_norm, None, tiny.CONFIG)
+    head = tiny.params().embed if tiny.params().head is None else tiny.params().head
+    np.testing.assert_allclose(x @ head.T, oracle_logits(tiny.CONFIG, tiny.params(), ids), atol=1e-4)
+    assert {field: array.shape[1] for field, array in inputs.items()} == {
+        "qkv": 32, "attn_out": 64, "gate_up": 32, "down": 48
+    }  # fmt: skip
 
 
 def test_a_scaled_layer_computes_the_same():
