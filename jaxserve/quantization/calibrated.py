@@ -1,5 +1,5 @@
 """A source of parameters quantized with calibration text, layer by layer: one layer's weights and the text's hidden
-states are in memory, whatever the model's size."""
+states are in memory, whatever the number of layers; the embedding only while the text is looked up."""
 
 import dataclasses
 import threading

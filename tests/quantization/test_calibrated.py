@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from jaxserve.checkpoint import CheckpointError
-from jaxserve.model.layers import layer_kind
+from jaxserve.model.layers import layer_kind, norm
+from jaxserve.model.params import TreeSource, named_leaves, param_specs
 from jaxserve.quantization.activations import Moments, layer_forward, layer_moments
 from jaxserve.quantization.awq import best_scale, rounded, scaled_layer
+from jaxserve.quantization.calibrated import CalibratedSource
 from jaxserve.quantization.convert import quantize
 from jaxserve.quantization.gptq import gptq
+from jaxserve.quantization.recipe import quantized_config
 from tests import tiny
 from tests.oracle import oracle_logits
 from tests.quantization.test_rounding import live, plain_params
@@ -72,6 +75,20 @@ def layer() -> dict:
     }
 
 
+def test_layers_in_a_row_are_the_model():
+    ids = np.random.default_rng(6).integers(2, 259, 256).tolist()
+    x = np.asarray(tiny.params().embed)[ids]
+    for i, one in enumerate(tiny.params().layers):
+        p = {f.name: np.asarray(v) for f in dataclasses.fields(one) if (v := getattr(one, f.name)) is not None}
+        x, inputs = layer_forward(p, x, config=tiny.CONFIG, kind=layer_kind(tiny.CONFIG, i))
+    x = norm(x, tiny.params().final_norm, None, tiny.CONFIG)
+    head = tiny.params().embed if tiny.params().head is None else tiny.params().head
+    np.testing.assert_allclose(x @ head.T, oracle_logits(tiny.CONFIG, tiny.params(), ids), atol=1e-4)
+    assert {field: array.shape[1] for field, array in inputs.items()} == {
+        "qkv": 32, "attn_out": 64, "gate_up": 32, "down": 48
+    }  # fmt: skip
+
+
 def test_a_scaled_layer_computes_the_same():
     p = layer()
     # As long as the sequences of the test below, which then compiles nothing new.
@@ -96,6 +113,26 @@ def test_models_are_nearer_than_the_rounded_one(tmp_path):
         folder = quantize(live(), tmp_path / method, method=method, group_size=16, **given)
         errors[method] = np.square(oracle_logits(tiny.CONFIG, plain_params(folder), ids) - want).mean()
     assert errors["gptq"] < errors["int4-rtn"] and errors["awq"] < errors["int4-rtn"], errors
+
+
+def test_a_run_that_goes_on_in_the_middle_gives_the_same():
+    config = quantized_config(tiny.CONFIG, "gptq", 16)
+    ids = np.random.default_rng(2).integers(2, 259, (2, 256)).tolist()
+    specs = dict(named_leaves(param_specs(config)))
+
+    def values(source: CalibratedSource, layer: int) -> dict[str, np.ndarray]:
+        names = [name for name in specs if name.startswith(f"layers.{layer}.")]
+        return {name: source.read(name, tuple(slice(0, n) for n in specs[name].shape)) for name in names}
+
+    in_order, from_the_middle = (
+        CalibratedSource(TreeSource(tiny.params(), tiny.CONFIG).read, config, ids) for _ in range(2)
+    )
+    first, second = ({n: v for i in layers for n, v in values(source, i).items()} for source, layers in
+                     ((in_order, (0, 1, 2)), (from_the_middle, (2, 0, 1))))  # fmt: skip
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(second[name], array, err_msg=name)
+        assert array.shape == specs[name].shape and array.dtype.name == (specs[name].dtype or "float32"), name
 
 
 def test_calibration_that_cannot_be_is_refused(tmp_path):
