@@ -77,7 +77,7 @@ def layer() -> dict:
 
 def test_layers_in_a_row_are_the_model():
     ids = np.random.default_rng(6).integers(2, 259, 256).tolist()
-    x = np.asarray(tiny.params().embed)[ids]
+    x = jnp.asarray(tiny.params().embed)[jnp.asarray(ids)]
     for i, one in enumerate(tiny.params().layers):
         p = {f.name: np.asarray(v) for f in dataclasses.fields(one) if (v := getattr(one, f.name)) is not None}
         x, inputs = layer_forward(p, x, config=tiny.CONFIG, kind=layer_kind(tiny.CONFIG, i))
