@@ -81,7 +81,7 @@ def test_layers_in_a_row_are_the_model():
     for i, one in enumerate(tiny.params().layers):
         p = {f.name: np.asarray(v) for f in dataclasses.fields(one) if (v := getattr(one, f.name)) is not None}
         x, inputs = layer_forward(p, x, config=tiny.CONFIG, kind=layer_kind(tiny.CONFIG, i))
-    x = norm(x, tiny.params().final_norm, None, tiny.CONFIG)
+    x = norm(jnp.asarray(x), tiny.params().final_norm, None, tiny.CONFIG)
     head = tiny.params().embed if tiny.params().head is None else tiny.params().head
     np.testing.assert_allclose(x @ head.T, oracle_logits(tiny.CONFIG, tiny.params(), ids), atol=1e-4)
     assert {field: array.shape[1] for field, array in inputs.items()} == {
