@@ -36,18 +36,22 @@ from jaxserve.step_io import Bucket, StepDims, new_inputs
 def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 60) -> dict[str, float]:
     """Milliseconds of a step, medians: ``put``, ``step`` and ``sampler`` are calls that return before the device has
     done them."""
-    parts: dict[str, list[float]] = {"put": [], "step": [], "sampler": [], "read": [], "whole": []}
+    parts: dict[str, list[float]] = {"put": [], "load": [], "step": [], "sampler": [], "read": [], "whole": []}
     pending: list[jax.Array] = []
     for _ in range(num_steps):
         buffer = new_inputs(bucket, run.dims)[0]
         clock = [time.perf_counter()]
         inputs = jax.device_put(buffer, run._replicated)
         clock.append(time.perf_counter())
-        state, logits, fields = run._compiled[bucket](run._params, run._state, inputs)
+        state = run._state.replace(inputs=run._loaders[bucket](run._state.inputs, inputs))
+        del inputs
         clock.append(time.perf_counter())
-        last_tokens, _, packed = run._samplers[bucket.num_rows, "greedy"](state.last_tokens, None, logits, fields, None)
+        state, logits = run._compiled[bucket](run._params, state)
+        clock.append(time.perf_counter())
+        sampler = run._samplers[bucket.num_rows, "greedy"]
+        last_tokens, _, packed = sampler(state.last_tokens, None, logits, state.inputs, None)
         run._state = state.replace(last_tokens=last_tokens)
-        del logits, fields, state, last_tokens
+        del logits, state, last_tokens
         pending.append(packed)
         del packed
         clock.append(time.perf_counter())

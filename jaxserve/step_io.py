@@ -7,7 +7,8 @@ A step is a flat batch of ``T`` tokens in ``B = BD + BP`` rows:
   (``prefill_cu_q_lens`` has their starts).
 
 A row with one new token may be of either kind. All inputs of a step live in ONE int32 buffer (floats bit-cast),
-so that a step costs one host-to-device copy; ``StepInputs`` are numpy views into it.
+so that a step costs one host-to-device copy; ``StepInputs`` are numpy views into it. What sampling reads comes
+first: where it lies depends on B alone.
 """
 
 import math
@@ -51,13 +52,6 @@ class StepDims:
 class StepInputs(NamedTuple):
     """Views into one step's buffer. Padding: see each field. Shapes by ``input_shapes``."""
 
-    token_ids: Array  # [T] i32; -1: the last token of the row's slot (decode rows only); padding 0
-    positions: Array  # [T] i32, index of the token in its sequence; padding 0
-    kv_write_index: Array  # [T] i32, page * PS + offset in the page; padding NP * PS (dropped)
-    page_table: Array  # [B, MP] i32, page ids; unused entries 0
-    prefill_cu_q_lens: Array  # [BP + 1] i32, first tokens of the chunks; padding rows repeat the last
-    sample_index: Array  # [B] i32, flat token whose logits the row samples from; padding 0
-    # From here on what sampling reads (``SAMPLING_FIELDS``): the buffer's end, whose size only B decides.
     kv_lens: Array  # [B] i32, tokens of the row's sequence after this step; padding 0
     slot_ids: Array  # [B] i32, engine slot; padding R
     does_sample: Array  # [B] i32, 1 where the row's chunk reaches the sequence's end
@@ -70,6 +64,13 @@ class StepInputs(NamedTuple):
     temperature: Array  # [B] f32, 0 = greedy
     top_p: Array  # [B] f32, 1 = off
     min_p: Array  # [B] f32, 0 = off
+    # The last that sampling reads (``SAMPLING_FIELDS``). From here on the forward pass's own.
+    token_ids: Array  # [T] i32; -1: the last token of the row's slot (decode rows only); padding 0
+    positions: Array  # [T] i32, index of the token in its sequence; padding 0
+    kv_write_index: Array  # [T] i32, page * PS + offset in the page; padding NP * PS (dropped)
+    page_table: Array  # [B, MP] i32, page ids; unused entries 0
+    prefill_cu_q_lens: Array  # [BP + 1] i32, first tokens of the chunks; padding rows repeat the last
+    sample_index: Array  # [B] i32, flat token whose logits the row samples from; padding 0
 
 
 # What a step's rows ask of sampling, each more than the one before: the best token; temperature and min_p; anything of
@@ -88,7 +89,7 @@ class StepOutputs(NamedTuple):
 
 
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
-SAMPLING_FIELDS = StepInputs._fields[StepInputs._fields.index("kv_lens") :]
+SAMPLING_FIELDS = StepInputs._fields[: StepInputs._fields.index("token_ids")]
 
 
 def sampling_shapes(num_rows: int, dims: StepDims) -> dict[str, tuple[int, ...]]:
@@ -100,11 +101,14 @@ def sampling_shapes(num_rows: int, dims: StepDims) -> dict[str, tuple[int, ...]]
 def input_shapes(bucket: Bucket, dims: StepDims) -> dict[str, tuple[int, ...]]:
     """Shape of every field of ``StepInputs``, in buffer order."""
     t, b = bucket.num_tokens, bucket.num_rows
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "kv_write_index"), (t,))
-    shapes["page_table"] = (b, dims.max_pages_per_seq)
-    shapes["prefill_cu_q_lens"] = (bucket.prefill_rows + 1,)
-    shapes["sample_index"] = (b,)
-    return shapes | sampling_shapes(b, dims)
+    return sampling_shapes(b, dims) | {
+        "token_ids": (t,),
+        "positions": (t,),
+        "kv_write_index": (t,),
+        "page_table": (b, dims.max_pages_per_seq),
+        "prefill_cu_q_lens": (bucket.prefill_rows + 1,),
+        "sample_index": (b,),
+    }
 
 
 def buffer_size(bucket: Bucket, dims: StepDims) -> int:

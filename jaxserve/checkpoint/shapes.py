@@ -20,26 +20,31 @@ _LLAMA_3 = {
     "tie_word_embeddings": False,
     "eos_token_id": None,  # random weights end nothing
 }
+_LLAMA_3_8B = _LLAMA_3 | {
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+_LLAMA_3_70B = _LLAMA_3 | {
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+_AWQ = {
+    "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+}
 # name -> the keys of a Hugging Face config.json that give the model's shapes.
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _LLAMA_3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "llama-3.3-70b": _LLAMA_3
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+    "llama-3.1-8b": _LLAMA_3_8B,
+    "llama-3.1-8b-awq": _LLAMA_3_8B | _AWQ,
+    "llama-3.3-70b": _LLAMA_3_70B,
+    "llama-3.3-70b-awq": _LLAMA_3_70B | _AWQ,
 }
 
 
@@ -51,14 +56,14 @@ def read_shape(name_or_path: str | Path) -> ModelConfig:
         CheckpointError: there is nothing of that name, or the file cannot be used; names the key.
     """
     name = str(name_or_path)
-    if name in SHAPES:
-        return read_hf_config(SHAPES[name], name)
-    path = Path(name_or_path)
-    path = path / HF_CONFIG if path.is_dir() else path
-    if not path.is_file():
-        raise CheckpointError(f"{name}: no {HF_CONFIG}, nor one of {', '.join(SHAPES)}")
-    values = read_json(path)
-    config = read_hf_config(values, path.name)
+    values = SHAPES.get(name)
+    if values is None:
+        path = Path(name_or_path)
+        path = path / HF_CONFIG if path.is_dir() else path
+        if not path.is_file():
+            raise CheckpointError(f"{name}: no {HF_CONFIG}, nor one of {', '.join(SHAPES)}")
+        name, values = path.name, read_json(path)
+    config = read_hf_config(values, name)
     scheme = read_scheme(values)
     if scheme is None:
         return config

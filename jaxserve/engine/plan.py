@@ -159,13 +159,14 @@ def _workspace_bytes(
     """Memory of the largest step and of its sampler beside parameters and pages, on one device, from the compiler."""
     few = CacheConfig(num_pages=16, page_size=page_size)
     dims = step_dims(scheduler, few, samplings)
-    largest = max(all_buckets(scheduler), key=lambda b: (b.num_tokens, b.num_rows))
-    state = state_shape(config, few, dims, mesh, dtype)
+    buckets = all_buckets(scheduler)
+    largest = max(buckets, key=lambda b: (b.num_tokens, b.num_rows))
+    state = state_shape(config, few, dims, buckets, mesh, dtype)
     lowered = lower_step(config, params, state, dims, largest, mesh)
     asked = max(samplings, key=SAMPLINGS.index)
     analyses = [
         compile_step(x, mesh).memory_analysis()
-        for x in (lowered, lower_sampler(config, dims, largest.num_rows, mesh, asked))
+        for x in (lowered, lower_sampler(config, state, dims, largest.num_rows, mesh, asked))
     ]
     # The constraints of all slots are among the sampler's outputs, the hidden states that stay among the step's.
     workspace = sum(a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses if a is not None)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from jaxserve.execution.hidden import SCORE_ROWS, head_params, make_pooler, make
 from jaxserve.execution.step import (
     DeviceState,
     StageParams,
+    load_inputs,
     make_sampler,
     make_step,
     state_specs,
@@ -36,8 +37,6 @@ from jaxserve.step_io import (
     StepOutputs,
     buffer_size,
     new_inputs,
-    num_elements,
-    sampling_shapes,
     unpack_outputs,
 )
 from pallas_kernels import dispatch
@@ -46,8 +45,10 @@ from pallas_kernels.paged_attention import gpu as hopper_attention
 Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 
 
-def state_shape(config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: Mesh, dtype: jnp.dtype) -> DeviceState:
-    """``DeviceState`` of sharded ``ShapeDtypeStruct``s."""
+def state_shape(
+    config: ModelConfig, cache: CacheConfig, dims: StepDims, buckets: Iterable[Bucket], mesh: Mesh, dtype: jnp.dtype
+) -> DeviceState:
+    """``DeviceState`` of sharded ``ShapeDtypeStruct``s, for steps of these buckets."""
     shape = kv_pages_shape(config, cache, mesh.shape["stage"])
     spec = state_specs(config, mesh.shape["stage"], dims)
     hidden = None
@@ -57,6 +58,9 @@ def state_shape(config: ModelConfig, cache: CacheConfig, dims: StepDims, mesh: M
     return DeviceState(
         kv_pages=tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, s)) for s in spec.kv_pages),
         last_tokens=jax.ShapeDtypeStruct((dims.num_slots,), jnp.int32, sharding=NamedSharding(mesh, spec.last_tokens)),
+        inputs=jax.ShapeDtypeStruct(
+            (max(buffer_size(b, dims) for b in buckets),), jnp.int32, sharding=NamedSharding(mesh, spec.inputs)
+        ),
         hidden=hidden,
     )
 
@@ -68,8 +72,6 @@ def lower_step(
 
     ``config`` is of ``parallel.placed.placed_config``.
     """
-    replicated = NamedSharding(mesh, specs.REPLICATED)
-    buffer = jax.ShapeDtypeStruct((buffer_size(bucket, dims),), jnp.int32, sharding=replicated)
     device = mesh.devices.flat[0]
     hopper = hopper_attention.needs(  # of all layers: one that is not taken, and the model runs the reference
         head_dim=config.head_dim,
@@ -90,11 +92,17 @@ def lower_step(
         grouped_matmul=dispatch.best_grouped_matmul(device),
         params_specs=jax.tree.map(lambda x: x.sharding.spec, params),
     )
-    return jax.jit(step, donate_argnums=(1,)).lower(params, state, buffer)
+    return jax.jit(step, donate_argnums=(1,)).lower(params, state)
+
+
+def lower_load_inputs(state: DeviceState, dims: StepDims, bucket: Bucket) -> jax.stages.Lowered:
+    """``step.load_inputs`` of one bucket's steps, lowered, the state's inputs donated."""
+    buffer = jax.ShapeDtypeStruct((buffer_size(bucket, dims),), jnp.int32, sharding=state.inputs.sharding)
+    return jax.jit(load_inputs, donate_argnums=(0,)).lower(state.inputs, buffer)
 
 
 def lower_sampler(
-    config: ModelConfig, dims: StepDims, num_rows: int, mesh: Mesh, asked: Sampling
+    config: ModelConfig, state: DeviceState, dims: StepDims, num_rows: int, mesh: Mesh, asked: Sampling
 ) -> jax.stages.Lowered:
     """The sampler of ``num_rows`` rows' logits, lowered; last tokens and, if it reads them, constraints donated."""
 
@@ -104,10 +112,10 @@ def lower_sampler(
     sampler = jax.jit(make_sampler(mesh, num_rows, dims, asked), donate_argnums=(0, 1))
     constraint_dims = ConstraintDims.of(dims, config.vocab_size)
     return sampler.lower(
-        shape(jnp.int32, dims.num_slots),
+        state.last_tokens,
         held_shape(constraint_dims, mesh) if asked == "constrained" else None,
         shape(jnp.float32, num_rows, config.vocab_size),
-        shape(jnp.int32, num_elements(sampling_shapes(num_rows, dims))),
+        state.inputs,
         shape(jnp.int32, num_rows, constraint_dims.num_words) if asked == "constrained" else None,
     )
 
@@ -164,7 +172,7 @@ class Computed(NamedTuple):
 
     num_rows: int  # B
     logits: jax.Array  # [B, V] f32
-    fields: jax.Array  # what sampling reads of the step's inputs
+    inputs: jax.Array  # [NI] i32, of ``DeviceState``
 
 
 class Runner:
@@ -194,9 +202,10 @@ class Runner:
         self.config, self.dims, self.mesh = config, dims, mesh
         self._replicated = NamedSharding(mesh, specs.REPLICATED)
         self._params = params
-        self._state_shape = state_shape(config, cache, dims, mesh, dtype)
+        self._state_shape = state_shape(config, cache, dims, buckets, mesh, dtype)
         self._samplings = tuple(samplings)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._loaders: dict[Bucket, jax.stages.Compiled] = {}  # of inputs
         self._samplers: dict[tuple[int, Sampling], jax.stages.Compiled] = {}  # by rows
         self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
         self._readers: dict[Callable, jax.stages.Compiled] = {}  # of hidden states, by what lowers them
@@ -229,9 +238,10 @@ class Runner:
         jobs: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
         for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
             jobs.append((self._compiled, bucket, partial(lower_step, *arrays, bucket, self.mesh)))
+            jobs.append((self._loaders, bucket, partial(lower_load_inputs, self._state_shape, self.dims, bucket)))
         for asked in self._samplings:
             for num_rows in sorted({b.num_rows for b in buckets}):
-                lower = partial(lower_sampler, self.config, self.dims, num_rows, self.mesh, asked)
+                lower = partial(lower_sampler, self.config, self._state_shape, self.dims, num_rows, self.mesh, asked)
                 jobs.append((self._samplers, (num_rows, asked), lower))
         if self.dims.hidden_tokens:
             for lower in (lower_scorer, lower_pooler):
@@ -260,9 +270,10 @@ class Runner:
 
     def forward(self, bucket: Bucket, buffer: np.ndarray) -> Computed:
         """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits."""
-        inputs = jax.device_put(buffer, self._replicated)
-        self._state, logits, fields = self._compiled[bucket](self._params, self._state, inputs)
-        return Computed(bucket.num_rows, logits, fields)
+        inputs = self._loaders[bucket](self._state.inputs, jax.device_put(buffer, self._replicated))
+        state = dataclasses.replace(self._state, inputs=inputs)
+        self._state, logits = self._compiled[bucket](self._params, state)
+        return Computed(bucket.num_rows, logits, inputs=self._state.inputs)
 
     def sample(self, computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
         """Goes on with a step whose rows ask no more than ``asked`` of sampling, before the next ``forward``.
@@ -283,7 +294,7 @@ class Runner:
             if allowed is not None:
                 bits = jax.device_put(allowed, self._replicated)
         sampler = self._samplers[computed.num_rows, asked]
-        last_tokens, held, packed = sampler(self._state.last_tokens, held, computed.logits, computed.fields, bits)
+        last_tokens, held, packed = sampler(self._state.last_tokens, held, computed.logits, computed.inputs, bits)
         self._state = dataclasses.replace(self._state, last_tokens=last_tokens)
         if held is not None:
             self._held = held
@@ -347,7 +358,8 @@ class Runner:
         self.compile_counter.close()
         for x in jax.tree.leaves((self._state, self._held, self._all_allowed)):
             x.delete()
-        del self._params, self._state, self._held, self._all_allowed, self._compiled, self._samplers, self._readers
+        del self._params, self._state, self._held, self._all_allowed
+        del self._compiled, self._loaders, self._samplers, self._readers
 
 
 def _zeros[T](shapes: T) -> T:

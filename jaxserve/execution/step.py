@@ -3,9 +3,9 @@
 A second one goes from logits to tokens, so that what the rows ask of sampling is no part of the large program.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any
 
 import flax.struct
@@ -33,7 +33,6 @@ from jaxserve.step_io import (
     StepDims,
     StepInputs,
     input_shapes,
-    num_elements,
     sampling_shapes,
 )
 from pallas_kernels.dispatch import Implementation
@@ -45,6 +44,7 @@ class DeviceState:
 
     kv_pages: KVPages  # LS entries [ST, NP, K, 2, PS, H]
     last_tokens: Any  # [R] i32, last sampled token of each slot
+    inputs: Any  # [NI] i32, the step's: as many as the largest step has, the others use the first of them
     hidden: Any = None  # [ST, TH, D], what each stage's layers made of the last step's tokens; None: it is not kept
 
 
@@ -89,7 +89,7 @@ def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> Sta
         found: dict[str, Any] = {}
         found_in: dict[str, int] = {}
         for stage, layer in enumerate(tree.layers[i::per_stage]):
-            for name in (f.name for f in fields(layer) if getattr(layer, f.name) is not None):
+            for name in (f.name for f in dataclasses.fields(layer) if getattr(layer, f.name) is not None):
                 value, number = getattr(layer, name), stage * per_stage + i
                 if isinstance(value, QuantizedMatrix):
                     check_split(f"layers.{number}.{name}", value, tensor)
@@ -122,11 +122,20 @@ def state_specs(config: ModelConfig, num_stages: int, dims: StepDims) -> DeviceS
     """PartitionSpecs of a ``DeviceState``."""
     kv_pages = (specs.kv_pages_spec(config),) * (config.num_layers // num_stages)
     hidden = specs.HIDDEN if dims.hidden_tokens else None
-    return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED, hidden=hidden)
+    return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED, inputs=specs.REPLICATED, hidden=hidden)
+
+
+def load_inputs(inputs: jax.Array, buffer: jax.Array) -> jax.Array:
+    """``DeviceState.inputs`` with a step's own, ``step_io.new_inputs``' int32 buffer, in front.
+
+    A program of its own for the address: a step that found its inputs where they happened to be copied would have its
+    CUDA graph updated each time, which takes the host longer than launching it.
+    """
+    return lax.dynamic_update_slice(inputs, buffer, (0,))
 
 
 def unpack(buffer: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> StepInputs:
-    """``StepInputs`` of device arrays from the buffer they travelled in; fields that ``shapes`` leaves out are None."""
+    """``StepInputs`` of device arrays from the front of ``buffer``; fields that ``shapes`` leaves out are None."""
     fields, start = dict.fromkeys(StepInputs._fields), 0
     for name, shape in shapes.items():
         size = math.prod(shape)
@@ -145,17 +154,16 @@ def make_step(
     attention: Implementation,
     grouped_matmul: Implementation,
     params_specs: StageParams | None = None,
-) -> Callable[[StageParams, DeviceState, jax.Array], tuple[DeviceState, jax.Array, jax.Array]]:
-    """``step(params, state, buffer) -> (state, logits [B, V] f32, the sampling fields' end of the buffer)`` for one
-    bucket.
+) -> Callable[[StageParams, DeviceState], tuple[DeviceState, jax.Array]]:
+    """``step(params, state) -> (state, logits [B, V] f32)`` for one bucket, of the inputs that ``state`` holds.
 
-    ``config`` is of ``parallel.placed.placed_config``, ``buffer`` is ``step_io.new_inputs``' int32 buffer,
-    ``params_specs`` the PartitionSpecs of the parameters as they were placed; None: those of ``stage_param_specs``.
+    ``config`` is of ``parallel.placed.placed_config``, ``params_specs`` the PartitionSpecs of the parameters as they
+    were placed; None: those of ``stage_param_specs``.
     """
     static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul)
 
-    def step(params: StageParams, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array, jax.Array]:
-        inputs = unpack(buffer, input_shapes(bucket, dims))
+    def step(params: StageParams, state: DeviceState) -> tuple[DeviceState, jax.Array]:
+        inputs = unpack(state.inputs, input_shapes(bucket, dims))
         stage = jax.tree.map(lambda x: x[0], params.layers)
         kv_pages = tuple(x[0] for x in state.kv_pages)
         bd = bucket.decode_rows
@@ -185,16 +193,16 @@ def make_step(
         head = params.embed if params.head is None else params.head
         logits = decoder.logits(head, x, config)  # [B, V] f32
 
-        state = DeviceState(tuple(x[None] for x in kv_pages), state.last_tokens, hidden)
-        return state, logits, buffer[-num_elements(sampling_shapes(bucket.num_rows, dims)) :]
+        state = dataclasses.replace(state, kv_pages=tuple(x[None] for x in kv_pages), hidden=hidden)
+        return state, logits
 
     num_stages = mesh.shape["stage"]
     state = state_specs(config, num_stages, dims)
     return jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(params_specs or stage_param_specs(config, num_stages), state, P()),
-        out_specs=(state, P(), P()),
+        in_specs=(params_specs or stage_param_specs(config, num_stages), state),
+        out_specs=(state, P()),
         check_vma=False,
     )
 
@@ -211,8 +219,8 @@ def pack_outputs(tokens: jax.Array, chosen: jax.Array, top_ids: jax.Array, top: 
 def make_sampler(
     mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
 ) -> Callable[..., tuple[jax.Array, Constraints | None, jax.Array]]:
-    """``sampler(last_tokens [R], held, logits [B, V], fields, allowed [B, W]) -> (last_tokens, held, packed
-    [B, 2 + 2 * KL] i32)``.
+    """``sampler(last_tokens [R], held, logits [B, V], inputs [NI], allowed [B, W]) -> (last_tokens, held, packed
+    [B, 2 + 2 * KL] i32)``, the inputs those of the step that made the logits.
 
     Where ``asked`` is "constrained", ``held`` are the slots' constraints and ``allowed`` has a bit for each token that
     the row may sample as far as its structured output goes; else both are None. ``packed`` is for
@@ -223,10 +231,10 @@ def make_sampler(
         last_tokens: jax.Array,
         held: Constraints | None,
         logits: jax.Array,
-        fields: jax.Array,
+        buffer: jax.Array,
         allowed: jax.Array | None,
     ) -> tuple[jax.Array, Constraints | None, jax.Array]:
-        inputs = unpack(fields, sampling_shapes(num_rows, dims))
+        inputs = unpack(buffer, sampling_shapes(num_rows, dims))
         changed = logits if held is None else constraints.constrain(logits, held, inputs)
         changed = changed if allowed is None else constraints.allow(changed, allowed)
         tokens = sampling.sample(changed, inputs, asked)  # [B]

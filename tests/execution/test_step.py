@@ -24,7 +24,7 @@ def test_the_cache_is_updated_in_place(bucket, parallel):
     dims = StepDims(num_slots=4, max_pages_per_seq=24, num_pages=4096, page_size=4)
     source = TreeSource(tiny.params(), tiny.CONFIG)
     params = place_params(source, tiny.CONFIG, tiny.CONFIG, mesh, jnp.dtype("float32"))
-    state = state_shape(tiny.CONFIG, cache, dims, mesh, jnp.dtype("float32"))
+    state = state_shape(tiny.CONFIG, cache, dims, [bucket], mesh, jnp.dtype("float32"))
     compiled = lower_step(tiny.CONFIG, params, state, dims, bucket, mesh).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxserve import Engine
 from jaxserve.execution.runner import Computed
-from jaxserve.step_io import Bucket, Sampling, new_inputs
+from jaxserve.step_io import Bucket, Sampling, new_inputs, num_elements, sampling_shapes
 
 FOLDER = Path(__file__).parents[1] / "data" / "golden"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/golden.json"))
@@ -88,7 +88,8 @@ def sampled_logits(engine: Engine) -> Iterator[list[tuple[int, np.ndarray]]]:
 
     def watched(computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
         buffer, views = new_inputs(Bucket(computed.num_rows, 0, 0), runner.dims)
-        buffer[-computed.fields.size :] = np.asarray(computed.fields)
+        size = num_elements(sampling_shapes(computed.num_rows, runner.dims))
+        buffer[:size] = np.asarray(computed.inputs)[:size]
         values = np.asarray(computed.logits)
         seen.extend((int(views.kv_lens[row]), values[row]) for row in np.flatnonzero(views.does_sample))
         return sample(computed, asked, allowed)

@@ -131,7 +131,7 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
         page_size=PAGE_SIZE,
         hidden_tokens=CHUNK_TOKENS,  # kept for scores of prompts and for embeddings
     )
-    state = state_shape(config, cache, dims, mesh, jnp.dtype("bfloat16"))
+    state = state_shape(config, cache, dims, [case.bucket], mesh, jnp.dtype("bfloat16"))
     start = time.perf_counter()
     lowered = lower_step(config, params, state, dims, case.bucket, mesh)
     lowered_at = time.perf_counter()
