@@ -7,6 +7,7 @@ graphs and (``--no-graphs``) without; the host's share is split by XLA's own tra
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -34,23 +35,24 @@ from jaxserve.step_io import Bucket, StepDims, new_inputs
 
 
 def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 60) -> dict[str, float]:
-    """Milliseconds of a step, medians: ``put``, ``step`` and ``sampler`` are calls that return before the device has
+    """Milliseconds of a step, medians: ``load``, ``step`` and ``sampler`` are calls that return before the device has
     done them."""
-    parts: dict[str, list[float]] = {"put": [], "load": [], "step": [], "sampler": [], "read": [], "whole": []}
+    parts: dict[str, list[float]] = {"load": [], "step": [], "sampler": [], "read": [], "whole": []}
     pending: list[jax.Array] = []
     for _ in range(num_steps):
         buffer = new_inputs(bucket, run.dims)[0]
         clock = [time.perf_counter()]
-        inputs = jax.device_put(buffer, run._replicated)
-        clock.append(time.perf_counter())
-        state = run._state.replace(inputs=run._loaders[bucket](run._state.inputs, inputs))
+        inputs = run._loaders[bucket](run._state.inputs, buffer)
+        state = dataclasses.replace(run._state, inputs=inputs)
         del inputs
         clock.append(time.perf_counter())
         state, logits = run._compiled[bucket](run._params, state)
         clock.append(time.perf_counter())
         sampler = run._samplers[bucket.num_rows, "greedy"]
-        last_tokens, _, packed = sampler(state.last_tokens, None, logits, state.inputs, None)
-        run._state = state.replace(last_tokens=last_tokens)
+        last_tokens, _, packed = sampler(
+            state.last_tokens, None, run._free_outputs[bucket.num_rows].pop(), logits, state.inputs, None
+        )
+        run._state = dataclasses.replace(state, last_tokens=last_tokens)
         del logits, state, last_tokens
         pending.append(packed)
         del packed

@@ -139,6 +139,11 @@ def new_inputs(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, StepInputs]:
     return buffer, inputs
 
 
+def outputs_shape(num_rows: int, dims: StepDims) -> tuple[int, int]:
+    """Of a step's packed outputs."""
+    return num_rows, 2 + 2 * dims.max_logprobs
+
+
 def unpack_outputs(packed: np.ndarray, max_logprobs: int) -> StepOutputs:
     """``packed`` [B, 2 + 2 * KL] i32, as the step returns it: token, logprob bits, top ids, top logprob bits."""
     packed = np.ascontiguousarray(packed)

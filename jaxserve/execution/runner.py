@@ -37,6 +37,7 @@ from jaxserve.step_io import (
     StepOutputs,
     buffer_size,
     new_inputs,
+    outputs_shape,
     unpack_outputs,
 )
 from pallas_kernels import dispatch
@@ -104,16 +105,19 @@ def lower_load_inputs(state: DeviceState, dims: StepDims, bucket: Bucket) -> jax
 def lower_sampler(
     config: ModelConfig, state: DeviceState, dims: StepDims, num_rows: int, mesh: Mesh, asked: Sampling
 ) -> jax.stages.Lowered:
-    """The sampler of ``num_rows`` rows' logits, lowered; last tokens and, if it reads them, constraints donated."""
+    """The sampler of ``num_rows`` rows' logits, lowered; last tokens, packed outputs and, if it reads them, constraints
+    donated."""
 
     def shape(dtype: jnp.dtype | type, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, specs.REPLICATED))
 
-    sampler = jax.jit(make_sampler(mesh, num_rows, dims, asked), donate_argnums=(0, 1))
+    # Outputs to be written over are not read: an argument for the sake of its memory.
+    sampler = jax.jit(make_sampler(mesh, num_rows, dims, asked), donate_argnums=(0, 1, 2), keep_unused=True)
     constraint_dims = ConstraintDims.of(dims, config.vocab_size)
     return sampler.lower(
         state.last_tokens,
         held_shape(constraint_dims, mesh) if asked == "constrained" else None,
+        shape(jnp.int32, *outputs_shape(num_rows, dims)),
         shape(jnp.float32, num_rows, config.vocab_size),
         state.inputs,
         shape(jnp.int32, num_rows, constraint_dims.num_words) if asked == "constrained" else None,
@@ -211,6 +215,11 @@ class Runner:
         self._readers: dict[Callable, jax.stages.Compiled] = {}  # of hidden states, by what lowers them
         self._compile(buckets, on_progress)
         self._state = _zeros(self._state_shape)
+        # Of steps that are read, by rows, for the next ones: new ones would lie where the workspace of the step was,
+        # which would move, and the step's CUDA graph would have to be updated. Two: one step runs, one is read.
+        self._free_outputs: dict[int, list[jax.Array]] = {}
+        for num_rows in {b.num_rows for b in buckets}:
+            self._free_outputs[num_rows] = [self._new_outputs(num_rows) for _ in range(2)]
         self._held: Constraints | None = None
         self._all_allowed: dict[int, jax.Array] = {}  # by rows
         if "constrained" in self._samplings:
@@ -270,7 +279,8 @@ class Runner:
 
     def forward(self, bucket: Bucket, buffer: np.ndarray) -> Computed:
         """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits."""
-        inputs = self._loaders[bucket](self._state.inputs, jax.device_put(buffer, self._replicated))
+        # As it is, not by jax.device_put: the compiled call copies it in a fifth of the time.
+        inputs = self._loaders[bucket](self._state.inputs, buffer)
         state = dataclasses.replace(self._state, inputs=inputs)
         self._state, logits = self._compiled[bucket](self._params, state)
         return Computed(bucket.num_rows, logits, inputs=self._state.inputs)
@@ -294,7 +304,11 @@ class Runner:
             if allowed is not None:
                 bits = jax.device_put(allowed, self._replicated)
         sampler = self._samplers[computed.num_rows, asked]
-        last_tokens, held, packed = sampler(self._state.last_tokens, held, computed.logits, computed.inputs, bits)
+        free = self._free_outputs[computed.num_rows]
+        packed = free.pop() if free else self._new_outputs(computed.num_rows)
+        last_tokens, held, packed = sampler(
+            self._state.last_tokens, held, packed, computed.logits, computed.inputs, bits
+        )
         self._state = dataclasses.replace(self._state, last_tokens=last_tokens)
         if held is not None:
             self._held = held
@@ -338,8 +352,13 @@ class Runner:
         self._held = self._load(self._held, jax.device_put(buffer, self._replicated))
 
     def read(self, handle: jax.Array) -> StepOutputs:
-        """Waits for a dispatched step and copies its outputs to the host."""
-        return unpack_outputs(np.asarray(handle), self.dims.max_logprobs)
+        """Waits for a dispatched step and copies its outputs to the host, once for each handle."""
+        outputs = unpack_outputs(np.asarray(handle), self.dims.max_logprobs)
+        self._free_outputs[handle.shape[0]].append(handle)
+        return outputs
+
+    def _new_outputs(self, num_rows: int) -> jax.Array:
+        return jax.device_put(np.zeros(outputs_shape(num_rows, self.dims), np.int32), self._replicated)
 
     def update_params(self, params: StageParams) -> None:
         """Other weights from the next dispatch on; steps dispatched before keep theirs. Nothing is compiled.
@@ -356,9 +375,9 @@ class Runner:
     def close(self) -> None:
         """Frees the device's memory; the runner cannot be used afterwards."""
         self.compile_counter.close()
-        for x in jax.tree.leaves((self._state, self._held, self._all_allowed)):
+        for x in jax.tree.leaves((self._state, self._held, self._all_allowed, self._free_outputs)):
             x.delete()
-        del self._params, self._state, self._held, self._all_allowed
+        del self._params, self._state, self._held, self._all_allowed, self._free_outputs
         del self._compiled, self._loaders, self._samplers, self._readers
 
 

@@ -219,17 +219,18 @@ def pack_outputs(tokens: jax.Array, chosen: jax.Array, top_ids: jax.Array, top: 
 def make_sampler(
     mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
 ) -> Callable[..., tuple[jax.Array, Constraints | None, jax.Array]]:
-    """``sampler(last_tokens [R], held, logits [B, V], inputs [NI], allowed [B, W]) -> (last_tokens, held, packed
-    [B, 2 + 2 * KL] i32)``, the inputs those of the step that made the logits.
+    """``sampler(last_tokens [R], held, packed [B, 2 + 2 * KL] i32, logits [B, V], inputs [NI], allowed [B, W]) ->
+    (last_tokens, held, packed)``, the inputs those of the step that made the logits.
 
     Where ``asked`` is "constrained", ``held`` are the slots' constraints and ``allowed`` has a bit for each token that
     the row may sample as far as its structured output goes; else both are None. ``packed`` is for
-    ``step_io.unpack_outputs``. Every device computes the same.
+    ``step_io.unpack_outputs``; the one that is given is only memory to be written over. Every device computes the same.
     """
 
     def sampler(
         last_tokens: jax.Array,
         held: Constraints | None,
+        packed: jax.Array,
         logits: jax.Array,
         buffer: jax.Array,
         allowed: jax.Array | None,
@@ -245,4 +246,4 @@ def make_sampler(
         last_tokens = last_tokens.at[slots].set(tokens, mode="drop")
         return last_tokens, held, pack_outputs(tokens, chosen, top_ids, top)
 
-    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 5, out_specs=(P(),) * 3, check_vma=False)
+    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 6, out_specs=(P(),) * 3, check_vma=False)
