@@ -245,6 +245,19 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Room for adapters of low rank beside the base model, on the device: ``model.lora``."""
+
+    max_loras: int  # LA: adapters that are loaded at once
+    max_rank: int = 16  # LR
+
+    def __post_init__(self):
+        for name, value in (("max_loras", self.max_loras), ("max_lora_rank", self.max_rank)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """The paged KV cache. ``allocation="static"`` reserves ``max_model_len`` a sequence: the benchmark's comparison."""
 

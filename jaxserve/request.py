@@ -263,6 +263,25 @@ def _logit_bias(values: Any) -> dict[int, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadedAdapter:
+    """A LoRA adapter that an engine serves.
+
+    Attributes:
+        name: as requests name it.
+        slot: of the device's adapters.
+        generation: number of its load, the engine's first is 1: what is loaded later under the same name is another.
+        rank: of its matrices.
+        path: where it was read from; None for live arrays.
+    """
+
+    name: str
+    slot: int
+    generation: int
+    rank: int
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One admitted-to-be sequence. Token ids and params are already checked against the engine's limits."""
 
@@ -281,6 +300,12 @@ class Request:
     grammar: Any = None  # the params' structured_outputs as a text.grammar.Grammar
     pooling: Pooling | None = None  # an embedding of the prompt is wanted, and no token
     normalize: bool = True  # of the embedding: its length is 1
+    adapter: LoadedAdapter | None = None  # None: the base model
+
+    @property
+    def prefix_root(self) -> bytes:
+        """What besides its tokens the KV of a prompt depends on: the adapter, and which load of it."""
+        return b"" if self.adapter is None else b"lora %d" % self.adapter.generation
 
     @property
     def is_constrained(self) -> bool:

@@ -46,6 +46,7 @@ class StepDims:
     page_size: int  # PS
     max_stop_ids: int = 16  # NS: ids a row may suppress until min_tokens
     max_logprobs: int = 20  # KL
+    max_loras: int = 0  # LA: adapter slots; 0: the inputs have no adapter_ids
     hidden_tokens: int = 0  # TH: tokens of the largest step, whose hidden states stay until the next; 0: none do
 
 
@@ -71,6 +72,7 @@ class StepInputs(NamedTuple):
     page_table: Array  # [B, MP] i32, page ids; unused entries 0
     prefill_cu_q_lens: Array  # [BP + 1] i32, first tokens of the chunks; padding rows repeat the last
     sample_index: Array  # [B] i32, flat token whose logits the row samples from; padding 0
+    adapter_ids: Array = None  # [T] i32, slot of the token's adapter, -1 for none; padding -1; None where LA is 0
 
 
 # What a step's rows ask of sampling, each more than the one before: the best token; temperature and min_p; anything of
@@ -101,7 +103,7 @@ def sampling_shapes(num_rows: int, dims: StepDims) -> dict[str, tuple[int, ...]]
 def input_shapes(bucket: Bucket, dims: StepDims) -> dict[str, tuple[int, ...]]:
     """Shape of every field of ``StepInputs``, in buffer order."""
     t, b = bucket.num_tokens, bucket.num_rows
-    return sampling_shapes(b, dims) | {
+    shapes: dict[str, tuple[int, ...]] = sampling_shapes(b, dims) | {
         "token_ids": (t,),
         "positions": (t,),
         "kv_write_index": (t,),
@@ -109,6 +111,7 @@ def input_shapes(bucket: Bucket, dims: StepDims) -> dict[str, tuple[int, ...]]:
         "prefill_cu_q_lens": (bucket.prefill_rows + 1,),
         "sample_index": (b,),
     }
+    return shapes | {"adapter_ids": (t,)} if dims.max_loras else shapes
 
 
 def buffer_size(bucket: Bucket, dims: StepDims) -> int:
@@ -132,6 +135,8 @@ def new_inputs(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, StepInputs]:
         start += size
     inputs = StepInputs(**views)
     inputs.kv_write_index[:] = dims.num_pages * dims.page_size
+    if inputs.adapter_ids is not None:
+        inputs.adapter_ids[:] = -1
     inputs.slot_ids[:] = dims.num_slots
     inputs.stop_ids[:] = -1
     inputs.num_logprobs[:] = -1

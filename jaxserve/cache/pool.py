@@ -18,18 +18,19 @@ import numpy as np
 DIGEST_BYTES = 16  # 128 bits: two different prefixes of 2**40 ever seen collide with probability 2**-49
 
 
-def extend_digests(digests: list[bytes], token_ids: Sequence[int], page_size: int) -> None:
+def extend_digests(digests: list[bytes], token_ids: Sequence[int], page_size: int, root: bytes = b"") -> None:
     """Append to ``digests`` the chained digests of the full pages of ``token_ids`` that it lacks.
 
     ``digests[i]`` identifies pages ``0..i`` of ``token_ids`` together: ``blake2b(digests[i-1] + page i's ids)``. KV of
     a token depends on every token before it, so equal digests mean equal KV. The caller keeps ``digests`` beside a
-    growing token list, and each page is hashed once in its life.
+    growing token list, and each page is hashed once in its life. ``root`` stands before the first page: what else the
+    KV depends on.
     """
     first, last = len(digests), len(token_ids) // page_size
     if first >= last:
         return
     data = np.array(token_ids[first * page_size : last * page_size], np.int32).tobytes()
-    parent, size = digests[-1] if digests else b"", 4 * page_size
+    parent, size = digests[-1] if digests else root, 4 * page_size
     for start in range(0, len(data), size):
         parent = hashlib.blake2b(parent + data[start : start + size], digest_size=DIGEST_BYTES).digest()
         digests.append(parent)
@@ -117,15 +118,15 @@ class PagePool:
                     self._unused.append(page)
         self.num_references -= len(pages)
 
-    def match_prefix(self, token_ids: Sequence[int], digests: list[bytes]) -> list[int]:
+    def match_prefix(self, token_ids: Sequence[int], digests: list[bytes], root: bytes = b"") -> list[int]:
         """Pages that hold the longest known prefix of ``token_ids``; takes no reference.
 
         At most ``(len - 1) // page_size`` pages, so that at least one token is left to compute: its logits are wanted.
-        ``digests`` is the caller's memory of the digests of ``token_ids``; it is extended.
+        ``digests`` is the caller's memory of the digests of ``token_ids`` after ``root``; it is extended.
         """
         if not self.prefix_caching:
             return []
-        extend_digests(digests, token_ids, self.page_size)
+        extend_digests(digests, token_ids, self.page_size, root)
         pages = []
         for digest in digests[: (len(token_ids) - 1) // self.page_size]:
             page = self._page_of.get(digest)
@@ -135,14 +136,20 @@ class PagePool:
         return pages
 
     def allocate_sequence(
-        self, token_ids: Sequence[int], digests: list[bytes], num_pages: int, keep_free: int = 0, match: bool = True
+        self,
+        token_ids: Sequence[int],
+        digests: list[bytes],
+        num_pages: int,
+        keep_free: int = 0,
+        match: bool = True,
+        root: bytes = b"",
     ) -> tuple[list[int], int] | None:
         """``num_pages`` pages for a sequence that starts with ``token_ids``: matched prefix pages, then new ones.
 
         Returns the pages, one reference taken to each, and how many of them were matched; or None and no change when
         this would leave fewer than ``keep_free`` pages free. Without ``match`` all pages are new.
         """
-        matched = self.match_prefix(token_ids, digests) if match else []
+        matched = self.match_prefix(token_ids, digests, root) if match else []
         num_new = num_pages - len(matched)
         num_revived = sum(self._refcounts[page] == 0 for page in matched)  # counted as free until acquired
         if num_new + num_revived + keep_free > self.num_free:

@@ -13,6 +13,7 @@ from jaxserve.engine.constraints import CONSTRAINTS, bad_sequences, check_constr
 from jaxserve.request import (
     ALL_LOGPROBS,
     MAX_ALL_LOGPROBS,
+    LoadedAdapter,
     Pooling,
     Request,
     RequestError,
@@ -63,6 +64,7 @@ class Door:
         request_id: str | None,
         priority: int,
         deadline: float | None,
+        adapter: LoadedAdapter | None = None,
     ) -> Request:
         """See ``Engine.make_request``."""
         limit = self._max_model_len
@@ -94,6 +96,7 @@ class Door:
             arrival=time.monotonic(),
             bad_sequences=sequences,
             grammar=self._grammar(params.structured_outputs),
+            adapter=adapter,
         )
         self._check(request)
         self._check_logprobs(request)
@@ -109,6 +112,7 @@ class Door:
         request_id: str | None,
         priority: int,
         deadline: float | None,
+        adapter: LoadedAdapter | None = None,
     ) -> Request:
         """See ``Engine.make_embedding_request``."""
         if pooling not in get_args(Pooling):
@@ -120,7 +124,9 @@ class Door:
         params = SamplingParams(
             temperature=0, max_tokens=1, ignore_eos=True, truncate_prompt_tokens=truncate_prompt_tokens
         )
-        request = self.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
+        request = self.make_request(
+            prompt, params, request_id=request_id, priority=priority, deadline=deadline, adapter=adapter
+        )
         return replace(request, pooling=pooling, normalize=normalize)
 
     def _check_logprobs(self, request: Request) -> None:

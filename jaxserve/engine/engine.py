@@ -10,17 +10,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
+from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig
 from jaxserve.engine import plan
 from jaxserve.engine.door import Door, Prompt, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.loop import StepLoop
+from jaxserve.engine.loras import Loras, PlacedLora
 from jaxserve.engine.output import completions_of, embedding_of
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.execution.dummy import dummy_params
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import Progress, Runner
 from jaxserve.execution.step import StageParams
+from jaxserve.model.lora import Adapter
 from jaxserve.model.params import Params, ParamSource, TreeSource, check_params, param_specs
 from jaxserve.parallel.mesh import parallel_config
 from jaxserve.parallel.placed import placed_config
@@ -28,6 +30,7 @@ from jaxserve.request import (
     Completion,
     Embedding,
     EngineStats,
+    LoadedAdapter,
     PageMap,
     Pooling,
     QueueFullError,
@@ -184,6 +187,9 @@ class Engine:
         samplings: Sequence[Sampling] | None = None,
         max_prefill_rows: int | None = None,
         max_num_waiting: int = 1024,
+        max_loras: int | None = None,
+        max_lora_rank: int = 16,
+        lora_modules: Mapping[str, str | Path] | None = None,
         prefix_caching: bool = True,
         lookahead: Literal[0, 1] = 1,
         batching: Literal["continuous", "static"] = "continuous",
@@ -211,6 +217,11 @@ class Engine:
                 everything). ("greedy",) refuses every request that is not greedy.
             max_prefill_rows: sequences at most that have a prompt chunk in one step.
             max_num_waiting: requests that may wait; more are refused with QueueFullError.
+            max_loras: LoRA adapters that may be loaded at once; None: as many as ``lora_modules``. 0: nothing is spent
+                on them.
+            max_lora_rank: their rank at most; each slot takes the memory of such a one.
+            lora_modules: adapters to load before the engine is ready, by the name that requests give: folders as `peft`
+                saves them.
             lookahead: steps dispatched before the last one is read.
             batching, allocation: "static" is for comparison in benchmarks only.
         """
@@ -244,6 +255,13 @@ class Engine:
             batching=batching,
             **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
         )
+        lora_modules = lora_modules or {}
+        max_loras = len(lora_modules) if max_loras is None else max_loras
+        if max_loras < 0:
+            raise ValueError(f"max_loras={max_loras} must be at least 0")
+        if len(lora_modules) > max_loras:
+            raise ValueError(f"lora_modules has {len(lora_modules)} adapters, max_loras={max_loras}")
+        lora = LoraConfig(max_loras=max_loras, max_rank=max_lora_rank) if max_loras else None
         samplings = tuple(plan.defaults(resolved)["samplings"] if samplings is None else samplings)
         to_place = placed_config(model_config, self.parallel_config.tensor, self.scheduler_config.max_model_len)
         placed = params
@@ -258,7 +276,15 @@ class Engine:
             )
         if num_pages is None:
             num_pages = plan.num_pages_that_fit(
-                to_place, self.scheduler_config, placed, resolved, jnp_dtype, page_size, memory_fraction, samplings
+                to_place,
+                self.scheduler_config,
+                placed,
+                resolved,
+                jnp_dtype,
+                page_size,
+                memory_fraction,
+                samplings,
+                lora,
             )
         self.cache_config = CacheConfig(
             num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
@@ -268,7 +294,7 @@ class Engine:
                 f"num_pages={num_pages} of {page_size} hold {num_pages * page_size} tokens, fewer than max_model_len="
                 f"{self.scheduler_config.max_model_len}"
             )
-        dims = plan.step_dims(self.scheduler_config, self.cache_config, samplings)
+        dims = plan.step_dims(self.scheduler_config, self.cache_config, samplings, lora)
         scheduler = Scheduler(self.cache_config, self.scheduler_config, dims)
         self._door = Door(model_config, self.scheduler_config.max_model_len, tokenizer, scheduler.check, samplings)
         self._events: list[TokenEvent] = []  # for the next ``step``
@@ -285,8 +311,12 @@ class Engine:
             jnp_dtype,
             samplings,
             on_progress,
+            lora,
         )
         self.loop = StepLoop(scheduler, runner, tokenizer)
+        self._loras = Loras(lora, model_config, runner, scheduler, base_names=(model_name,))
+        for name, path in lora_modules.items():
+            self.load_lora(name, path)
 
     def default_sampling_params(self, **fields: Any) -> SamplingParams:
         """The model's own sampling with ``fields`` instead of what it says of them.
@@ -299,7 +329,11 @@ class Engine:
     # Whole requests.
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Completes every prompt (text or token ids), batched together, and returns them in the prompts' order,
         a prompt's ``n`` choices one after another.
@@ -307,6 +341,7 @@ class Engine:
         Args:
             prompts: one prompt or a sequence of them.
             params: for all prompts, or one for each; None is ``default_sampling_params()``.
+            lora: name of the loaded adapter, for all prompts or one for each; None is the base model.
 
         Raises:
             RequestError: a prompt or parameter that cannot be served; nothing was started.
@@ -316,7 +351,10 @@ class Engine:
             params = [params or self.default_sampling_params()] * len(listed)
         if len(params) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(params)} SamplingParams")
-        requests = [self.make_request(p, s) for p, s in zip(listed, params, strict=True)]
+        loras = [lora] * len(listed) if lora is None or isinstance(lora, str) else lora
+        if len(loras) != len(listed):
+            raise ValueError(f"{len(listed)} prompts but {len(loras)} names of adapters")
+        requests = [self.make_request(p, s, lora=name) for p, s, name in zip(listed, params, loras, strict=True)]
         events = self._run(requests)
         return [c for request in requests for c in completions_of(request, events[request.request_id])]
 
@@ -349,9 +387,11 @@ class Engine:
                 self._drop(request.request_id)
         return collected
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, lora: str | None = None
+    ) -> Iterator[TokenEvent]:
         """Events of one request as its tokens appear. Closing the iterator aborts it; streams may be interleaved."""
-        request = self.make_request(prompt, params or self.default_sampling_params())
+        request = self.make_request(prompt, params or self.default_sampling_params(), lora=lora)
         inbox = self._inboxes[request.request_id] = deque()
         try:
             self.add_request(request)
@@ -378,6 +418,7 @@ class Engine:
         pooling: Pooling = "last",
         normalize: bool = True,
         truncate_prompt_tokens: int | None = None,
+        lora: str | None = None,
     ) -> list[Embedding]:
         """Every prompt as a vector of the model's width, in the prompts' order: the hidden state after the final norm
         of its last token, or the mean over all its tokens.
@@ -385,11 +426,14 @@ class Engine:
         Args:
             normalize: the vector has length 1.
             truncate_prompt_tokens: only so many of a prompt's last tokens are read.
+            lora: name of the loaded adapter; None is the base model.
 
         Raises:
             RequestError: a prompt that cannot be read; nothing was started.
         """
-        options: dict[str, Any] = {"normalize": normalize, "truncate_prompt_tokens": truncate_prompt_tokens}
+        options: dict[str, Any] = {
+            "normalize": normalize, "truncate_prompt_tokens": truncate_prompt_tokens, "lora": lora
+        }  # fmt: skip
         requests = [
             self.make_embedding_request(prompt, pooling=pooling, **options) for prompt in listed_prompts(prompts)
         ]
@@ -406,16 +450,25 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        lora: str | None = None,
     ) -> Request:
         """Checks a prompt and its parameters against this engine's limits. Pure; any thread may call it.
 
         Args:
             deadline: ``time.monotonic()`` seconds at which the request ends with finish reason "deadline".
+            lora: name of the loaded adapter; None is the base model.
 
         Raises:
             RequestError: names the field, with both numbers.
         """
-        return self._door.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
+        return self._door.make_request(
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            deadline=deadline,
+            adapter=None if lora is None else self._loras.find(lora),
+        )
 
     def make_embedding_request(
         self,
@@ -427,6 +480,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        lora: str | None = None,
     ) -> Request:
         """As ``make_request``, of a request for an embedding: its only event has it, and no token."""
         return self._door.make_embedding_request(
@@ -437,6 +491,7 @@ class Engine:
             request_id=request_id,
             priority=priority,
             deadline=deadline,
+            adapter=None if lora is None else self._loras.find(lora),
         )
 
     def add_request(self, request: Request) -> None:
@@ -444,9 +499,10 @@ class Engine:
 
         Raises:
             QueueFullError: ``max_num_waiting`` requests wait already.
-            RequestError: its id is in use, or it cannot be served by this engine's cache.
+            RequestError: its id is in use, it cannot be served by this engine's cache, or its adapter was unloaded.
         """
         self._check_usable()
+        self._loras.check_loaded(request)
         with interrupts_held():
             self.loop.add(request)
 
@@ -550,6 +606,48 @@ class Engine:
             self.loop.runner.mesh,
             np.dtype(self.dtype),
         )
+
+    # Adapters.
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """The room that there is for adapters; None: none."""
+        return self._loras.config
+
+    def load_lora(self, name: str, path: str | Path) -> LoadedAdapter:
+        """Loads the LoRA adapter in a folder as `peft` saves it: requests made from now on may name it, beside others.
+        Nothing is compiled, and running requests do not notice.
+
+        Raises:
+            CheckpointError: the adapter cannot be used, with the key or tensor at fault and both numbers.
+            RequestError: the name is taken, or there is no room (``max_loras``).
+        """
+        return self.add_lora(name, self.read_lora(path))
+
+    def read_lora(self, path: str | Path) -> PlacedLora:
+        """The adapter in a folder, on the devices, for ``add_lora``. Any thread may call it while another one runs the
+        engine. Raises as ``load_lora``."""
+        return self._loras.read(path)
+
+    def add_lora(self, name: str, adapter: Adapter | PlacedLora) -> LoadedAdapter:
+        """As ``load_lora``, an adapter of ``read_lora`` or of live arrays (``model.lora.Adapter``)."""
+        self._check_usable()
+        with interrupts_held(), self.loop.runner.compile_counter.watch():
+            return self._loras.add(name, self._loras.place(adapter) if isinstance(adapter, Adapter) else adapter)
+
+    def unload_lora(self, name: str) -> None:
+        """No request made from now on may name the adapter. Those that do go on with it; its room is free for another
+        when the last of them has ended.
+
+        Raises:
+            RequestError: it is not loaded.
+        """
+        self._check_usable()
+        self._loras.unload(name)
+
+    def list_loras(self) -> tuple[LoadedAdapter, ...]:
+        """The adapters that requests may name, in the order of their loading. Any thread."""
+        return self._loras.loaded()
 
     # Figures and end.
 

@@ -109,7 +109,8 @@ class StepLoop:
         for load in slot_loads(batch, self._constraint_dims):
             self.runner.load_constraints(load)
         self._spent("build_s")
-        computed = self.runner.forward(batch.bucket, buffer)
+        has_adapters = inputs.adapter_ids is not None and bool((inputs.adapter_ids >= 0).any())
+        computed = self.runner.forward(batch.bucket, buffer, has_adapters=has_adapters)
         asides = allowed = None
         if any(row.sequence.request.is_aside for row in batch.rows):
             # A new sequence may have the id of one that has ended.

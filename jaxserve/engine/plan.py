@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.cache.pages import page_bytes
-from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.execution.adapters import adapters_shape, bytes_a_device, one_slot_shape
 from jaxserve.execution.hidden import score_workspace_bytes
 from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, state_shape
 from jaxserve.execution.sampling import LOOKS_AT_ALL
@@ -120,10 +121,11 @@ def num_pages_that_fit(
     page_size: int,
     memory_fraction: float | None,
     samplings: Sequence[Sampling],
+    lora: LoraConfig | None = None,
 ) -> int:
     """Pages in ``memory_fraction`` of the memory: on a CPU of the machine's, else of each device's, less what is in
-    use (the parameters) and the compiler's figure for the largest step's workspace. Never more than
-    ``max_num_seqs`` full sequences can hold.
+    use (the parameters) and the compiler's figure for the largest step's workspace, and less the room for adapters and
+    for one on its way there. Never more than ``max_num_seqs`` full sequences can hold.
 
     Raises ValueError with the figures where not even one sequence of ``max_model_len`` fits.
     """
@@ -137,7 +139,10 @@ def num_pages_that_fit(
     else:
         stats = [d.memory_stats() for d in mesh.local_devices]
         free = min(int(s["bytes_limit"] * fraction) - s["bytes_in_use"] for s in stats)
-        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings)
+        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings, lora)
+    if lora is not None:
+        adapters = adapters_shape(config, lora, mesh, dtype)
+        room -= bytes_a_device(adapters) + bytes_a_device(one_slot_shape(adapters))
     fit = room // per_page
     if fit < one_sequence:
         raise ValueError(
@@ -155,14 +160,16 @@ def _workspace_bytes(
     dtype: jnp.dtype,
     page_size: int,
     samplings: Sequence[Sampling],
+    lora: LoraConfig | None,
 ) -> int:
     """Memory of the largest step and of its sampler beside parameters and pages, on one device, from the compiler."""
     few = CacheConfig(num_pages=16, page_size=page_size)
-    dims = step_dims(scheduler, few, samplings)
+    dims = step_dims(scheduler, few, samplings, lora)
+    adapters = None if lora is None else adapters_shape(config, lora, mesh, dtype)
     buckets = all_buckets(scheduler)
     largest = max(buckets, key=lambda b: (b.num_tokens, b.num_rows))
     state = state_shape(config, few, dims, buckets, mesh, dtype)
-    lowered = lower_step(config, params, state, dims, largest, mesh)
+    lowered = lower_step(config, params, state, dims, largest, mesh, adapters)
     asked = max(samplings, key=SAMPLINGS.index)
     analyses = [
         compile_step(x, mesh).memory_analysis()
@@ -173,7 +180,9 @@ def _workspace_bytes(
     return workspace + (score_workspace_bytes(config.vocab_size) if dims.hidden_tokens else 0)
 
 
-def step_dims(scheduler: SchedulerConfig, cache: CacheConfig, samplings: Sequence[Sampling]) -> StepDims:
+def step_dims(
+    scheduler: SchedulerConfig, cache: CacheConfig, samplings: Sequence[Sampling], lora: LoraConfig | None = None
+) -> StepDims:
     """The sizes that all steps of an engine with these configs share. Hidden states are kept where a request may ask
     for log-probabilities."""
     keeps_hidden = bool(set(samplings) & set(LOOKS_AT_ALL))
@@ -182,5 +191,6 @@ def step_dims(scheduler: SchedulerConfig, cache: CacheConfig, samplings: Sequenc
         max_pages_per_seq=scheduler.max_pages_per_seq(cache.page_size),
         num_pages=cache.num_pages,
         page_size=cache.page_size,
+        max_loras=0 if lora is None else lora.max_loras,
         hidden_tokens=max(b.num_tokens for b in all_buckets(scheduler)) if keeps_hidden else 0,
     )

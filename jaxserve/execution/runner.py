@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxserve.cache.pages import kv_pages_shape
-from jaxserve.config import CacheConfig, ModelConfig
+from jaxserve.config import CacheConfig, LoraConfig, ModelConfig
 from jaxserve.constraint_io import ConstraintDims, new_slot, slot_buffer_size
+from jaxserve.execution.adapters import StageAdapters, adapters_shape, lower_write_slot, one_slot_shape
 from jaxserve.execution.compile_counter import CompileCounter
 from jaxserve.execution.constraints import Constraints, constraints_shape, load
 from jaxserve.execution.hidden import SCORE_ROWS, head_params, make_pooler, make_scorer
@@ -67,9 +68,15 @@ def state_shape(
 
 
 def lower_step(
-    config: ModelConfig, params: StageParams, state: DeviceState, dims: StepDims, bucket: Bucket, mesh: Mesh
+    config: ModelConfig,
+    params: StageParams,
+    state: DeviceState,
+    dims: StepDims,
+    bucket: Bucket,
+    mesh: Mesh,
+    adapters: StageAdapters | None = None,
 ) -> jax.stages.Lowered:
-    """The step of one bucket, lowered for ``params`` and ``state`` (arrays or shapes), the state donated.
+    """The step of one bucket, lowered for ``params``, ``adapters`` and ``state`` (arrays or shapes), the state donated.
 
     ``config`` is of ``parallel.placed.placed_config``.
     """
@@ -92,8 +99,9 @@ def lower_step(
         attention=dispatch.best(device, hopper=hopper),
         grouped_matmul=dispatch.best_grouped_matmul(device),
         params_specs=jax.tree.map(lambda x: x.sharding.spec, params),
+        adapter_specs=jax.tree.map(lambda x: x.sharding.spec, adapters),
     )
-    return jax.jit(step, donate_argnums=(1,)).lower(params, state)
+    return jax.jit(step, donate_argnums=(1,)).lower(params, state, adapters)
 
 
 def lower_load_inputs(state: DeviceState, dims: StepDims, bucket: Bucket) -> jax.stages.Lowered:
@@ -182,7 +190,8 @@ class Computed(NamedTuple):
 class Runner:
     """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns, and for each
     number of rows that they have a sampler for everything in ``samplings``; no step may ask more than the last of them
-    in ``SAMPLINGS``' order.
+    in ``SAMPLINGS``' order. With ``lora`` every bucket is compiled twice: a step whose tokens have none does not
+    pay for them.
 
     One thread at a time may use it. ``forward`` and ``sample`` return before the device is done; ``read`` waits.
 
@@ -201,19 +210,23 @@ class Runner:
         dtype: jnp.dtype,
         samplings: Sequence[Sampling] = ("any",),
         on_progress: Progress | None = None,
+        lora: LoraConfig | None = None,
     ):
         self.compile_counter = CompileCounter()
         self.config, self.dims, self.mesh = config, dims, mesh
         self._replicated = NamedSharding(mesh, specs.REPLICATED)
         self._params = params
+        self._adapters = None if lora is None else _zeros(adapters_shape(config, lora, mesh, dtype))
         self._state_shape = state_shape(config, cache, dims, buckets, mesh, dtype)
         self._samplings = tuple(samplings)
-        self._compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._compiled: dict[tuple[Bucket, bool], jax.stages.Compiled] = {}  # and whether tokens have adapters
         self._loaders: dict[Bucket, jax.stages.Compiled] = {}  # of inputs
         self._samplers: dict[tuple[int, Sampling], jax.stages.Compiled] = {}  # by rows
         self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
         self._readers: dict[Callable, jax.stages.Compiled] = {}  # of hidden states, by what lowers them
         self._compile(buckets, on_progress)
+        if self._adapters is not None:
+            self._write_slot = lower_write_slot(self._adapters, mesh).compile()
         self._state = _zeros(self._state_shape)
         # Of steps that are read, by rows, for the next ones: new ones would lie where the workspace of the step was,
         # which would move, and the step's CUDA graph would have to be updated. Two: one step runs, one is read.
@@ -246,7 +259,9 @@ class Runner:
         arrays = (self.config, self._params, self._state_shape, self.dims)
         jobs: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
         for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
-            jobs.append((self._compiled, bucket, partial(lower_step, *arrays, bucket, self.mesh)))
+            for adapters in (None, self._adapters)[: self._num_variants]:
+                key = (bucket, adapters is not None)
+                jobs.append((self._compiled, key, partial(lower_step, *arrays, bucket, self.mesh, adapters)))
             jobs.append((self._loaders, bucket, partial(lower_load_inputs, self._state_shape, self.dims, bucket)))
         for asked in self._samplings:
             for num_rows in sorted({b.num_rows for b in buckets}):
@@ -268,21 +283,40 @@ class Runner:
         """Runs every bucket on padding: what the runtime does on a first call is not left to the first user."""
         # On GPUs XLA makes the graph of a step, in 20 ms, when it runs for the second time.
         times = 2 if self.mesh.devices.flat[0].platform == "gpu" else 1
-        jobs: list[tuple[Bucket, Sampling]] = [(b, asked) for b in buckets for asked in self._samplings] * times
-        for i, (bucket, asked) in enumerate(jobs):
-            self.read(self.sample(self.forward(bucket, new_inputs(bucket, self.dims)[0]), asked))
+        variants = (False, True)[: self._num_variants]
+        jobs: list[tuple[Bucket, Sampling, bool]] = [
+            (b, asked, has) for b in buckets for asked in self._samplings for has in variants
+        ] * times
+        for i, (bucket, asked, has_adapters) in enumerate(jobs):
+            computed = self.forward(bucket, new_inputs(bucket, self.dims)[0], has_adapters=has_adapters)
+            self.read(self.sample(computed, asked))
             if on_progress:
                 on_progress("warm-up", i + 1, len(jobs))
+        if self._adapters is not None:
+            nothing = one_slot_shape(self._adapters)
+            self.write_adapter(
+                jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), nothing), 0
+            )
         if self.dims.hidden_tokens:
             self.read_scores(self.score([0], [0]), in_full=False)
             self.read_pooled(self.pool(np.zeros(self.dims.hidden_tokens, np.int32)))
 
-    def forward(self, bucket: Bucket, buffer: np.ndarray) -> Computed:
-        """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits."""
+    @property
+    def _num_variants(self) -> int:
+        """Programs of a bucket: without adapters, and with them."""
+        return 1 if self._adapters is None else 2
+
+    def forward(self, bucket: Bucket, buffer: np.ndarray, *, has_adapters: bool = False) -> Computed:
+        """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits.
+
+        Args:
+            has_adapters: whether one of its tokens may have an adapter; else all are the base model's.
+        """
         # As it is, not by jax.device_put: the compiled call copies it in a fifth of the time.
         inputs = self._loaders[bucket](self._state.inputs, buffer)
         state = dataclasses.replace(self._state, inputs=inputs)
-        self._state, logits = self._compiled[bucket](self._params, state)
+        step = self._compiled[bucket, has_adapters]
+        self._state, logits = step(self._params, state, self._adapters if has_adapters else None)
         return Computed(bucket.num_rows, logits, inputs=self._state.inputs)
 
     def sample(self, computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
@@ -372,12 +406,22 @@ class Runner:
                 raise ValueError(f"params.{name} is {facts[0]}, the compiled steps take {facts[1]}")
         self._params = params
 
+    def adapter_shape(self) -> StageAdapters:
+        """What ``write_adapter`` takes. Only where there is room for adapters."""
+        assert self._adapters is not None
+        return one_slot_shape(self._adapters)
+
+    def write_adapter(self, one: StageAdapters, slot: int) -> None:
+        """An adapter (``adapters.place_adapter``) into ``slot``, for the steps dispatched from now on."""
+        number = jax.device_put(np.int32(slot), self._replicated)
+        self._adapters = self._write_slot(self._adapters, one, number)
+
     def close(self) -> None:
         """Frees the device's memory; the runner cannot be used afterwards."""
         self.compile_counter.close()
-        for x in jax.tree.leaves((self._state, self._held, self._all_allowed, self._free_outputs)):
+        for x in jax.tree.leaves((self._state, self._held, self._all_allowed, self._free_outputs, self._adapters)):
             x.delete()
-        del self._params, self._state, self._held, self._all_allowed, self._free_outputs
+        del self._params, self._adapters, self._state, self._held, self._all_allowed, self._free_outputs
         del self._compiled, self._loaders, self._samplers, self._readers
 
 

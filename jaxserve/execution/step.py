@@ -18,10 +18,12 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.cache.pages import KVPages
 from jaxserve.config import ModelConfig
 from jaxserve.execution import constraints, sampling
+from jaxserve.execution.adapters import StageAdapters
 from jaxserve.execution.constraints import Constraints
 from jaxserve.model import decoder, layers
 from jaxserve.model.array_spec import ArraySpec, is_spec
 from jaxserve.model.layers import AttentionContext, StaticContext
+from jaxserve.model.lora import Lora, chosen_adapters
 from jaxserve.model.params import LayerParams, Params, param_specs
 from jaxserve.model.quantized import QuantizedMatrix, check_split
 from jaxserve.model.rope import rope_tables
@@ -154,15 +156,18 @@ def make_step(
     attention: Implementation,
     grouped_matmul: Implementation,
     params_specs: StageParams | None = None,
-) -> Callable[[StageParams, DeviceState], tuple[DeviceState, jax.Array]]:
-    """``step(params, state) -> (state, logits [B, V] f32)`` for one bucket, of the inputs that ``state`` holds.
+    adapter_specs: StageAdapters | None = None,
+) -> Callable[..., tuple[DeviceState, jax.Array]]:
+    """``step(params, state, adapters) -> (state, logits [B, V] f32)`` for one bucket, of the inputs that ``state``
+    holds.
 
     ``config`` is of ``parallel.placed.placed_config``, ``params_specs`` the PartitionSpecs of the parameters as they
-    were placed; None: those of ``stage_param_specs``.
+    were placed; None: those of ``stage_param_specs``. ``adapters`` are a ``StageAdapters`` of ``adapter_specs``, or
+    both are None: no token of the step has one.
     """
     static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul)
 
-    def step(params: StageParams, state: DeviceState) -> tuple[DeviceState, jax.Array]:
+    def step(params: StageParams, state: DeviceState, adapters: StageAdapters | None) -> tuple[DeviceState, jax.Array]:
         inputs = unpack(state.inputs, input_shapes(bucket, dims))
         stage = jax.tree.map(lambda x: x[0], params.layers)
         kv_pages = tuple(x[0] for x in state.kv_pages)
@@ -179,12 +184,16 @@ def make_step(
             inputs.kv_lens,
             inputs.prefill_cu_q_lens,
         )
+        loras: tuple[Lora | None, ...] = (None,) * len(stage)
+        if adapters is not None:
+            chosen = chosen_adapters(inputs.adapter_ids, dims.max_loras)
+            loras = tuple(Lora(layer, chosen) for layer in jax.tree.map(lambda x: x[0], adapters.layers))
         x = decoder.embed(params.embed, token_ids, params.final_norm.dtype)  # [T, D]
         if config.embed_scale != 1:
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         if params.positions is not None:
             x = x + params.positions[inputs.positions]
-        x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, static)
+        x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, loras, static)
         hidden = state.hidden
         if hidden is not None:
             hidden = lax.dynamic_update_slice(hidden, x[None].astype(hidden.dtype), (0, 0, 0))
@@ -201,7 +210,7 @@ def make_step(
     return jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(params_specs or stage_param_specs(config, num_stages), state),
+        in_specs=(params_specs or stage_param_specs(config, num_stages), state, adapter_specs),
         out_specs=(state, P()),
         check_vma=False,
     )

@@ -9,6 +9,7 @@ from jax import lax
 from jaxserve.config import ModelConfig
 from jaxserve.model import layers
 from jaxserve.model.layers import AttentionContext, StaticContext
+from jaxserve.model.lora import Lora
 from jaxserve.model.params import LayerParams
 from jaxserve.model.quantized import QuantizedMatrix, matmul, table_rows
 
@@ -48,16 +49,19 @@ def stage_layers(
     kv_pages: tuple[jax.Array, ...],
     x: jax.Array,
     ctx: AttentionContext,
+    loras: tuple[Lora | None, ...],
     static: StaticContext,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """This device's layers, unrolled: under ``scan`` XLA copies every layer's weights and pages.
 
     A kind of layer has a jit of its own, so that it is traced and lowered once and not once a layer. Where the stages
     have layers of different kinds at one place, each takes its own branch.
+
+    ``loras`` are the layers' adapters, None where the step has none.
     """
     num_stages, out = lax.axis_size("stage"), []
     by_kind = {}
-    for i, (p, pages) in enumerate(zip(stage, kv_pages, strict=True)):
+    for i, (p, pages, lora) in enumerate(zip(stage, kv_pages, loras, strict=True)):
         kinds = [layers.layer_kind(static.config, s * len(stage) + i) for s in range(num_stages)]  # of each stage
         branches = {}
         for kind in kinds:
@@ -65,10 +69,10 @@ def stage_layers(
                 by_kind[kind] = jax.jit(partial(layers.decoder_layer, static=static, kind=kind))
             branches[kind] = by_kind[kind]
         if len(branches) == 1:
-            x, pages = branches[kinds[0]](p, pages, x, ctx)
+            x, pages = branches[kinds[0]](p, pages, x, ctx, lora)
         else:
             branch = jnp.array([list(branches).index(kind) for kind in kinds])[lax.axis_index("stage")]
-            x, pages = lax.switch(branch, list(branches.values()), p, pages, x, ctx)
+            x, pages = lax.switch(branch, list(branches.values()), p, pages, x, ctx, lora)
         out.append(pages)
     return x, tuple(out)
 
@@ -78,6 +82,7 @@ def run_stages(
     kv_pages: tuple[jax.Array, ...],
     x: jax.Array,
     ctx: AttentionContext,
+    loras: tuple[Lora | None, ...],
     static: StaticContext,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """All layers of the model over ``x`` [T, D]: every stage's, in turn. The result is right on the last stage only.
@@ -87,14 +92,14 @@ def run_stages(
     """
     num_stages = lax.axis_size("stage")
     if num_stages == 1:
-        return stage_layers(stage, kv_pages, x, ctx, static)
+        return stage_layers(stage, kv_pages, x, ctx, loras, static)
     num_slots = kv_pages[0].shape[0] * kv_pages[0].shape[3]  # NP * PS: writes nowhere
     for tick in range(num_stages):
         mine = lax.axis_index("stage") == tick
         tick_ctx = ctx._replace(
             kv_write_index=jnp.where(mine, ctx.kv_write_index, num_slots), kv_lens=jnp.where(mine, ctx.kv_lens, 0)
         )
-        x, kv_pages = stage_layers(stage, kv_pages, x, tick_ctx, static)
+        x, kv_pages = stage_layers(stage, kv_pages, x, tick_ctx, loras, static)
         if tick + 1 < num_stages:
             x = lax.ppermute(x, "stage", [(s, s + 1) for s in range(num_stages - 1)])
     return x, kv_pages

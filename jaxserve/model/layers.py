@@ -11,8 +11,10 @@ from jax import lax
 
 from jaxserve.cache import pages
 from jaxserve.config import MLAConfig, ModelConfig
+from jaxserve.model import lora as adapters
 from jaxserve.model import moe
 from jaxserve.model.linear import activate, linear, psum_tensor
+from jaxserve.model.lora import Lora
 from jaxserve.model.params import LayerParams
 from jaxserve.model.rope import apply_rope
 from pallas_kernels.dispatch import Implementation
@@ -79,7 +81,13 @@ def norm_all_heads(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.
 
 
 def attention(
-    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext, kind: LayerKind
+    p: LayerParams,
+    kv_pages: jax.Array,
+    x: jax.Array,
+    ctx: AttentionContext,
+    static: StaticContext,
+    kind: LayerKind,
+    lora: Lora | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention block of ``x`` [T, D]; returns (its residual update [T, D], the pages with this step's K and V)."""
     config = static.config
@@ -87,6 +95,8 @@ def attention(
     t, group = x.shape[0], width - 2
     bias = None if p.qkv_bias is None else p.qkv_bias.reshape(-1)
     qkv = linear(x, p.qkv.reshape(k * width * h, d), bias).reshape(t, k, width, h)
+    if lora is not None:
+        qkv = qkv + adapters.qkv_update(lora, x)
     q, key = qkv[:, :, :group], qkv[:, :, group]  # [T, K, G, H], [T, K, H]
     if config.qk_norm == "head":
         q, key = rms_norm(q, p.q_norm, config), rms_norm(key, p.k_norm, config)
@@ -112,12 +122,16 @@ def attention(
         sinks=None if p.sinks is None else p.sinks.reshape(-1),
         implementation=static.attention,
     )  # [T, N, H]
-    return attention_output(p, out), kv_pages
+    return attention_output(p, out, lora), kv_pages
 
 
-def attention_output(p: LayerParams, out: jax.Array) -> jax.Array:
+def attention_output(p: LayerParams, out: jax.Array, lora: Lora | None) -> jax.Array:
     """The heads' outputs [T, N, H] through the output matrix: [T, D]."""
-    update = psum_tensor(linear(out.reshape(out.shape[0], -1), p.attn_out))
+    out = out.reshape(out.shape[0], -1)
+    update = linear(out, p.attn_out)
+    if lora is not None:
+        update = update + adapters.attn_out_update(lora, out)
+    update = psum_tensor(update)
     return update if p.attn_out_bias is None else update + p.attn_out_bias
 
 
@@ -128,6 +142,7 @@ def latent_attention(
     ctx: AttentionContext,
     static: StaticContext,
     kind: LayerKind,
+    lora: Lora | None,
     mla: MLAConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """As ``attention``, multi-head latent attention (DeepSeek-V2, 2024): queries are taken to the latent's space, so
@@ -162,20 +177,32 @@ def latent_attention(
         implementation=static.attention,
     )  # [T, N, RK]
     out = jnp.einsum("tnr,nvr->tnv", out, p.v_up, precision=precision)  # [T, N, HV]
-    return attention_output(p, out), kv_pages
+    return attention_output(p, out, lora), kv_pages
 
 
-def mlp(p: LayerParams, x: jax.Array, config: ModelConfig) -> jax.Array:
+def mlp(p: LayerParams, x: jax.Array, config: ModelConfig, lora: Lora | None) -> jax.Array:
     """Feed-forward block of ``x`` [T, D]: gated (Shazeer, 2020) or plain."""
     width, f, d = p.gate_up.shape  # [2, F, D], or [1, F, D]
     bias = None if p.gate_up_bias is None else p.gate_up_bias.reshape(-1)
     hidden = linear(x, p.gate_up.reshape(width * f, d), bias).reshape(-1, width, f)  # [T, 2, F]
-    update = psum_tensor(linear(activate(hidden, config.activation), p.down))
+    if lora is not None:
+        hidden = hidden + adapters.gate_up_update(lora, x)
+    hidden = activate(hidden, config.activation)  # [T, F]
+    update = linear(hidden, p.down)
+    if lora is not None:
+        update = update + adapters.down_update(lora, hidden)
+    update = psum_tensor(update)
     return update if p.down_bias is None else update + p.down_bias
 
 
 def decoder_layer(
-    p: LayerParams, kv_pages: jax.Array, x: jax.Array, ctx: AttentionContext, static: StaticContext, kind: LayerKind
+    p: LayerParams,
+    kv_pages: jax.Array,
+    x: jax.Array,
+    ctx: AttentionContext,
+    lora: Lora | None,
+    static: StaticContext,
+    kind: LayerKind,
 ) -> tuple[jax.Array, jax.Array]:
     """One layer: ``x`` [T, D] and the layer's pages in, the same out."""
     config = static.config
@@ -187,10 +214,10 @@ def decoder_layer(
 
     y = norm(x, p.attn_norm, p.attn_norm_bias, config) if config.pre_norm else x
     if config.mla is None:
-        update, kv_pages = attention(p, kv_pages, y, ctx, static, kind)
+        update, kv_pages = attention(p, kv_pages, y, ctx, static, kind, lora)
     else:
-        update, kv_pages = latent_attention(p, kv_pages, y, ctx, static, kind, config.mla)
+        update, kv_pages = latent_attention(p, kv_pages, y, ctx, static, kind, lora, config.mla)
     x = add(x, update, p.attn_post_norm)
     y = norm(x, p.mlp_norm, p.mlp_norm_bias, config) if config.pre_norm else x
-    update = moe.moe(p, y, config, static.grouped_matmul) if kind.is_moe else mlp(p, y, config)
+    update = moe.moe(p, y, config, static.grouped_matmul) if kind.is_moe else mlp(p, y, config, lora)
     return add(x, update, p.mlp_post_norm), kv_pages

@@ -121,6 +121,7 @@ class SlotArrays:
     def __init__(self, dims: StepDims):
         num_slots = dims.num_slots
         self.page_table = np.zeros((num_slots, dims.max_pages_per_seq), np.int32)  # [R, MP], unused entries 0
+        self.adapter = np.full(num_slots, -1, np.int32)  # slot of the adapter; -1: none
         self.top_k = np.zeros(num_slots, np.int32)
         self.seed = np.zeros((num_slots, 2), np.int32)  # [R, 2]
         self.min_len = np.zeros(num_slots, np.int32)
@@ -136,6 +137,7 @@ class SlotArrays:
         params = request.params
         self.page_table[slot] = 0
         self.page_table[slot, : len(pages)] = pages
+        self.adapter[slot] = -1 if request.adapter is None else request.adapter.slot
         self.top_k[slot] = min(max(params.top_k, 0), INT32_MAX)
         self.seed[slot] = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
         self.stop_ids[slot] = -1
@@ -208,4 +210,6 @@ def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tu
     inputs.positions[: len(position)] = position
     page = slots.page_table[slot[token_row], position // page_size]
     inputs.kv_write_index[: len(position)] = page * page_size + position % page_size
+    if dims.max_loras:
+        inputs.adapter_ids[: len(position)] = slots.adapter[slot[token_row]]
     return buffer, inputs

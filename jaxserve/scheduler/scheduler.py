@@ -174,6 +174,10 @@ class Scheduler:
         """The unfinished sequence of ``request_id``."""
         return self._sequences.get(request_id)
 
+    def unfinished(self) -> tuple[Sequence, ...]:
+        """Every sequence that waits or runs, in no order."""
+        return tuple(self._sequences.values())
+
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
 
@@ -306,7 +310,9 @@ class Scheduler:
         keep_free = self._watermark if self._running else 0
         # After the first output token all that was wanted of the prompt's hidden states has been given.
         match = not sequence.request.wants_whole_prompt or sequence.num_output_tokens > 0
-        found = self.pool.allocate_sequence(sequence.tokens, sequence.digests, num_pages, keep_free, match)
+        found = self.pool.allocate_sequence(
+            sequence.tokens, sequence.digests, num_pages, keep_free, match, sequence.request.prefix_root
+        )
         if found is None:
             return None
         sequence.pages, num_matched = found
@@ -433,7 +439,7 @@ class Scheduler:
         last = last if at_most is None else min(last, at_most)
         if last <= first or not self.cache.prefix_caching:
             return
-        extend_digests(sequence.digests, sequence.tokens, self.cache.page_size)
+        extend_digests(sequence.digests, sequence.tokens, self.cache.page_size, sequence.request.prefix_root)
         self.pool.register_full_pages(sequence.pages[first:last], sequence.digests[first:last])
         sequence.num_registered = last
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.constraint_io import ConstraintDims, pack_slot
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import LoadedAdapter, Request, SamplingParams
 from jaxserve.scheduler.batch import (
     ScheduledBatch,
     ScheduledRow,
@@ -28,11 +28,11 @@ from tests.scheduler.fake_engine import dims_of, make_request
 CONFIG = SchedulerConfig(
     max_model_len=64, max_num_seqs=8, prefill_sizes=(2, 16), decode_sizes=(1, 4, 8), max_prefill_rows=3
 )
-DIMS = StepDims(num_slots=4, max_pages_per_seq=3, num_pages=10, page_size=4, max_stop_ids=3)
+DIMS = StepDims(num_slots=4, max_pages_per_seq=3, num_pages=10, page_size=4, max_stop_ids=3, max_loras=2)
 DROPPED = 40  # NP * PS
 
 
-def sequence_with(prompt: list[int], **params) -> Sequence:
+def sequence_with(prompt: list[int], adapter: LoadedAdapter | None = None, **params) -> Sequence:
     request = Request(
         request_id="r",
         prompt_token_ids=tuple(prompt),
@@ -40,6 +40,7 @@ def sequence_with(prompt: list[int], **params) -> Sequence:
         max_total_len=12,
         stop_token_ids=(7, 8),
         seed=(5 << 32) | 0xFFFFFFFF,
+        adapter=adapter,
     )
     return Sequence(request, 0)
 
@@ -129,7 +130,9 @@ def test_build_inputs_by_hand():
     slots = SlotArrays(DIMS)
     here = sequence_with([11, 12, 13, 14, 15], temperature=0.5, top_p=0.25, min_p=0.125, top_k=9, min_tokens=2)
     there = sequence_with([21, 22, 23, 24], temperature=0.0, top_k=-1, logprobs=3)
-    chunk = sequence_with([31, 32, 33, 34, 35, 36, 37, 38], logprobs=0)
+    adapter = LoadedAdapter(name="a", slot=1, generation=3, rank=2)
+    chunk = sequence_with([31, 32, 33, 34, 35, 36, 37, 38], adapter, logprobs=0)
+    slots.assign(0, chunk.request, [0])  # which the next one to have the slot must not inherit
     slots.assign(2, here.request, [9, 1])
     slots.assign(0, there.request, [3])
     slots.add_page(0, 1, 7)
@@ -147,6 +150,7 @@ def test_build_inputs_by_hand():
         "positions": [4, 4, 2, 3, 4, 5, 0, 0, 0],
         "kv_write_index": [4, 28, 18, 19, 20, 21, DROPPED, DROPPED, DROPPED],
         "page_table": [[9, 1, 0], [3, 7, 0], [0, 0, 0], [4, 5, 6], [0, 0, 0]],
+        "adapter_ids": [-1, -1, 1, 1, 1, 1, -1, -1, -1],
         "kv_lens": [5, 5, 0, 6, 0],
         "prefill_cu_q_lens": [2, 6, 6],
         "slot_ids": [2, 0, 4, 3, 4],

@@ -32,7 +32,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._data: dict[str, np.ndarray] = {}
         index = _read_index(folder)
         for file in sorted(set(index.values())) if index is not None else [_single(folder)]:
-            data = _map_file(folder / file)
+            data = map_file(folder / file)
             try:
                 infos = read_header(memoryview(data))  # type: ignore[arg-type]
             except CheckpointError as e:
@@ -123,7 +123,7 @@ def _single(folder: Path) -> str:
     return files[0]
 
 
-def _map_file(path: Path) -> np.ndarray:
+def map_file(path: Path) -> np.ndarray:
     """The file's bytes ``[num_bytes]`` u8, memory-mapped."""
     try:
         if path.stat().st_size == 0:

@@ -91,7 +91,7 @@ def pieces(
     for source in recipe:
         given = rows.get(source.tensor, 0)
         rows[source.tensor] = given + _first_axis(source, sizes, shapes)
-        groups = _groups(source.layout)
+        groups = groups_of(source.layout)
         box = {a: _resolved(source.at.get(a, slice(None)), n) for a, n in sizes.items()}
         widths, take = {}, []
         for axis in (a for group in groups for a in group):
@@ -136,7 +136,7 @@ def read_box(
     return found
 
 
-def _groups(layout: str) -> list[list[str]]:
+def groups_of(layout: str) -> list[list[str]]:
     """``"(k s h) d"`` as ``[["k", "s", "h"], ["d"]]``."""
     groups, inside = [], False
     for word in layout.replace("(", " ( ").replace(")", " ) ").split():
@@ -159,7 +159,7 @@ def _resolved(part: slice, size: int) -> slice:
 def _first_axis(source: Source, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Rows of the tensor's first axis that the source takes up."""
     rows = 1
-    for axis in _groups(source.layout)[0]:
+    for axis in groups_of(source.layout)[0]:
         if axis == "w" and source.beside:
             rows *= sum(shapes[p][1] for p in source.beside)
         else:

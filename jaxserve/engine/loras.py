@@ -1,0 +1,138 @@
+"""The LoRA adapters of one engine: their names, their slots on the device, and when a slot may have another."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxserve.config import LoraConfig, ModelConfig
+from jaxserve.execution.adapters import StageAdapters, place_adapter
+from jaxserve.execution.runner import Runner
+from jaxserve.model.lora import Adapter, check_adapter
+from jaxserve.request import LoadedAdapter, Request, RequestError
+from jaxserve.scheduler.scheduler import Scheduler
+
+MAX_NAME_LEN = 256
+
+
+@dataclass(frozen=True)
+class PlacedLora:
+    """An adapter on the devices, ready to get a slot."""
+
+    rank: int
+    path: str | None
+    arrays: StageAdapters
+
+
+class Loras:
+    """What is loaded, and what requests may name. One thread at a time may load and unload; any thread may ask.
+
+    An adapter that is unloaded while requests use it goes on for them: its slot is free when the last has ended.
+
+    Args:
+        config: None where the engine has no room for adapters: whatever names one is refused.
+        base_names: that no adapter may have.
+    """
+
+    def __init__(
+        self,
+        config: LoraConfig | None,
+        model_config: ModelConfig,
+        runner: Runner,
+        scheduler: Scheduler,
+        base_names: Iterable[str],
+    ):
+        self.config = config
+        self._model_config, self._runner, self._scheduler = model_config, runner, scheduler
+        self._base_names = frozenset(base_names)
+        self._loaded: dict[str, LoadedAdapter] = {}  # replaced, never changed: other threads read it
+        self._num_loads = 0
+
+    def find(self, name: str) -> LoadedAdapter:
+        """The adapter that a request names. Any thread.
+
+        Raises:
+            RequestError: none of that name is loaded.
+        """
+        self._check_room("lora")
+        found = self._loaded.get(name)
+        if found is None:
+            raise RequestError("lora", f"{name!r:.200} is not loaded, {self._told()}")
+        return found
+
+    def loaded(self) -> tuple[LoadedAdapter, ...]:
+        """Those that requests may name, in the order of their loading. Any thread."""
+        return tuple(self._loaded.values())
+
+    def check_loaded(self, request: Request) -> None:
+        """Raises RequestError where the request's adapter was unloaded since the request was made."""
+        adapter = request.adapter
+        if adapter is not None and self._loaded.get(adapter.name) != adapter:
+            raise RequestError("lora", f"{adapter.name!r:.200} was unloaded since the request was made")
+
+    def read(self, path: str | Path) -> PlacedLora:
+        """The adapter in a folder, on the devices. Any thread.
+
+        Raises:
+            CheckpointError: it cannot be used, with the key or tensor at fault.
+            RequestError: the engine has no room for adapters.
+        """
+        from jaxserve.checkpoint.hf.adapter import read_adapter
+
+        config = self._check_room()
+        return self.place(read_adapter(path, self._model_config, config.max_rank), str(path))
+
+    def place(self, adapter: Adapter, path: str | None = None) -> PlacedLora:
+        """A live adapter on the devices. Any thread. Raises ValueError as ``model.lora.check_adapter``."""
+        check_adapter(adapter, self._model_config, self._check_room())
+        arrays = place_adapter(adapter, self._model_config, self._runner.config, self._runner.adapter_shape())
+        return PlacedLora(adapter.rank, path, arrays)
+
+    def add(self, name: str, placed: PlacedLora) -> LoadedAdapter:
+        """Gives it a slot: requests made from now on may name it.
+
+        Raises:
+            RequestError: the name is taken, or every slot is; names what has them.
+        """
+        config = self._check_room()
+        self._check_name(name)
+        used = {a.slot: f"{a.name!r:.60}" for a in self._loaded.values()}
+        for sequence in self._scheduler.unfinished():
+            if (adapter := sequence.request.adapter) is not None:
+                used.setdefault(adapter.slot, f"{adapter.name!r:.60}, unloaded but in use")
+        free = next((slot for slot in range(config.max_loras) if slot not in used), None)
+        if free is None:
+            raise RequestError(
+                "lora_name", f"max_loras={config.max_loras} are on the device: {'; '.join(used.values())}"
+            )
+        self._num_loads += 1
+        loaded = LoadedAdapter(name=name, slot=free, generation=self._num_loads, rank=placed.rank, path=placed.path)
+        self._runner.write_adapter(placed.arrays, free)
+        self._loaded = self._loaded | {name: loaded}
+        return loaded
+
+    def unload(self, name: str) -> None:
+        """No request that is made from now on may name it.
+
+        Raises:
+            RequestError: it is not loaded.
+        """
+        self._check_room()
+        if name not in self._loaded:
+            raise RequestError("lora_name", f"{name!r:.200} is not loaded, {self._told()}")
+        self._loaded = {n: adapter for n, adapter in self._loaded.items() if n != name}
+
+    def _check_room(self, field: str = "lora_name") -> LoraConfig:
+        if self.config is None:
+            raise RequestError(field, "this engine has no room for adapters: start it with max_loras")
+        return self.config
+
+    def _check_name(self, name: str) -> None:
+        if not name or len(name) > MAX_NAME_LEN or not name.isprintable():
+            raise RequestError("lora_name", f"{name!r:.80} is not 1 to {MAX_NAME_LEN} printable characters")
+        if name in self._base_names:
+            raise RequestError("lora_name", f"{name!r} is the base model's name")
+        if name in self._loaded:
+            raise RequestError("lora_name", f"{name!r:.200} is loaded already: unload it first")
+
+    def _told(self) -> str:
+        return f"loaded are: {', '.join(self._loaded)[:300]}" if self._loaded else "no adapter is"
