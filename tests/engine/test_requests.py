@@ -229,12 +229,12 @@ def test_ctrl_c_in_a_step_ends_generate_and_leaves_the_engine_whole(engine, monk
     original = getattr(engine.loop.runner, where)
     calls = 0
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         nonlocal calls
         calls += 1
         if calls == 5:
             signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(engine.loop.runner, where, interrupted)
     other = engine.stream(PROMPT, GREEDY)

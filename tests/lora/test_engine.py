@@ -205,7 +205,7 @@ def with_nan(a, b):
         ("a", ADAPTERS["b"], "lora_name: 'a' is loaded already: unload it first"),
         ("x", random_adapter(CONFIG, 0, rank=4), "the adapter's rank 4 is not in 1..max_lora_rank=3"),
         ("x", dataclasses.replace(ADAPTERS["a"], layers=ADAPTERS["a"].layers[:1]), "has 1 layers, the model 2"),
-        ("x", broken(lambda a, b: {"qkv": (a, b[..., :0])}), "layers.1.qkv has B of shape (4, 4, 8, 0), expected (4, 4, 8, "),
+        ("x", broken(lambda a, b: {"qkv": (a, b[..., :0])}), "qkv has B of shape (4, 4, 8, 0), expected (4, 4, 8, 1)"),
         ("x", broken(lambda a, b: {"router": (a, b)}), "layers.1.router cannot have an adapter, only qkv, attn_out, "),
         ("x", broken(with_nan), "layers.1.qkv has A with values that are not finite"),
     ],
