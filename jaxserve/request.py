@@ -30,6 +30,10 @@ class RequestError(ValueError):
         self.field = field
 
 
+class UnknownLoraError(RequestError):
+    """An adapter of that name is not loaded."""
+
+
 class QueueFullError(RuntimeError):
     """The waiting queue is full; the request was not taken. Retry later."""
 
@@ -447,7 +451,17 @@ class EngineStats:
     generation_tokens: int
     recompilations_after_ready: int
     step_tokens: int = 0  # computed by all steps, prompt and decode
+    loras: tuple["LoraLoad", ...] = ()  # of the adapters that are loaded, or unloaded and still in use
     steps_by_size: tuple[int, ...] = ()  # steps of at most STEP_TOKEN_BOUNDS[i] tokens; one more for larger ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLoad:
+    """Requests (of several completions: each of them) that use one adapter now."""
+
+    name: str
+    num_running: int
+    num_waiting: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import typer
 
 from jaxserve.cli.conversation import Message, converse
 from jaxserve.cli.loading import open_engine
-from jaxserve.cli.options import EngineOptions, Json, Model, SamplingOptions, Stats, System, flatten_options
+from jaxserve.cli.options import EngineOptions, Json, Lora, Model, SamplingOptions, Stats, System, flatten_options
 from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
 from jaxserve.request import SamplingParams
 
@@ -27,6 +27,7 @@ def generate(
     prompt: Prompts,
     sampling: SamplingOptions,
     engine: EngineOptions,
+    lora: Lora = None,
     chat: Chat = False,
     as_json: Json = False,
     stats: Stats = False,
@@ -38,14 +39,14 @@ def generate(
         inputs = [chat_prompt(e, [{"role": "user", "content": p}]) for p in prompt] if chat else prompt
         if len(inputs) == params.n == 1 and not as_json:
             watch = StreamStats()
-            for text in stream_text(e, inputs[0], params, watch):
+            for text in stream_text(e, inputs[0], params, lora, watch):
                 write_answer(text)
             write_answer("\n")
             if stats:
                 note(watch.line())
             return
         start = time.perf_counter()
-        completions = e.generate(inputs, params)
+        completions = e.generate(inputs, params, lora=lora)
         seconds = time.perf_counter() - start
         texts = [text for text in prompt for _ in range(params.n)]
         for number, (text, completion) in enumerate(zip(texts, completions, strict=True)):
@@ -61,7 +62,12 @@ def generate(
 
 @flatten_options
 def chat(
-    model: Model, sampling: SamplingOptions, engine: EngineOptions, system: System = None, stats: Stats = False
+    model: Model,
+    sampling: SamplingOptions,
+    engine: EngineOptions,
+    lora: Lora = None,
+    system: System = None,
+    stats: Stats = False,
 ) -> None:
     """Talk to a model on this machine, line by line. /exit leaves, Ctrl-C stops an answer."""
     sampling.one_answer().params()
@@ -69,7 +75,7 @@ def chat(
         params = e.default_sampling_params(**sampling.set_fields())
 
         def answer(messages: list[Message], watch: StreamStats) -> Generator[str]:
-            return stream_text(e, chat_prompt(e, messages), params, watch)
+            return stream_text(e, chat_prompt(e, messages), params, lora, watch)
 
         converse(answer, system=system, stats=stats)
 
@@ -103,10 +109,10 @@ def chat_prompt(engine: "Engine", messages: list[Message]) -> list[int]:
 
 
 def stream_text(
-    engine: "Engine", prompt: str | list[int], params: SamplingParams, watch: StreamStats
+    engine: "Engine", prompt: str | list[int], params: SamplingParams, lora: str | None, watch: StreamStats
 ) -> Generator[str]:
     """The pieces of one answer as they come, its tokens counted by ``watch``."""
-    for event in engine.stream(prompt, params):
+    for event in engine.stream(prompt, params, lora=lora):
         watch.add(event.token_id is not None)
         if event.usage is not None:
             watch.prompt_tokens = event.usage.prompt_tokens

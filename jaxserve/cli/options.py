@@ -21,6 +21,7 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
+Lora = Annotated[str | None, typer.Option(help="Name of a loaded adapter. (default: the base model)")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print time to first token and tokens/s on stderr.")]
 
 
@@ -98,6 +99,19 @@ def parse_sizes(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f'{name}: {text!r} is not a list of sizes as "64,256"') from None
 
 
+def parse_lora_modules(texts: list[str]) -> dict[str, str]:
+    """``["sql=/adapters/sql"]`` as names and paths. ValueError naming the option."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f'lora_modules: {text!r} is not a name and a path as "sql=/adapters/sql"')
+        if name in found:
+            raise ValueError(f"lora_modules: {name!r} is there twice, of {found[name]} and {path}")
+        found[name] = path
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How to build an engine: the keywords of ``Engine.from_pretrained``. Unset is left to the engine's default."""
@@ -120,6 +134,13 @@ class EngineOptions:
         str | None, typer.Option(help='Sequences that decode in a step, as "1,8"; the last is --max-num-seqs.')
     ] = None
     max_num_waiting: Annotated[int | None, typer.Option(help="Requests queued, at most.")] = None
+    max_loras: Annotated[
+        int | None, typer.Option(help="LoRA adapters loaded at once, at most. (default: those of --lora-modules)")
+    ] = None
+    max_lora_rank: Annotated[int | None, typer.Option(help="Their rank, at most. (default: 16)")] = None
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter to load at start; may be repeated.")
+    ] = None
     no_prefix_caching: Annotated[bool, typer.Option("--no-prefix-caching", help="Share no prefixes.")] = False
     generation_config: Annotated[
         str | None, typer.Option(help="auto: sampling as the checkpoint recommends where unset; none: not so.")
@@ -140,6 +161,8 @@ class EngineOptions:
         for name in ("prefill_sizes", "decode_sizes"):
             if name in values:
                 values[name] = parse_sizes(name, values[name])
+        if "lora_modules" in values:
+            values["lora_modules"] = parse_lora_modules(values["lora_modules"])
         return values
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxserve.cli.conversation import Message, converse
-from jaxserve.cli.options import Json, SamplingOptions, ServerAddress, Stats, System, flatten_options
+from jaxserve.cli.options import Json, Lora, SamplingOptions, ServerAddress, Stats, System, flatten_options
 from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
 
 if TYPE_CHECKING:
@@ -29,13 +29,14 @@ def generate(
     sampling: SamplingOptions,
     address: ServerAddress,
     request_id: RequestId = None,
+    lora: Lora = None,
     timeout: Timeout = None,
     as_json: Json = False,
     stats: Stats = False,
 ) -> None:
     """Stream a continuation of a prompt."""
     with connect(address) as client:
-        arguments = {"request_id": request_id, "timeout_s": timeout} | sampling.set_fields()
+        arguments = {"request_id": request_id, "lora": lora, "timeout_s": timeout} | sampling.set_fields()
         chunks = client.generate(prompt, **arguments)
         show(chunks, as_json=as_json, stats=stats, num_choices=sampling.n or 1)
 
@@ -48,6 +49,7 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One message; without it, a dialogue.")] = None,
     system: System = None,
     request_id: RequestId = None,
+    lora: Lora = None,
     timeout: Timeout = None,
     as_json: Json = False,
     stats: Stats = False,
@@ -55,7 +57,7 @@ def chat(
     """Stream the answer to one message, or talk line by line."""
     with connect(address) as client:
         fields = sampling.one_answer().set_fields()
-        arguments = {"request_id": request_id, "timeout_s": timeout} | fields
+        arguments = {"request_id": request_id, "lora": lora, "timeout_s": timeout} | fields
         if prompt is None:
             converse(partial(answer, client, arguments), system=system, stats=stats)
             return
@@ -185,7 +187,10 @@ def answer(client: "Client", arguments: dict[str, Any], messages: list[Message],
             watch.prompt_tokens = chunk.usage and chunk.usage.prompt_tokens
             yield chunk.text
     except grpc.RpcError as error:
-        if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        if isinstance(error, grpc.Call) and error.code() in (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            grpc.StatusCode.NOT_FOUND,
+        ):
             raise ValueError(error.details()) from error
         raise
     finally:

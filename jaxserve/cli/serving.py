@@ -49,6 +49,10 @@ def serve(
     weights_from: Annotated[
         list[Path] | None, typer.Option(help="A folder that UpdateWeights may read from; may be repeated.")
     ] = None,
+    loras_from: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder that adapters may be loaded from while serving; may be repeated."),
+    ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to running requests.")] = 30.0,
     slow_reader_timeout: Annotated[float, typer.Option(help="Seconds a reader may take nothing.")] = 30.0,
 ) -> None:
@@ -57,14 +61,17 @@ def serve(
     from jaxserve.server.app import serve as serve_grpc
 
     set_up(log_format)
-    engine.keywords()  # a mistake in the command line is told before anything is bound
+    names = tuple(served_model_name or (served_name(model),))
+    for name in engine.keywords().get("lora_modules", ()):  # a mistake is told before anything is bound
+        if name in names:
+            raise ValueError(f"lora_modules: {name!r} is what HTTP requests call the model")
     with ProgressDisplay() as progress:  # of a download, if there is one
         resolve_model(model, on_progress=progress)
     options = ServerOptions(
         host=host,
         port=grpc_port,
         http_port=http_port,
-        served_model_names=tuple(served_model_name or (served_name(model),)),
+        served_model_names=names,
         tool_call_parser=tool_call_parser,
         metrics_port=metrics_port,
         tls_cert=tls_cert,
@@ -76,6 +83,7 @@ def serve(
         max_message_bytes=max_message_bytes,
         request_timeout_s=request_timeout,
         weight_folders=tuple(weights_from or ()),
+        lora_folders=tuple(loras_from or ()),
         drain_timeout_s=drain_timeout,
         slow_reader_timeout_s=slow_reader_timeout,
     )

@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine.event_stream import EventStream
 from jaxserve.engine.output import embedding_of
 from jaxserve.request import (
     Embedding,
     EngineStats,
     FinishReason,
+    LoadedAdapter,
     PageMap,
     Pooling,
     QueueFullError,
@@ -63,6 +64,7 @@ class EngineCore(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        lora: str | None = None,
     ) -> Request: ...
     def make_embedding_request(
         self,
@@ -74,6 +76,7 @@ class EngineCore(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        lora: str | None = None,
     ) -> Request: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> bool: ...
@@ -81,6 +84,12 @@ class EngineCore(Protocol):
     def has_unfinished(self) -> bool: ...
     def load_params(self, name_or_path: str | Path) -> Any: ...
     def update_params(self, params: Any) -> None: ...
+    @property
+    def lora_config(self) -> LoraConfig | None: ...
+    def read_lora(self, path: str | Path) -> Any: ...
+    def add_lora(self, name: str, adapter: Any) -> LoadedAdapter: ...
+    def unload_lora(self, name: str) -> None: ...
+    def list_loras(self) -> tuple[LoadedAdapter, ...]: ...
     def stats(self) -> EngineStats: ...
     def page_map(self) -> PageMap: ...
     def close(self) -> None: ...
@@ -137,6 +146,7 @@ class AsyncEngine:
         self._stats: EngineStats | None = None
         self._streams: dict[str, EventStream] = {}  # engine thread only; an entry lives as long as the engine's request
         self._idle_waiters: list[Future[None]] = []  # engine thread only
+        self._lora_lock = threading.Lock()
         self._ready: Future[None] = _started_future()
         self._stopped: Future[None] = _started_future()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
@@ -148,7 +158,7 @@ class AsyncEngine:
 
     @property
     def engine(self) -> EngineCore:
-        """The engine, for its configs, ``tokenizer`` and ``make_request`` only: all else is its thread's own."""
+        """The engine, for its configs, ``tokenizer``, ``make_request`` and ``list_loras``: all else is its thread's."""
         if self._engine is None:
             raise NotServingError(f"the engine is {self._state}")
         return self._engine
@@ -221,6 +231,19 @@ class AsyncEngine:
         """
         params = await asyncio.to_thread(self.engine.load_params, name_or_path)
         await self.update_params(params)
+
+    async def load_lora(self, name: str, path: str | Path) -> LoadedAdapter:
+        """``Engine.load_lora``, the adapter read while the engine goes on; one at a time."""
+        return await asyncio.to_thread(self._load_lora, name, path)
+
+    def _load_lora(self, name: str, path: str | Path) -> LoadedAdapter:
+        with self._lora_lock:  # there is memory for one on its way to its slot
+            adapter = self.engine.read_lora(path)
+            return self._post(lambda engine: engine.add_lora(name, adapter)).result()
+
+    async def unload_lora(self, name: str) -> None:
+        """``Engine.unload_lora`` between two steps."""
+        await asyncio.wrap_future(self._post(lambda engine: engine.unload_lora(name)))
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new request, lets the others finish, aborts them after ``timeout_s``. True: all finished."""

@@ -640,7 +640,7 @@ class Engine:
         when the last of them has ended.
 
         Raises:
-            RequestError: it is not loaded.
+            UnknownLoraError: it is not loaded.
         """
         self._check_usable()
         self._loras.unload(name)
@@ -657,6 +657,7 @@ class Engine:
         stats |= {
             "num_steps": self.loop.num_steps,
             "recompilations_after_ready": self.loop.runner.compile_counter.count,
+            "loras": self._loras.loads(),
         }
         return EngineStats(**{name: stats[name] for name in EngineStats.__dataclass_fields__})
 

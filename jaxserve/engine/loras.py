@@ -8,7 +8,7 @@ from jaxserve.config import LoraConfig, ModelConfig
 from jaxserve.execution.adapters import StageAdapters, place_adapter
 from jaxserve.execution.runner import Runner
 from jaxserve.model.lora import Adapter, check_adapter
-from jaxserve.request import LoadedAdapter, Request, RequestError
+from jaxserve.request import LoadedAdapter, LoraLoad, Request, RequestError, UnknownLoraError
 from jaxserve.scheduler.scheduler import Scheduler
 
 MAX_NAME_LEN = 256
@@ -51,12 +51,12 @@ class Loras:
         """The adapter that a request names. Any thread.
 
         Raises:
-            RequestError: none of that name is loaded.
+            UnknownLoraError: none of that name is loaded.
         """
         self._check_room("lora")
         found = self._loaded.get(name)
         if found is None:
-            raise RequestError("lora", f"{name!r:.200} is not loaded, {self._told()}")
+            raise UnknownLoraError("lora", f"{name!r:.200} is not loaded, {self._told()}")
         return found
 
     def loaded(self) -> tuple[LoadedAdapter, ...]:
@@ -64,10 +64,10 @@ class Loras:
         return tuple(self._loaded.values())
 
     def check_loaded(self, request: Request) -> None:
-        """Raises RequestError where the request's adapter was unloaded since the request was made."""
+        """Raises UnknownLoraError where the request's adapter was unloaded since the request was made."""
         adapter = request.adapter
         if adapter is not None and self._loaded.get(adapter.name) != adapter:
-            raise RequestError("lora", f"{adapter.name!r:.200} was unloaded since the request was made")
+            raise UnknownLoraError("lora", f"{adapter.name!r:.200} was unloaded since the request was made")
 
     def read(self, path: str | Path) -> PlacedLora:
         """The adapter in a folder, on the devices. Any thread.
@@ -114,12 +114,22 @@ class Loras:
         """No request that is made from now on may name it.
 
         Raises:
-            RequestError: it is not loaded.
+            UnknownLoraError: it is not loaded.
         """
         self._check_room()
         if name not in self._loaded:
-            raise RequestError("lora_name", f"{name!r:.200} is not loaded, {self._told()}")
+            raise UnknownLoraError("lora_name", f"{name!r:.200} is not loaded, {self._told()}")
         self._loaded = {n: adapter for n, adapter in self._loaded.items() if n != name}
+
+    def loads(self) -> tuple[LoraLoad, ...]:
+        """Who uses which, now."""
+        if self.config is None:
+            return ()
+        counts = {adapter.name: [0, 0] for adapter in self._loaded.values()}
+        for sequence in self._scheduler.unfinished():
+            if (adapter := sequence.request.adapter) is not None:
+                counts.setdefault(adapter.name, [0, 0])[sequence.status == "waiting"] += 1
+        return tuple(LoraLoad(name=name, num_running=r, num_waiting=w) for name, (r, w) in counts.items())
 
     def _check_room(self, field: str = "lora_name") -> LoraConfig:
         if self.config is None:

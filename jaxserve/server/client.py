@@ -65,10 +65,11 @@ def batch_request(
     token_ids: Sequence[int] | None = None,
     messages: Messages | None = None,
     priority: int | None = None,
+    lora: str | None = None,
     **sampling: Any,
 ) -> pb.GenerateRequest:
     """One request for ``generate_batch``; arguments as of ``generate``."""
-    return codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority)
+    return codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority, lora)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +136,13 @@ class Client:
         messages: Messages | None = None,
         request_id: str | None = None,
         priority: int | None = None,
+        lora: str | None = None,
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> Generator[Chunk]:
-        """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server."""
-        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority)
+        """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server; ``lora`` names a
+        loaded adapter."""
+        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority, lora)
         return self._chunks(request, timeout_s)
 
     def _chunks(self, request: pb.GenerateRequest, timeout_s: float | None) -> Generator[Chunk]:
@@ -160,11 +163,12 @@ class Client:
         truncate_prompt_tokens: int | None = None,
         request_id: str | None = None,
         priority: int | None = None,
+        lora: str | None = None,
         timeout_s: float | None = None,
     ) -> Embedding:
         """A prompt as a vector; see ``EmbedRequest`` of the .proto."""
         request = codec.embed_request(
-            prompt, token_ids, pooling, normalize, truncate_prompt_tokens, request_id, priority
+            prompt, token_ids, pooling, normalize, truncate_prompt_tokens, request_id, priority, lora
         )
         return codec.read_embedding(self._stub.Embed(request, timeout=timeout_s))
 
@@ -190,6 +194,18 @@ class Client:
     def update_weights(self, path: str) -> None:
         """Serves the weights of a checkpoint on the server's machine."""
         self._control.UpdateWeights(pb.UpdateWeightsRequest(path=path))
+
+    def load_lora(self, name: str, path: str) -> pb.Lora:
+        """Has the server load an adapter, of a folder on its machine, for requests that name it."""
+        return self._control.LoadLora(pb.LoadLoraRequest(lora_name=name, lora_path=path))
+
+    def unload_lora(self, name: str) -> None:
+        """No request may name it any more; NOT_FOUND where it is not loaded."""
+        self._control.UnloadLora(pb.UnloadLoraRequest(lora_name=name))
+
+    def list_loras(self) -> list[pb.Lora]:
+        """The adapters that requests may name."""
+        return list(self._control.ListLoras(pb.ListLorasRequest()).loras)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; NOT_FOUND when it is neither queued nor running."""
@@ -269,11 +285,13 @@ class AsyncClient:
         messages: Messages | None = None,
         request_id: str | None = None,
         priority: int | None = None,
+        lora: str | None = None,
         timeout_s: float | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[Chunk]:
-        """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server."""
-        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority)
+        """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server; ``lora`` names a
+        loaded adapter."""
+        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority, lora)
         return self._chunks(request, timeout_s)
 
     async def _chunks(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Chunk]:
@@ -294,11 +312,12 @@ class AsyncClient:
         truncate_prompt_tokens: int | None = None,
         request_id: str | None = None,
         priority: int | None = None,
+        lora: str | None = None,
         timeout_s: float | None = None,
     ) -> Embedding:
         """A prompt as a vector; see ``EmbedRequest`` of the .proto."""
         request = codec.embed_request(
-            prompt, token_ids, pooling, normalize, truncate_prompt_tokens, request_id, priority
+            prompt, token_ids, pooling, normalize, truncate_prompt_tokens, request_id, priority, lora
         )
         return codec.read_embedding(await self._stub.Embed(request, timeout=timeout_s))
 
@@ -327,6 +346,18 @@ class AsyncClient:
     async def update_weights(self, path: str) -> None:
         """Serves the weights of a checkpoint on the server's machine."""
         await self._control.UpdateWeights(pb.UpdateWeightsRequest(path=path))
+
+    async def load_lora(self, name: str, path: str) -> pb.Lora:
+        """Has the server load an adapter, of a folder on its machine, for requests that name it."""
+        return await self._control.LoadLora(pb.LoadLoraRequest(lora_name=name, lora_path=path))
+
+    async def unload_lora(self, name: str) -> None:
+        """No request may name it any more; NOT_FOUND where it is not loaded."""
+        await self._control.UnloadLora(pb.UnloadLoraRequest(lora_name=name))
+
+    async def list_loras(self) -> list[pb.Lora]:
+        """The adapters that requests may name."""
+        return list((await self._control.ListLoras(pb.ListLorasRequest())).loras)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; NOT_FOUND when it is neither queued nor running."""

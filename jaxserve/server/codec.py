@@ -18,6 +18,7 @@ from jaxserve.request import (
     Embedding,
     EngineStats,
     FinishReason,
+    LoadedAdapter,
     Pooling,
     RequestError,
     SamplingParams,
@@ -103,7 +104,7 @@ def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedReque
 
 def read_embed_options(message: pb.EmbedRequest) -> dict[str, Any]:
     """The keywords of ``EngineCore.make_embedding_request`` that are set."""
-    names = ("normalize", "truncate_prompt_tokens", "request_id", "priority")
+    names = ("normalize", "truncate_prompt_tokens", "request_id", "priority", "lora")
     given: dict[str, Any] = {name: getattr(message, name) for name in names if message.HasField(name)}
     if message.pooling not in (*POOLINGS.values(), pb.POOLING_UNSPECIFIED):
         raise RequestError("pooling", f"{message.pooling} is not a way to pool")
@@ -138,6 +139,7 @@ def generate_request(
     sampling: Mapping[str, Any],
     request_id: str | None,
     priority: int | None,
+    lora: str | None,
 ) -> pb.GenerateRequest:
     """Raises RequestError for an unknown sampling field and for a value that the wire's type cannot hold."""
     given = {"prompt": prompt, "token_ids": token_ids, "messages": messages}
@@ -158,6 +160,9 @@ def generate_request(
     if priority is not None:
         with _Refusing("priority"):
             request.priority = priority
+    if lora is not None:
+        with _Refusing("lora"):
+            request.lora = lora
     return request
 
 
@@ -169,6 +174,7 @@ def embed_request(
     truncate_prompt_tokens: int | None,
     request_id: str | None,
     priority: int | None,
+    lora: str | None,
 ) -> pb.EmbedRequest:
     """Raises RequestError for a value that the wire cannot hold."""
     if (prompt is None) == (token_ids is None):
@@ -177,7 +183,12 @@ def embed_request(
         raise RequestError("pooling", f"{pooling!r} is not one of {', '.join(POOLINGS)}")
     request = pb.EmbedRequest()
     given = {"truncate_prompt_tokens": truncate_prompt_tokens, "request_id": request_id, "priority": priority}
-    given |= {"normalize": normalize, "text": prompt, "pooling": None if pooling is None else POOLINGS[pooling]}
+    given |= {
+        "lora": lora,
+        "normalize": normalize,
+        "text": prompt,
+        "pooling": None if pooling is None else POOLINGS[pooling],
+    }
     for name, value in given.items():
         if value is not None:
             with _Refusing("prompt" if name == "text" else name):
@@ -335,10 +346,16 @@ def add_engine_info(info: pb.ServerInfo, engine: EngineCore, stats: EngineStats)
     info.mesh_stage = engine.parallel_config.stage
     info.mesh_tensor = engine.parallel_config.tensor
     info.load.CopyFrom(load_message(stats))
+    if (lora := engine.lora_config) is not None:
+        info.max_loras, info.max_lora_rank = lora.max_loras, lora.max_rank
 
 
 def load_message(stats: EngineStats) -> pb.EngineLoad:
     return pb.EngineLoad(**{f.name: getattr(stats, f.name) for f in pb.EngineLoad.DESCRIPTOR.fields})
+
+
+def lora_message(adapter: LoadedAdapter) -> pb.Lora:
+    return pb.Lora(lora_name=adapter.name, lora_path=adapter.path or "", rank=adapter.rank)
 
 
 # Answers: wire to client.

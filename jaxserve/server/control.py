@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import grpc.aio
 
 from jaxserve.engine.async_engine import AsyncEngine, NotServingError
+from jaxserve.request import RequestError, UnknownLoraError
 from jaxserve.server import codec
+from jaxserve.server.loras import NotAllowedError, check_path, load_lora
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
@@ -46,22 +49,52 @@ class ControlService(inference_pb2_grpc.ControlServicer):
         self, request: pb.UpdateWeightsRequest, context: grpc.aio.ServicerContext
     ) -> pb.UpdateWeightsResponse:
         path = Path(request.path)
-        if not _is_allowed(path, self._options.weight_folders):
-            message = f"path: {request.path!r} is in none of the folders that this server takes weights from"
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, message, ((FIELD_KEY, "path"),))
         try:
+            check_path("path", path, self._options.weight_folders, "weights")
             async with self._updating:  # two sets of weights beside the served one may not fit
                 await self._engine.update_weights(path)
-        except NotServingError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except (NotServingError, NotAllowedError) as error:
+            await _abort(context, error)
         except (ValueError, OSError) as error:  # a file that cannot be used; the served weights stay
             await _refuse(context, "path", str(error))
         return pb.UpdateWeightsResponse()
 
+    async def LoadLora(self, request: pb.LoadLoraRequest, context: grpc.aio.ServicerContext) -> pb.Lora:
+        try:
+            adapter = await load_lora(self._engine, self._options, request.lora_name, request.lora_path)
+        except (NotServingError, RequestError) as error:
+            await _abort(context, error)
+        return codec.lora_message(adapter)
 
-def _is_allowed(path: Path, folders: tuple[Path, ...]) -> bool:
-    """Whether ``path``, links followed, is one of ``folders`` or in one."""
-    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
+    async def UnloadLora(
+        self, request: pb.UnloadLoraRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnloadLoraResponse:
+        try:
+            await self._engine.unload_lora(request.lora_name)
+        except (NotServingError, RequestError) as error:
+            await _abort(context, error)
+        return pb.UnloadLoraResponse()
+
+    async def ListLoras(self, request: pb.ListLorasRequest, context: grpc.aio.ServicerContext) -> pb.ListLorasResponse:
+        try:
+            adapters = self._engine.engine.list_loras()
+        except NotServingError as error:
+            await _abort(context, error)
+        return pb.ListLorasResponse(loras=[codec.lora_message(adapter) for adapter in adapters])
+
+
+STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (NotServingError, grpc.StatusCode.UNAVAILABLE),
+    (NotAllowedError, grpc.StatusCode.PERMISSION_DENIED),
+    (UnknownLoraError, grpc.StatusCode.NOT_FOUND),
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+)  # the first that matches
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: NotServingError | RequestError) -> NoReturn:
+    code = next(code for kind, code in STATUS if isinstance(error, kind))
+    metadata = ((FIELD_KEY, error.field),) if isinstance(error, RequestError) else ()
+    await context.abort(code, str(error), metadata)
 
 
 async def _refuse(context: grpc.aio.ServicerContext, field: str, message: str) -> None:

@@ -51,6 +51,7 @@ class RequestLog:
             "request_id": request.request_id,
             "finish_reason": event.finish_reason,
             "n": request.params.n,
+            "lora": None if request.adapter is None else request.adapter.name,
             "prompt_tokens": len(request.prompt_token_ids),
             "completion_tokens": self._num_tokens.pop(request.request_id, 0),
             "cached_tokens": event.usage.cached_tokens if event.usage is not None else None,

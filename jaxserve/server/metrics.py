@@ -127,6 +127,8 @@ class _EngineCollector(Collector):
             sum_value=stats.step_tokens,
         )
         engine = self._engine()
+        if engine.lora_config is not None:
+            yield from _lora_metrics(stats, engine.lora_config.max_loras)
         labels = {
             "page_size": engine.cache_config.page_size,
             "num_pages": engine.cache_config.num_pages,
@@ -138,3 +140,24 @@ class _EngineCollector(Collector):
         info = GaugeMetricFamily("jaxserve:cache_config_info", "Always 1; the labels say.", labels=list(labels))
         info.add_metric([str(value) for value in labels.values()], 1)
         yield info
+
+
+def _lora_metrics(stats: EngineStats, max_loras: int) -> Iterator[Metric]:
+    """Requests of each adapter, and vLLM's one gauge, whose labels say it all and whose value is the time."""
+    running = GaugeMetricFamily(
+        "jaxserve:num_lora_requests_running", "Of an adapter, with a slot.", labels=["lora_name"]
+    )
+    waiting = GaugeMetricFamily("jaxserve:num_lora_requests_waiting", "Of an adapter, queued.", labels=["lora_name"])
+    for load in stats.loras:
+        running.add_metric([load.name], load.num_running)
+        waiting.add_metric([load.name], load.num_waiting)
+    yield running
+    yield waiting
+    labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+    info = GaugeMetricFamily("jaxserve:lora_requests_info", "When it was scraped; the labels say.", labels=labels)
+    names = (
+        ",".join(load.name for load in stats.loras if load.num_running),
+        ",".join(load.name for load in stats.loras if load.num_waiting),
+    )
+    info.add_metric([str(max_loras), *names], time.time())
+    yield info

@@ -22,6 +22,7 @@ class ServerOptions:
         http_port: HTTP port; 0 picks a free one, None serves no HTTP.
         metrics_port: Prometheus port; 0 picks a free one, None serves no metrics (HTTP has them too).
         weight_folders: what UpdateWeights may read from; none: it is refused.
+        lora_folders: what adapters may be loaded from while serving; none: it is refused.
         drain_timeout_s: how long running requests may go on after the first SIGTERM or SIGINT.
         slow_reader_timeout_s: a stream whose client takes nothing for this long while output is pending is aborted.
         body_timeout_s: within which an HTTP request's body must have come.
@@ -46,6 +47,7 @@ class ServerOptions:
     metrics_port: int | None = None
     drain_timeout_s: float = 30.0
     weight_folders: tuple[Path, ...] = ()
+    lora_folders: tuple[Path, ...] = ()
     slow_reader_timeout_s: float = 30.0
     body_timeout_s: float = 30.0
     max_prompt_bytes: int | None = None

@@ -18,7 +18,7 @@ from jaxserve.engine.async_engine import (
     RequestEndedError,
 )
 from jaxserve.engine.event_stream import SlowReaderError
-from jaxserve.request import QueueFullError, Request, RequestError
+from jaxserve.request import QueueFullError, Request, RequestError, UnknownLoraError
 from jaxserve.server import codec
 from jaxserve.server.batch import MissingIdError, run_batch
 from jaxserve.server.limits import limited_deadline, make_request, remaining_deadline
@@ -34,6 +34,7 @@ ABORT_TIMEOUT_S = 0.2  # a reader that takes nothing may not take its status eit
 STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (DuplicateRequestError, grpc.StatusCode.ALREADY_EXISTS),
     (UnsupportedByModelError, grpc.StatusCode.FAILED_PRECONDITION),
+    (UnknownLoraError, grpc.StatusCode.NOT_FOUND),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (SlowReaderError, grpc.StatusCode.ABORTED),
@@ -200,6 +201,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             request_id=message.request_id if message.HasField("request_id") else None,
             priority=message.priority,
             deadline=deadline,
+            lora=message.lora if message.HasField("lora") else None,
         )
 
     def _read_embed_request(self, message: pb.EmbedRequest, deadline: float | None) -> Request:

@@ -27,6 +27,10 @@ BAD_LINES = {
     "prefill sizes": (["serve", DEFAULT_MODEL, "--prefill-sizes", "64;256"], "prefill_sizes: '64;256'"),
     "mesh": (["generate", DEFAULT_MODEL, "-p", "a", "--mesh", "rows=2"], "rows=2"),
     "dtype": (["generate", DEFAULT_MODEL, "-p", "a", "--dtype", "int3"], "int3"),
+    "an adapter with the model's name": (
+        ["serve", DEFAULT_MODEL, "--lora-modules", f"{DEFAULT_MODEL}=x"],
+        f"lora_modules: {DEFAULT_MODEL!r} is what HTTP requests call the model",
+    ),
     "two sizes": (
         ["generate", DEFAULT_MODEL, "-p", "a", "--num-pages", "9", "--memory-fraction", "0.1"],
         "num_pages=9 and memory_fraction=0.1",

@@ -59,6 +59,18 @@ def test_engine_options_are_engine_keywords():
     assert names <= keywords
 
 
+def test_adapters_are_names_and_paths():
+    options = EngineOptions(lora_modules=["sql=/adapters/sql", "b=a=b"], max_loras=3, max_lora_rank=8)
+    assert options.keywords() == {
+        "lora_modules": {"sql": "/adapters/sql", "b": "a=b"}, "max_loras": 3, "max_lora_rank": 8
+    }  # fmt: skip
+    for text in ("sql", "=x", "sql=", ""):
+        with pytest.raises(ValueError, match=f"lora_modules: {text!r} is not a name and a path"):
+            EngineOptions(lora_modules=[text]).keywords()
+    with pytest.raises(ValueError, match="lora_modules: 'a' is there twice, of x and y"):
+        EngineOptions(lora_modules=["a=x", "a=y"]).keywords()
+
+
 def test_flattened_options_are_parsed():
     seen = []
     flat = typer.Typer()

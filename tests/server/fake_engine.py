@@ -18,11 +18,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.request import (
     EngineStats,
     FinishReason,
     HeldPages,
+    LoadedAdapter,
+    LoraLoad,
     PageMap,
     Pooling,
     QueueFullError,
@@ -31,6 +33,7 @@ from jaxserve.request import (
     SamplingParams,
     TokenEvent,
     TokenLogprobs,
+    UnknownLoraError,
     Usage,
 )
 from jaxserve.text.decoding import BYTE_OF_CHAR
@@ -106,6 +109,7 @@ class FakeEngine:
             max_num_waiting=max_num_waiting,
         )  # fmt: skip
         self.parallel_config = ParallelConfig()
+        self.lora_config = LoraConfig(max_loras=2, max_rank=8)
         self.dtype = "float32"
         self.tokenizer = tokenizer
         self.fail = threading.Event()
@@ -115,6 +119,7 @@ class FakeEngine:
         self.num_steps = 0
         self.closed = False
         self.params: object = None
+        self.loras: dict[str, LoadedAdapter] = {}
         self._step_delay_s = step_delay_s
         self._text_scale = text_scale
         self._says = says
@@ -132,6 +137,7 @@ class FakeEngine:
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        lora: str | None = None,
     ) -> Request:
         limit = self.scheduler_config.max_model_len
         if isinstance(prompt, str):
@@ -141,6 +147,8 @@ class FakeEngine:
             prompt = self.tokenizer.encode(prompt)
         if not prompt:
             raise RequestError("prompt", "is empty")
+        if lora is not None and lora not in self.loras:
+            raise UnknownLoraError("lora", f"{lora!r} is not loaded")
         if len(prompt) >= limit:
             raise RequestError("prompt", f"{len(prompt)} tokens, max_model_len={limit}")
         return Request(
@@ -153,6 +161,7 @@ class FakeEngine:
             priority=priority,
             deadline=deadline,
             arrival=time.monotonic(),
+            adapter=None if lora is None else self.loras[lora],
         )
 
     def make_embedding_request(
@@ -165,9 +174,12 @@ class FakeEngine:
         request_id: str | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        lora: str | None = None,
     ) -> Request:
         params = SamplingParams(max_tokens=1, truncate_prompt_tokens=truncate_prompt_tokens)
-        request = self.make_request(prompt, params, request_id=request_id, priority=priority, deadline=deadline)
+        request = self.make_request(
+            prompt, params, request_id=request_id, priority=priority, deadline=deadline, lora=lora
+        )
         return replace(request, pooling=pooling, normalize=normalize)
 
     def add_request(self, request: Request) -> None:
@@ -208,6 +220,30 @@ class FakeEngine:
         self._on_one_thread()
         self.params = params
 
+    def read_lora(self, path: str | Path) -> str:
+        """Of a file, whose text is the rank."""
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no adapter is there")
+        return str(path)
+
+    def add_lora(self, name: str, adapter: str) -> LoadedAdapter:
+        self._on_one_thread()
+        if name in self.loras:
+            raise RequestError("lora_name", f"{name!r} is loaded already")
+        rank = int(Path(adapter).read_text())
+        loaded = LoadedAdapter(name=name, slot=len(self.loras), generation=1, rank=rank, path=adapter)
+        self.loras = self.loras | {name: loaded}
+        return loaded
+
+    def unload_lora(self, name: str) -> None:
+        self._on_one_thread()
+        if name not in self.loras:
+            raise UnknownLoraError("lora_name", f"{name!r} is not loaded")
+        self.loras = {n: adapter for n, adapter in self.loras.items() if n != name}
+
+    def list_loras(self) -> tuple[LoadedAdapter, ...]:
+        return tuple(self.loras.values())
+
     def has_unfinished(self) -> bool:
         return bool(self._live)
 
@@ -220,8 +256,12 @@ class FakeEngine:
             prefix_cache_queries=40, prefix_cache_hits=30, num_preemptions=2,
             num_steps=self.num_steps, prompt_tokens=sum(len(r.prompt_token_ids) for r in self.requests),
             generation_tokens=self._num_tokens, recompilations_after_ready=0,
+            loras=tuple(LoraLoad(name=name, num_running=self._num_using(name), num_waiting=0) for name in self.loras),
             step_tokens=self._num_tokens, steps_by_size=(0, self.num_steps, *(0 for _ in range(14))),
         )  # fmt: skip
+
+    def _num_using(self, lora: str) -> int:
+        return sum(request.adapter is not None and request.adapter.name == lora for request, _ in self._live.values())
 
     def page_map(self) -> PageMap:
         """Every live request holds page 0, and one of its own."""

@@ -65,16 +65,22 @@ def about_routes(backend: Backend) -> APIRouter:
         """Prometheus text."""
         return Response(generate_latest(backend.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def model_card(name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": started,
-            "owned_by": "jaxserve",
-            "root": backend.engine.model_name,
-            "parent": None,
-            "max_model_len": backend.engine.scheduler_config.max_model_len,
-        }
+    def cards() -> list[dict[str, Any]]:
+        base = backend.model_names()
+        found = [(name, backend.engine.model_name, None) for name in base]
+        found += [(a.name, a.path, base[0]) for a in backend.engine.list_loras()]
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": started,
+                "owned_by": "jaxserve",
+                "root": root,
+                "parent": parent,
+                "max_model_len": backend.engine.scheduler_config.max_model_len,
+            }
+            for name, root, parent in found
+        ]
 
     def check_ready() -> None:
         if backend.async_engine.state not in ("ready", "draining"):
@@ -82,15 +88,17 @@ def about_routes(backend: Backend) -> APIRouter:
 
     @router.get("/v1/models", tags=["OpenAI"])
     async def models() -> dict[str, Any]:
+        """The model under each of its names, then the adapters that are loaded, whose `parent` it is."""
         check_ready()
-        return {"object": "list", "data": [model_card(name) for name in backend.model_names()]}
+        return {"object": "list", "data": cards()}
 
     @router.get("/v1/models/{name:path}", tags=["OpenAI"])
     async def model(name: str) -> dict[str, Any]:
         check_ready()
-        if name not in backend.model_names():
+        card = next((card for card in cards() if card["id"] == name), None)
+        if card is None:
             raise HTTPError(NO_SUCH_MODEL, f"model: {name!r:.200} is not served here", "model")
-        return model_card(name)
+        return card
 
     @router.post("/tokenize", tags=["Tokens"])
     async def tokenize(body: TokenizeRequest, http: Request) -> dict[str, Any]:

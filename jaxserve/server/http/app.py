@@ -15,6 +15,7 @@ from jaxserve.server.http.completions import completions_routes
 from jaxserve.server.http.embeddings import embeddings_routes
 from jaxserve.server.http.errors import ANSWERED, DOCUMENTED, error_of, response_of
 from jaxserve.server.http.live import live_routes
+from jaxserve.server.http.loras import lora_routes
 from jaxserve.server.http.plain import plain_routes
 
 
@@ -31,7 +32,8 @@ class _App(FastAPI):
 def make_app(backend: Backend) -> FastAPI:
     """An ASGI application; ``/openapi.json`` describes it. Pages with code from elsewhere are not served."""
     app = _App(title="jaxserve", version=__version__, docs_url=None, redoc_url=None)
-    for routes in (completions_routes, chat_routes, embeddings_routes, plain_routes, about_routes, live_routes):
+    models = (completions_routes, chat_routes, embeddings_routes, plain_routes, lora_routes)
+    for routes in (*models, about_routes, live_routes):
         app.include_router(routes(backend), responses=DOCUMENTED)
 
     async def answer(http: Request, error: Exception) -> Response:

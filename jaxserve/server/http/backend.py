@@ -29,11 +29,17 @@ class Backend:
         return self.options.served_model_names or (self.engine.model_name,)
 
     def check_model(self, name: str | None) -> str:
-        """The name to answer with. HTTPError for a model that is not served; None is whichever is."""
-        names = self.model_names()
+        """The name to answer with. HTTPError for what is neither the model served nor a loaded adapter; None is the
+        model."""
+        names = (*self.model_names(), *(adapter.name for adapter in self.engine.list_loras()))
         if name is not None and name not in names:
-            raise HTTPError(NO_SUCH_MODEL, f"model: {name!r:.200} is not served here, {', '.join(names)} is", "model")
+            known = ", ".join(names)
+            raise HTTPError(NO_SUCH_MODEL, f"model: {name!r:.200} is not served here, {known:.300} is", "model")
         return name or names[0]
+
+    def lora_of(self, model: str | None) -> str | None:
+        """The adapter that ``model`` names, loaded or not; None where it names the base model, or nothing."""
+        return None if model is None or model in self.model_names() else model
 
     def tool_call_style(self) -> str | None:
         """How the model writes tool calls; None: not at all."""

@@ -131,7 +131,14 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
         variables=variables,
     )
     request = make_request(
-        engine, backend.options, token_ids, params, request_id=name, priority=priority_of(body), deadline=deadline
+        engine,
+        backend.options,
+        token_ids,
+        params,
+        request_id=name,
+        priority=priority_of(body),
+        deadline=deadline,
+        lora=backend.lora_of(body.model),
     )
     return Plan(request=request, tools=tools, num_top=num_top)
 

@@ -125,6 +125,7 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
             params,
             request_id=name if len(prompts) == 1 else f"{name}-{i}",
             priority=priority_of(body),
+            lora=backend.lora_of(body.model),
             deadline=deadline,
         )
         requests.append(request)

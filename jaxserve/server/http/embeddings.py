@@ -84,6 +84,7 @@ def _requests(backend: Backend, body: EmbeddingRequest, deadline: float | None) 
             request_id=f"{name}-{i}",
             priority=priority,
             deadline=deadline,
+            lora=backend.lora_of(body.model),
         )
         for i, prompt in enumerate(prompts)
     ]

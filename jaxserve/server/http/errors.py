@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse
 
 from jaxserve.engine.async_engine import DuplicateRequestError, EngineFailedError, NotServingError
 from jaxserve.engine.event_stream import SlowReaderError
-from jaxserve.request import FinishReason, QueueFullError, RequestError
+from jaxserve.request import FinishReason, QueueFullError, RequestError, UnknownLoraError
+from jaxserve.server.loras import NotAllowedError
 from jaxserve.server.prompts import UnsupportedByModelError
 
 RETRY_AFTER_S = 1
@@ -42,6 +43,8 @@ DEADLINE = Kind(504, "server_error", "deadline_exceeded")
 KINDS: tuple[tuple[type[Exception], Kind], ...] = (
     (DuplicateRequestError, Kind(409, "invalid_request_error", "duplicate_request_id")),
     (UnsupportedByModelError, Kind(400, "invalid_request_error", "unsupported_by_model")),
+    (UnknownLoraError, NO_SUCH_MODEL),
+    (NotAllowedError, Kind(403, "invalid_request_error", "not_allowed")),
     (RequestError, INVALID),
     (QueueFullError, Kind(429, "rate_limit_error", "queue_full")),
     (SlowReaderError, Kind(408, "aborted", "slow_reader")),
@@ -67,6 +70,7 @@ class ErrorBody(BaseModel):
 STATUSES = {
     400: "A field is wrong, unknown or not supported: `param` names it.",
     401: "The bearer token is missing or wrong.",
+    403: "The server takes no adapters from there.",
     404: "No such model, or no such path.",
     408: "The body came too slowly.",
     409: "The request id is in use, or the request was aborted.",

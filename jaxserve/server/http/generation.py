@@ -176,4 +176,4 @@ async def in_thread[T](names: Mapping[str, str], make: Callable[[], T]) -> T:
     try:
         return await asyncio.to_thread(make)
     except RequestError as error:
-        raise renamed(error, names) from error
+        raise renamed(error, {"lora": "model", **names}) from error

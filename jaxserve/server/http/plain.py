@@ -90,6 +90,7 @@ def _request(backend: Backend, body: PlainRequest, deadline: float | None) -> En
         params,
         request_id=body.request_id or f"gen-{secrets.token_hex(12)}",
         priority=priority_of(body),
+        lora=backend.lora_of(body.model),
         deadline=deadline,
     )
 

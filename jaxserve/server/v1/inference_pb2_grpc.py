@@ -439,6 +439,21 @@ class ControlStub:
                 request_serializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsResponse.FromString,
                 _registered_method=True)
+        self.LoadLora = channel.unary_unary(
+                '/jaxserve.v1.Control/LoadLora',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.LoadLoraRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.Lora.FromString,
+                _registered_method=True)
+        self.UnloadLora = channel.unary_unary(
+                '/jaxserve.v1.Control/UnloadLora',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.UnloadLoraRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.UnloadLoraResponse.FromString,
+                _registered_method=True)
+        self.ListLoras = channel.unary_unary(
+                '/jaxserve.v1.Control/ListLoras',
+                request_serializer=jaxserve_dot_v1_dot_inference__pb2.ListLorasRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_v1_dot_inference__pb2.ListLorasResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -469,6 +484,29 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadLora(self, request, context):
+        """Loads a LoRA adapter beside the others: requests may name it from the answer on, and running ones do not notice.
+        Only from folders that the server was started with (PERMISSION_DENIED). A name that is taken, an adapter that does
+        not fit the model, and one more than the server has room for are INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadLora(self, request, context):
+        """No request may name the adapter any more; those that run with it go on. NOT_FOUND where it is not loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLoras(self, request, context):
+        """The adapters that requests may name, in the order of their loading.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -486,6 +524,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.UpdateWeights,
                     request_deserializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsRequest.FromString,
                     response_serializer=jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsResponse.SerializeToString,
+            ),
+            'LoadLora': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadLora,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.LoadLoraRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.Lora.SerializeToString,
+            ),
+            'UnloadLora': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadLora,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.UnloadLoraRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.UnloadLoraResponse.SerializeToString,
+            ),
+            'ListLoras': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoras,
+                    request_deserializer=jaxserve_dot_v1_dot_inference__pb2.ListLorasRequest.FromString,
+                    response_serializer=jaxserve_dot_v1_dot_inference__pb2.ListLorasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -570,6 +623,87 @@ class Control:
             '/jaxserve.v1.Control/UpdateWeights',
             jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsRequest.SerializeToString,
             jaxserve_dot_v1_dot_inference__pb2.UpdateWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadLora(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/LoadLora',
+            jaxserve_dot_v1_dot_inference__pb2.LoadLoraRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.Lora.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadLora(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/UnloadLora',
+            jaxserve_dot_v1_dot_inference__pb2.UnloadLoraRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.UnloadLoraResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoras(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/ListLoras',
+            jaxserve_dot_v1_dot_inference__pb2.ListLorasRequest.SerializeToString,
+            jaxserve_dot_v1_dot_inference__pb2.ListLorasResponse.FromString,
             options,
             channel_credentials,
             insecure,
