@@ -24,7 +24,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 
-from benchmarks.engine_on_device import TINY, say, sizes
+from benchmarks.engine_on_device import TINY, add_options, say, sizes, use_options
 from benchmarks.profile_summary import planes_of
 from jaxserve.checkpoint.shapes import read_shape
 from jaxserve.config import CacheConfig
@@ -90,6 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="llama-3.1-8b")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--mesh", default="", help='as "tensor=2"')
+    add_options(parser)
     parser.add_argument("--rows", type=sizes, default=(2,), help="of steps that decode")
     parser.add_argument("--prompt-tokens", type=sizes, default=(), help="of steps that read prompts")
     parser.add_argument("--no-graphs", action="store_true")
@@ -99,7 +101,8 @@ def main() -> None:
     args = parser.parse_args()
 
     config = TINY if args.config == "tiny" else read_shape(args.config)
-    mesh, dtype = make_mesh(parse_mesh("")), jnp.dtype(args.dtype)
+    mesh, dtype = make_mesh(parse_mesh(args.mesh)), jnp.dtype(args.dtype)
+    use_options(args.option)
     cache = CacheConfig(num_pages=1024, page_size=16)
     dims = StepDims(num_slots=max(args.rows, default=256), max_pages_per_seq=256, num_pages=1024, page_size=16)
     buckets = [Bucket(rows, 0, 0) for rows in args.rows] + [Bucket(0, n, min(64, n)) for n in args.prompt_tokens]

@@ -67,11 +67,22 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--option", action="append", default=[], help="of XLA, as NAME=VALUE, for what is compiled")
+
+
+def use_options(asked: list[str]) -> None:
+    """Steps are compiled with these ``--option`` from here on."""
+    for name, _, value in (text.partition("=") for text in asked):
+        runner.GPU_OPTIONS[name] = {"true": True, "false": False}.get(value, value)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="llama-3.1-8b", help="a known shape, a config.json, or tiny")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--mesh", default="", help='as "tensor=2"')
+    add_options(parser)
     parser.add_argument("--workloads", nargs="*", default=["decode", "prefill", "latency"])
     parser.add_argument("--decode-sizes", type=sizes, default=(1, 8, 32, 64, 128, 256))
     parser.add_argument("--batches", type=sizes, help="of decode; all decode sizes without")
@@ -98,14 +109,14 @@ def arguments() -> argparse.Namespace:
 # Right first.
 
 
-def check() -> dict[str, Any]:
-    """Greedy tokens of a small random model by the kernel that is selected here, and by the reference."""
-    mesh = make_mesh(parse_mesh(""))
-    params = dummy_params(TINY, mesh, jnp.dtype(jnp.bfloat16))
+def check(mesh_text: str) -> dict[str, Any]:
+    """Greedy tokens of a small random model by the kernel selected here on a mesh, by the reference on one device."""
     prompts = [[(7 * i + 13 * n) % TINY.vocab_size for i in range(n)] for n in (1, 15, 16, 17, 64, 129, 300, 777)]
     asked = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
 
-    def completions() -> list[Any]:
+    def completions(mesh_text: str) -> list[Any]:
+        mesh = make_mesh(parse_mesh(mesh_text))
+        params = dummy_params(TINY, mesh, jnp.dtype(jnp.bfloat16))
         with Engine(
             TINY, params, mesh=mesh, dtype="bfloat16", max_model_len=1024, num_pages=1024, max_num_seqs=8,
             decode_sizes=(8,), prefill_sizes=(512,), samplings=("greedy",), prefix_caching=False,
@@ -120,9 +131,9 @@ def check() -> dict[str, Any]:
         return chosen[-1]
 
     with mock.patch.object(dispatch, "best", noted):
-        found = completions()
+        found = completions(mesh_text)
     with mock.patch.object(dispatch, "best", lambda *_, **__: "reference"):
-        wanted = completions()
+        wanted = completions("")
     equal, largest = 0, 0.0
     for f, w in zip(found, wanted, strict=True):
         for a, b in zip(f.logprobs, w.logprobs, strict=True):
@@ -243,6 +254,7 @@ def summed_up(folder: Path, step_s: float) -> dict[str, Any]:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
+    use_options(args.option)
 
     def write(name: str, value: Any) -> None:
         (args.out / name).write_text(json.dumps(value, indent=1) + "\n")
@@ -250,7 +262,7 @@ def main() -> None:
     say(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     if not args.no_check:
         try:
-            checked = check()
+            checked = check(args.mesh)
         except Exception as error:  # what fails here may be right in what follows
             checked = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         say(f"check: {'ok' if checked['ok'] else 'FAILED'} {checked}")

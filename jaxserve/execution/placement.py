@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -124,31 +125,39 @@ def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
         if hopper is None or implementation not in kernel.PREPARE:
             return replace(matrix, implementation=implementation)
         lead = is_layer(name)
-
-        def prepare_part(q: jax.Array, scale: jax.Array, bias: jax.Array | None) -> Any:
-            parts = [x if x is None else x[0] if lead else x for x in (q, scale, bias)]
-            flat = [x if x is None else x.reshape(-1, x.shape[-1]) for x in parts]
-            if kernel is int4_matmul:
-                made = int4_matmul.prepare(int4_matmul.Int4Matrix(*flat), implementation=implementation)
-            else:
-                made = int8_matmul.prepare(int8_matmul.Int8Matrix(*flat), implementation=implementation)
-            return jax.tree.map(lambda x: x[None], made) if lead else made
-
-        own = P("stage", "tensor") if lead else P("tensor")
         specs = tuple(None if x is None else x.sharding.spec for x in (matrix.q, matrix.scale, matrix.bias))
-        make = jax.shard_map(prepare_part, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+        make = _preparer(mesh, matrix.format.kind, implementation, lead, specs)
         return replace(
             matrix,
             q=None,
             scale=None,
             bias=None,
-            prepared=jax.jit(make)(matrix.q, matrix.scale, matrix.bias),
+            prepared=make(matrix.q, matrix.scale, matrix.bias),
             prepared_shape=(*local[lead:-1], local[-1] * PER_BYTE[matrix.format.kind]),
             implementation=implementation,
         )
 
     dtype = params.final_norm.dtype
     return jax.tree_util.tree_map_with_path(prepared, params, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
+
+
+@cache  # a function for all the matrices of a kind: what it compiles it finds again by their shapes
+def _preparer(
+    mesh: Mesh, kind: str, implementation: dispatch.Implementation, lead: bool, specs: tuple[P | None, ...]
+) -> Callable[..., Any]:
+    """From q, scale and bias as they are placed, by ``specs``, to what the kernel for them takes."""
+
+    def prepare_part(q: jax.Array, scale: jax.Array, bias: jax.Array | None) -> Any:
+        parts = [x if x is None else x[0] if lead else x for x in (q, scale, bias)]
+        flat = [x if x is None else x.reshape(-1, x.shape[-1]) for x in parts]
+        if kind == "int4":
+            made = int4_matmul.prepare(int4_matmul.Int4Matrix(*flat), implementation=implementation)
+        else:
+            made = int8_matmul.prepare(int8_matmul.Int8Matrix(*flat), implementation=implementation)
+        return jax.tree.map(lambda x: x[None], made) if lead else made
+
+    own = P("stage", "tensor") if lead else P("tensor")
+    return jax.jit(jax.shard_map(prepare_part, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False))
 
 
 def _hopper_kernel(matrix: QuantizedMatrix, dtype: jnp.dtype) -> str | None:
