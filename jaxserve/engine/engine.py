@@ -6,26 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig
-from jaxserve.engine import plan
-from jaxserve.engine.door import Door, Prompt, listed_prompts
+from jaxserve.config import LoraConfig, ModelConfig
+from jaxserve.engine.construction import GivenParams, build_parts, placed_params
+from jaxserve.engine.door import Prompt, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
-from jaxserve.engine.loop import StepLoop
-from jaxserve.engine.loras import Loras, PlacedLora
+from jaxserve.engine.loading import LoadFormat, opened_model
+from jaxserve.engine.loras import PlacedLora
 from jaxserve.engine.output import completions_of, embedding_of
 from jaxserve.engine.step_times import StepTimes
-from jaxserve.execution.dummy import dummy_params
-from jaxserve.execution.placement import place_params
-from jaxserve.execution.runner import Progress, Runner
+from jaxserve.execution.runner import Progress
 from jaxserve.execution.step import StageParams
 from jaxserve.model.lora import Adapter
-from jaxserve.model.params import Params, ParamSource, TreeSource, check_params, param_specs
-from jaxserve.parallel.mesh import parallel_config
-from jaxserve.parallel.placed import placed_config
 from jaxserve.request import (
     Completion,
     Embedding,
@@ -40,9 +33,6 @@ from jaxserve.request import (
     TokenEvent,
     sampling_params_from,
 )
-from jaxserve.scheduler.batch import all_buckets
-from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.step_io import Sampling
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -65,29 +55,18 @@ class Engine:
         cls,
         name_or_path: str | Path,
         *,
-        load_format: Literal["auto", "dummy"] = "auto",
+        load_format: LoadFormat = "auto",
         skip_tokenizer_init: bool = False,
         generation_config: Literal["auto", "none"] = "auto",
         quantization: str = "auto",
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        mesh: Mesh | ParallelConfig | str | None = None,
-        compilation_cache_dir: str | Path | None = None,
         on_progress: Progress | None = None,
         **options: Any,
     ) -> Self:
         """An engine from a checkpoint: a known name, a GGUF file, or a folder with one or in the Hugging Face layout.
 
         Args:
-            name_or_path: see ``jaxserve.checkpoint.open_checkpoint``.
-            load_format: "dummy" makes random weights on the device instead of loading any, and no tokenizer:
-                ``name_or_path`` is then a ``config.json``, its folder, or a name of ``checkpoint.shapes.SHAPES``.
-            skip_tokenizer_init: no tokenizer: prompts are token ids, and completions have no text.
-            generation_config: "auto" takes the sampling that the checkpoint recommends (generation_config.json) as
-                ``sampling_defaults``, "none" does not.
-            quantization: "auto" serves matrices of few bits as they are (those of GGUF files dequantized), "none"
-                dequantizes all, a method's name keeps them: see ``open_checkpoint``.
-            compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
-                this process; None leaves the process' own setting.
+            name_or_path, load_format, skip_tokenizer_init, generation_config, quantization: see
+                ``loading.opened_model``.
             on_progress: called with (stage, done, total) while loading, compiling and warming up.
             options: as for ``from_params``.
 
@@ -95,69 +74,24 @@ class Engine:
             CheckpointError: nothing is found under that name, or the file cannot be used; names the tensor or offset.
             ValueError: an option that does not fit the model or the memory, with both numbers.
         """
-        from jaxserve.checkpoint.open import open_checkpoint
-
-        if load_format not in ("auto", "dummy"):
-            raise ValueError(f"load_format={load_format!r} is not one of auto, dummy")
-        if generation_config not in ("auto", "none"):
-            raise ValueError(f"generation_config={generation_config!r} is not one of auto, none")
-        if load_format == "dummy" and quantization != "auto":
-            raise ValueError(f"quantization={quantization!r}: with load_format='dummy' the config.json says it")
-        if load_format == "dummy":
-            return cls.from_shape(
-                name_or_path,
-                dtype=dtype,
-                mesh=mesh,
-                compilation_cache_dir=compilation_cache_dir,
-                on_progress=on_progress,
-                **options,
-            )
-        with open_checkpoint(name_or_path, quantization=quantization, on_progress=on_progress) as checkpoint:
+        with opened_model(
+            name_or_path,
+            load_format=load_format,
+            skip_tokenizer_init=skip_tokenizer_init,
+            generation_config=generation_config,
+            quantization=quantization,
+            on_progress=on_progress,
+        ) as model:
+            about = {"model_name": model.name, "sampling_defaults": model.sampling_defaults}
             return cls.from_params(
-                checkpoint.config,
-                checkpoint,
-                None if skip_tokenizer_init else checkpoint.tokenizer(),
-                model_name=checkpoint.model_name or str(name_or_path),
-                sampling_defaults=checkpoint.sampling_defaults if generation_config == "auto" else {},
-                dtype=dtype,
-                mesh=mesh,
-                compilation_cache_dir=compilation_cache_dir,
-                on_progress=on_progress,
-                **options,
+                model.config, model.params, model.tokenizer, **(about | options), on_progress=on_progress
             )
-
-    @classmethod
-    def from_shape(
-        cls,
-        name_or_path: str | Path,
-        *,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        mesh: Mesh | ParallelConfig | str | None = None,
-        on_progress: Progress | None = None,
-        **options: Any,
-    ) -> Self:
-        """An engine with random weights and no tokenizer: ``from_pretrained`` with ``load_format="dummy"``."""
-        from jaxserve.checkpoint.shapes import read_shape
-
-        config = read_shape(name_or_path)
-        resolved = plan.resolve_mesh(mesh, config)
-        tensor = resolved.shape["tensor"]
-        placed = dummy_params(
-            placed_config(config, tensor, config.max_position_embeddings),
-            resolved,
-            plan.resolve_dtype(dtype, resolved),
-            on_tensor=(lambda done, total: on_progress("dummy weights", done, total)) if on_progress else None,
-        )
-        name = options.pop("model_name", Path(name_or_path).stem)
-        return cls(
-            config, placed, None, model_name=name, mesh=resolved, dtype=dtype, on_progress=on_progress, **options
-        )
 
     @classmethod
     def from_params(
         cls,
         model_config: ModelConfig,
-        params: Params | ParamSource | StageParams,
+        params: GivenParams,
         tokenizer: Tokenizer | None = None,
         **options: Any,
     ) -> Self:
@@ -170,60 +104,20 @@ class Engine:
     def __init__(
         self,
         model_config: ModelConfig,
-        params: Params | ParamSource | StageParams,
+        params: GivenParams,
         tokenizer: Tokenizer | None = None,
         *,
         model_name: str = "model",
         sampling_defaults: Mapping[str, Any] | None = None,
-        mesh: Mesh | ParallelConfig | str | None = None,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int | None = None,
-        num_pages: int | None = None,
-        memory_fraction: float | None = None,
-        page_size: int = 16,
-        prefill_sizes: Sequence[int] | None = None,
-        decode_sizes: Sequence[int] | None = None,
-        samplings: Sequence[Sampling] | None = None,
-        max_prefill_rows: int | None = None,
-        max_num_waiting: int = 1024,
-        max_loras: int | None = None,
-        max_lora_rank: int = 16,
-        lora_modules: Mapping[str, str | Path] | None = None,
-        prefix_caching: bool = True,
-        lookahead: Literal[0, 1] = 1,
-        batching: Literal["continuous", "static"] = "continuous",
-        allocation: Literal["paged", "static"] = "paged",
-        compilation_cache_dir: str | Path | None = None,
-        on_progress: Progress | None = None,
+        **options: Any,
     ):
         """
         Args:
             model_config: the model; its ``eos_token_ids`` and the tokenizer's end a generation.
             params: canonical ``Params`` of numpy or jax arrays, in any dtype; or where to read them from, part by part;
-                or ``StageParams`` that lie on ``mesh`` in ``dtype`` already.
+                or ``StageParams`` that lie on the mesh in the engine's dtype already; or ``DummyWeights``.
             sampling_defaults: fields of ``SamplingParams`` that a request has where it does not say otherwise.
-            mesh: devices to run on: a ``jax.sharding.Mesh`` with axes ("stage", "tensor"), a ``ParallelConfig``, or
-                text such as "stage=2,tensor=2"; None is one device.
-            dtype: of weights, activations and KV; "auto" is float32 on CPUs, bfloat16 elsewhere.
-            max_model_len: tokens of prompt and output together, at most.
-            max_num_seqs: sequences that run at once.
-            num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
-            page_size: tokens a page.
-            prefill_sizes: ascending padded sizes, in tokens, of a step that reads prompts, the tokens of rows that
-                decode in it included; the last is the token budget, and more than ``max_num_seqs``.
-            decode_sizes: ascending padded sizes, in rows, of a step that reads none, the last ``max_num_seqs``.
-            samplings: what requests may ask of sampling, each a sampler more to compile (``step_io.SAMPLINGS``; None is
-                everything). ("greedy",) refuses every request that is not greedy.
-            max_prefill_rows: sequences at most that have a prompt chunk in one step.
-            max_num_waiting: requests that may wait; more are refused with QueueFullError.
-            max_loras: LoRA adapters that may be loaded at once; None: as many as ``lora_modules``. 0: nothing is spent
-                on them.
-            max_lora_rank: their rank at most; each slot takes the memory of such a one.
-            lora_modules: adapters to load before the engine is ready, by the name that requests give: folders as `peft`
-                saves them.
-            lookahead: steps dispatched before the last one is read.
-            batching, allocation: "static" is for comparison in benchmarks only.
+            options: the keywords of ``construction.build_parts``: mesh, dtype, sizes of cache and steps, ...
         """
         self.sampling_defaults = dict(sampling_defaults or {})
         try:
@@ -232,91 +126,15 @@ class Engine:
             raise ValueError(
                 f"the model's default {error}: start without its defaults (generation_config='none')"
             ) from None
-        if num_pages is not None and memory_fraction is not None:
-            raise ValueError(f"num_pages={num_pages} and memory_fraction={memory_fraction}: give one of them")
-        if compilation_cache_dir is not None:
-            jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        resolved = plan.resolve_mesh(mesh, model_config)
-        jnp_dtype = plan.resolve_dtype(dtype, resolved)
         self.model_name, self.model_config, self.tokenizer = model_name, model_config, tokenizer
-        self.parallel_config: ParallelConfig = parallel_config(resolved)
-        self.dtype = jnp_dtype.name
-        self.scheduler_config = plan.scheduler_config(
-            model_config,
-            resolved,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            prefill_sizes=prefill_sizes,
-            decode_sizes=decode_sizes,
-            max_num_waiting=max_num_waiting,
-            lookahead=lookahead,
-            batching=batching,
-            **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
-        )
-        lora_modules = lora_modules or {}
-        max_loras = len(lora_modules) if max_loras is None else max_loras
-        if max_loras < 0:
-            raise ValueError(f"max_loras={max_loras} must be at least 0")
-        if len(lora_modules) > max_loras:
-            raise ValueError(f"lora_modules has {len(lora_modules)} adapters, max_loras={max_loras}")
-        lora = LoraConfig(max_loras=max_loras, max_rank=max_lora_rank) if max_loras else None
-        samplings = tuple(plan.defaults(resolved)["samplings"] if samplings is None else samplings)
-        to_place = placed_config(model_config, self.parallel_config.tensor, self.scheduler_config.max_model_len)
-        placed = params
-        if not isinstance(placed, StageParams):
-            placed = place_params(
-                _param_source(placed, model_config),
-                model_config,
-                to_place,
-                resolved,
-                jnp_dtype,
-                on_parameter=(lambda done, total: on_progress("load", done, total)) if on_progress else None,
-            )
-        if num_pages is None:
-            num_pages = plan.num_pages_that_fit(
-                to_place,
-                self.scheduler_config,
-                placed,
-                resolved,
-                jnp_dtype,
-                page_size,
-                memory_fraction,
-                samplings,
-                lora,
-            )
-        self.cache_config = CacheConfig(
-            num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
-        )
-        if num_pages < self.scheduler_config.max_pages_per_seq(page_size):
-            raise ValueError(
-                f"num_pages={num_pages} of {page_size} hold {num_pages * page_size} tokens, fewer than max_model_len="
-                f"{self.scheduler_config.max_model_len}"
-            )
-        dims = plan.step_dims(self.scheduler_config, self.cache_config, samplings, lora)
-        scheduler = Scheduler(self.cache_config, self.scheduler_config, dims)
-        self._door = Door(model_config, self.scheduler_config.max_model_len, tokenizer, scheduler.check, samplings)
+        parts = build_parts(model_config, params, tokenizer, base_names=(model_name,), **options)
+        self.parallel_config, self.dtype = parts.parallel_config, parts.dtype
+        self.scheduler_config, self.cache_config = parts.scheduler_config, parts.cache_config
+        self.loop, self._door, self._loras = parts.loop, parts.door, parts.loras
         self._events: list[TokenEvent] = []  # for the next ``step``
         self._inboxes: dict[str, deque[TokenEvent]] = {}  # requests of ``generate`` and ``stream``
         self._closed = False
         self._failure: BaseException | None = None
-        runner = Runner(
-            to_place,
-            placed,
-            self.cache_config,
-            dims,
-            all_buckets(self.scheduler_config),
-            resolved,
-            jnp_dtype,
-            samplings,
-            on_progress,
-            lora,
-        )
-        self.loop = StepLoop(scheduler, runner, tokenizer)
-        self._loras = Loras(lora, model_config, runner, scheduler, base_names=(model_name,))
-        for name, path in lora_modules.items():
-            self.load_lora(name, path)
 
     def default_sampling_params(self, **fields: Any) -> SamplingParams:
         """The model's own sampling with ``fields`` instead of what it says of them.
@@ -563,7 +381,7 @@ class Engine:
 
     # New weights.
 
-    def update_params(self, params: Params | ParamSource | StageParams) -> None:
+    def update_params(self, params: GivenParams) -> None:
         """Serves other weights of the same model from the next step on, without compiling anything.
 
         Running requests go on: what they have said stays, their K/V is computed anew, and every token from here on is
@@ -591,21 +409,12 @@ class Engine:
             CheckpointError: as ``from_pretrained``.
             ValueError: as ``update_params``.
         """
-        from jaxserve.checkpoint.open import open_checkpoint
+        with opened_model(name_or_path, skip_tokenizer_init=True) as model:
+            return self._placed(model.params)
 
-        with open_checkpoint(name_or_path) as checkpoint:
-            return self._placed(checkpoint)
-
-    def _placed(self, params: Params | ParamSource | StageParams) -> StageParams:
-        if isinstance(params, StageParams):
-            return params
-        return place_params(
-            _param_source(params, self.model_config),
-            self.model_config,
-            self.loop.runner.config,
-            self.loop.runner.mesh,
-            np.dtype(self.dtype),
-        )
+    def _placed(self, params: GivenParams) -> StageParams:
+        runner = self.loop.runner
+        return placed_params(params, self.model_config, runner.config, runner.mesh, np.dtype(self.dtype))
 
     # Adapters.
 
@@ -677,12 +486,3 @@ class Engine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def _param_source(params: Params | ParamSource, config: ModelConfig) -> ParamSource:
-    """``params`` as a source of ``config``'s parameters, checked as far as it says what it has."""
-    if isinstance(params, Params):
-        return TreeSource(params, config)
-    if (other := getattr(params, "config", None)) is not None:  # an open checkpoint
-        check_params(param_specs(other), config)
-    return params

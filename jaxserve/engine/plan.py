@@ -112,6 +112,16 @@ def scheduler_config(
     )
 
 
+def lora_config(max_loras: int | None, max_rank: int, num_given: int) -> LoraConfig | None:
+    """The room for adapters, of which ``num_given`` are there from the start; None: none."""
+    max_loras = num_given if max_loras is None else max_loras
+    if max_loras < 0:
+        raise ValueError(f"max_loras={max_loras} must be at least 0")
+    if num_given > max_loras:
+        raise ValueError(f"lora_modules has {num_given} adapters, max_loras={max_loras}")
+    return LoraConfig(max_loras=max_loras, max_rank=max_rank) if max_loras else None
+
+
 def num_pages_that_fit(
     config: ModelConfig,
     scheduler: SchedulerConfig,

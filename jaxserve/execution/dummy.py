@@ -1,6 +1,7 @@
 """Random parameters made where they will lie: what benchmarks of a model's shapes need instead of its checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import jax
@@ -13,6 +14,14 @@ from jaxserve.execution.placement import prepare_params, stage_param_formats
 from jaxserve.execution.step import StageParams, stage_param_shapes
 from jaxserve.model.params import named_leaves
 from jaxserve.model.quantized import random_leaf
+
+
+@dataclass(frozen=True)
+class DummyWeights:
+    """Stands for a model's parameters where random ones will do."""
+
+    seed: int = 0
+
 
 OnTensor = Callable[[int, int], None]  # parameters made, of how many
 

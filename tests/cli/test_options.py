@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from jaxserve.cli.app import app
 from jaxserve.cli.options import FIELD_OF_OPTION, EngineOptions, SamplingOptions, flatten_options
+from jaxserve.engine.construction import build_parts
 from jaxserve.engine.engine import Engine
 from jaxserve.request import SamplingParams
 from tests.cli.conftest import ENVIRONMENT
@@ -55,7 +56,7 @@ def test_engine_options_are_engine_keywords():
     options = EngineOptions(prefill_sizes="16,64", no_prefix_caching=True, page_size=8, platform="cpu")
     assert options.keywords() == {"prefill_sizes": (16, 64), "prefix_caching": False, "page_size": 8}
     names = {f.name for f in fields(EngineOptions)} - {"platform", "no_prefix_caching"} | {"prefix_caching"}
-    keywords = {*inspect.signature(Engine).parameters, *inspect.signature(Engine.from_pretrained).parameters}
+    keywords = {*inspect.signature(build_parts).parameters, *inspect.signature(Engine.from_pretrained).parameters}
     assert names <= keywords
 
 

@@ -1,0 +1,197 @@
+"""From a model and what a user asks for to the parts of a running engine, each built once, in the order of need."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.engine import plan
+from jaxserve.engine.door import Door
+from jaxserve.engine.loop import StepLoop
+from jaxserve.engine.loras import Loras
+from jaxserve.execution.dummy import DummyWeights, dummy_params
+from jaxserve.execution.placement import place_params
+from jaxserve.execution.runner import Progress, Runner
+from jaxserve.execution.step import StageParams
+from jaxserve.model.params import Params, ParamSource, TreeSource, check_params, param_specs
+from jaxserve.parallel.mesh import parallel_config
+from jaxserve.parallel.placed import placed_config
+from jaxserve.scheduler.batch import all_buckets
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.step_io import Sampling
+from jaxserve.text.tokenizer import Tokenizer
+
+GivenParams = Params | ParamSource | StageParams | DummyWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineParts:
+    """What an engine is made of; the configs say what was resolved."""
+
+    parallel_config: ParallelConfig
+    scheduler_config: SchedulerConfig
+    cache_config: CacheConfig
+    dtype: str
+    door: Door
+    loop: StepLoop
+    loras: Loras
+
+
+def build_parts(
+    model_config: ModelConfig,
+    params: GivenParams,
+    tokenizer: Tokenizer | None,
+    *,
+    base_names: Sequence[str],
+    mesh: Mesh | ParallelConfig | str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    num_pages: int | None = None,
+    memory_fraction: float | None = None,
+    page_size: int = 16,
+    prefill_sizes: Sequence[int] | None = None,
+    decode_sizes: Sequence[int] | None = None,
+    samplings: Sequence[Sampling] | None = None,
+    max_prefill_rows: int | None = None,
+    max_num_waiting: int = 1024,
+    max_loras: int | None = None,
+    max_lora_rank: int = 16,
+    lora_modules: Mapping[str, str | Path] | None = None,
+    prefix_caching: bool = True,
+    lookahead: Literal[0, 1] = 1,
+    batching: Literal["continuous", "static"] = "continuous",
+    allocation: Literal["paged", "static"] = "paged",
+    compilation_cache_dir: str | Path | None = None,
+    on_progress: Progress | None = None,
+) -> EngineParts:
+    """All parts of an engine, its parameters placed and every step compiled.
+
+    Args:
+        model_config, params, tokenizer: as for ``Engine``.
+        base_names: that no adapter may have.
+        mesh: devices to run on: a ``jax.sharding.Mesh`` with axes ("stage", "tensor"), a ``ParallelConfig``, or
+            text such as "stage=2,tensor=2"; None is one device.
+        dtype: of weights, activations and KV; "auto" is float32 on CPUs, bfloat16 elsewhere.
+        max_model_len: tokens of prompt and output together, at most.
+        max_num_seqs: sequences that run at once.
+        num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
+        page_size: tokens a page.
+        prefill_sizes: ascending padded sizes, in tokens, of a step that reads prompts, the tokens of rows that
+            decode in it included; the last is the token budget, and more than ``max_num_seqs``.
+        decode_sizes: ascending padded sizes, in rows, of a step that reads none, the last ``max_num_seqs``.
+        samplings: what requests may ask of sampling, each a sampler more to compile (``step_io.SAMPLINGS``; None is
+            everything). ("greedy",) refuses every request that is not greedy.
+        max_prefill_rows: sequences at most that have a prompt chunk in one step.
+        max_num_waiting: requests that may wait; more are refused with QueueFullError.
+        max_loras: LoRA adapters that may be loaded at once; None: as many as ``lora_modules``. 0: nothing is spent
+            on them.
+        max_lora_rank: their rank at most; each slot takes the memory of such a one.
+        lora_modules: adapters to load before the engine is ready, by the name that requests give: folders as `peft`
+            saves them.
+        lookahead: steps dispatched before the last one is read.
+        batching, allocation: "static" is for comparison in benchmarks only.
+        compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
+            this process; None leaves the process' own setting.
+        on_progress: called with (stage, done, total) while loading, compiling and warming up.
+
+    Raises:
+        ValueError: an option that does not fit the model or the memory, with both numbers.
+    """
+    if num_pages is not None and memory_fraction is not None:
+        raise ValueError(f"num_pages={num_pages} and memory_fraction={memory_fraction}: give one of them")
+    if compilation_cache_dir is not None:
+        _keep_compiled(compilation_cache_dir)
+    lora_modules = lora_modules or {}
+    resolved = plan.resolve_mesh(mesh, model_config)
+    jnp_dtype = plan.resolve_dtype(dtype, resolved)
+    parallel = parallel_config(resolved)
+    scheduler_config = plan.scheduler_config(
+        model_config,
+        resolved,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        prefill_sizes=prefill_sizes,
+        decode_sizes=decode_sizes,
+        max_num_waiting=max_num_waiting,
+        lookahead=lookahead,
+        batching=batching,
+        **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
+    )
+    lora = plan.lora_config(max_loras, max_lora_rank, len(lora_modules))
+    samplings = tuple(plan.defaults(resolved)["samplings"] if samplings is None else samplings)
+    placed = placed_config(model_config, parallel.tensor, scheduler_config.max_model_len)
+    arrays = placed_params(params, model_config, placed, resolved, jnp_dtype, on_progress)
+    if num_pages is None:
+        num_pages = plan.num_pages_that_fit(
+            placed, scheduler_config, arrays, resolved, jnp_dtype, page_size, memory_fraction, samplings, lora
+        )
+    cache_config = CacheConfig(
+        num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
+    )
+    if num_pages < scheduler_config.max_pages_per_seq(page_size):
+        raise ValueError(
+            f"num_pages={num_pages} of {page_size} hold {num_pages * page_size} tokens, fewer than max_model_len="
+            f"{scheduler_config.max_model_len}"
+        )
+    dims = plan.step_dims(scheduler_config, cache_config, samplings, lora)
+    scheduler = Scheduler(cache_config, scheduler_config, dims)
+    buckets = all_buckets(scheduler_config)
+    runner = Runner(
+        placed, arrays, cache_config, dims, buckets, resolved, jnp_dtype, samplings, on_progress, lora
+    )  # fmt: skip
+    loras = Loras(lora, model_config, runner, scheduler, base_names)
+    for name, path in lora_modules.items():
+        loras.add(name, loras.read(path))
+    return EngineParts(
+        parallel_config=parallel,
+        scheduler_config=scheduler_config,
+        cache_config=cache_config,
+        dtype=jnp_dtype.name,
+        door=Door(model_config, scheduler_config.max_model_len, tokenizer, scheduler.check, samplings),
+        loop=StepLoop(scheduler, runner, tokenizer),
+        loras=loras,
+    )
+
+
+def placed_params(
+    params: GivenParams,
+    config: ModelConfig,
+    placed: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    on_progress: Progress | None = None,
+) -> StageParams:
+    """``params`` of ``config`` on the mesh in ``dtype``, as steps of ``placed`` (``parallel.placed.placed_config``)
+    take them.
+
+    Raises:
+        ValueError: names the first parameter that is missing, extra or of another shape, with both shapes.
+    """
+
+    def on_parameter(stage: str) -> Callable[[int, int], None] | None:
+        return (lambda done, total: on_progress(stage, done, total)) if on_progress else None
+
+    match params:
+        case StageParams():
+            return params
+        case DummyWeights(seed=seed):
+            return dummy_params(placed, mesh, dtype, seed=seed, on_tensor=on_parameter("dummy weights"))
+        case Params():
+            source: ParamSource = TreeSource(params, config)
+        case source:
+            if (other := getattr(source, "config", None)) is not None:  # an open checkpoint
+                check_params(param_specs(other), config)
+    return place_params(source, config, placed, mesh, dtype, on_parameter=on_parameter("load"))
+
+
+def _keep_compiled(folder: str | Path) -> None:
+    """Has JAX keep what it compiles in ``folder``, all of it."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
