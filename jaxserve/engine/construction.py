@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -175,7 +176,7 @@ def placed_params(
     """
 
     def on_parameter(stage: str) -> Callable[[int, int], None] | None:
-        return (lambda done, total: on_progress(stage, done, total)) if on_progress else None
+        return None if on_progress is None else partial(on_progress, stage)
 
     match params:
         case StageParams():
