@@ -26,8 +26,11 @@ def convert(
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Input columns that share an int4's scale. (default: 128, 64 or 32, what divides)"),
+        typer.Option(help="Input columns that share an int4's scale. (default: 128, 64 or 32, what divides all)"),
     ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="An int4 of int4-rtn or gptq without zero points: GPTQ's first format.")
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="A file of text for gptq and awq. (default: a small one of our own)")
     ] = None,
@@ -36,10 +39,10 @@ def convert(
     an interruption."""
     if quantize is None and group_size is not None:
         raise ValueError(f"group_size={group_size} is of --quantize, which is not given")
+    if quantize is None and symmetric:
+        raise ValueError("symmetric is of --quantize, which is not given")
     if quantize is None and calibration is not None:
         raise ValueError(f"calibration={str(calibration)!r} is of --quantize, which is not given")
-    if quantize is not None and format != "orbax":
-        raise ValueError(f"format={format!r:.40}: quantize={quantize!r:.40} writes orbax only")
     from jaxserve.checkpoint.convert import convert as convert_checkpoint
 
     interrupted_at: tuple[int, int] | None = None
@@ -64,9 +67,11 @@ def convert(
                     dst,
                     method=quantize,
                     group_size=group_size,
+                    symmetric=symmetric,
                     calibration=calibration,
                     dtype=dtype,
                     quantization=quantization,
+                    format=format,
                     on_progress=on_progress,
                 )
         except KeyboardInterrupt:

@@ -10,22 +10,26 @@ import numpy as np
 
 from jaxserve.config import ModelConfig
 from jaxserve.quantization.activations import Moments
-from jaxserve.quantization.rounding import LEVELS
+from jaxserve.quantization.rounding import LEVELS, int4_grid
 
 NUM_EXPONENTS = 20  # tried: 0, 1/20, ... 19/20
 ACTIVATIONS_LINEAR_IN_UP = frozenset({"silu", "gelu", "gelu_tanh", "relu"})  # of a gated MLP
 
 
 def scaled_layer(
-    p: dict[str, Any], moments: dict[str, Moments], groups: dict[str, int], config: ModelConfig
+    p: dict[str, Any], moments: dict[str, Moments], groups: dict[str, int], config: ModelConfig, stored: dict[str, Any]
 ) -> dict[str, Any]:
     """A layer ``p`` (f32 numpy by field) that computes the same, with columns scaled so that rounding to int4 in
-    ``groups`` changes its matrices' outputs least."""
+    ``groups`` changes its matrices' outputs least. Its norms have values of the dtypes ``stored`` by field: what
+    they lose by that, the columns' scales make good."""
     p = dict(p)
 
-    def scale(field: str) -> np.ndarray:
+    def best(field: str) -> np.ndarray:
         w = p[field].reshape(-1, p[field].shape[-1])
-        found = np.asarray(best_scale(jnp.asarray(w), *moments[field], group_size=groups[field]))
+        return np.asarray(best_scale(jnp.asarray(w), *moments[field], group_size=groups[field]))
+
+    def scale(field: str) -> np.ndarray:
+        found = best(field)
         p[field] = p[field] * found
         return found
 
@@ -40,8 +44,11 @@ def scaled_layer(
         if p.get("qkv_bias") is not None:
             p["qkv_bias"] = np.concatenate([p["qkv_bias"][:, :2], p["qkv_bias"][:, 2:] / out[:, None]], axis=1)
     for field, name in (("qkv", "attn_norm"), ("gate_up", "mlp_norm")):
-        found = scale(field)
-        p[name] = (p[name] + config.norm_offset) / found - config.norm_offset
+        found, norm = best(field), p[name] + config.norm_offset
+        p[name] = (norm / found - config.norm_offset).astype(stored[name]).astype(np.float32)
+        scaled = p[name] + config.norm_offset
+        found = np.divide(norm, scaled, out=found.copy(), where=scaled != 0)
+        p[field] = p[field] * found
         if p.get(f"{name}_bias") is not None:
             p[f"{name}_bias"] = p[f"{name}_bias"] / found
     return p
@@ -68,7 +75,6 @@ def best_scale(w: jax.Array, second: jax.Array, magnitude: jax.Array, *, group_s
 def rounded(w: jax.Array, group_size: int) -> jax.Array:
     """``w`` [out, in] as its int4 numbers stand for it."""
     grouped = w.reshape(len(w), -1, group_size)
-    low = jnp.minimum(grouped.min(-1, keepdims=True), 0)
-    scale = (jnp.maximum(grouped.max(-1, keepdims=True), 0) - low) / LEVELS["int4"]
-    scale = jnp.where(scale > 0, scale, 1)
-    return (jnp.clip(jnp.round((grouped - low) / scale), 0, LEVELS["int4"]) * scale + low).reshape(w.shape)
+    scale, zero = int4_grid(grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True), has_bias=True)
+    numbers = jnp.clip(jnp.round(grouped / scale) + zero, 0, LEVELS["int4"])
+    return ((numbers - zero) * scale).reshape(w.shape)

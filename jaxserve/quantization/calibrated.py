@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.checkpoint.dequantize import dequantize
 from jaxserve.config import ModelConfig
 from jaxserve.model.layers import layer_kind
 from jaxserve.model.params import layer_specs, named_leaves, param_specs
@@ -81,33 +82,31 @@ class CalibratedSource:
         moments = layer_moments(p, self._states, config=self._plain, layer=layer)
         groups = {field: self._formats[prefix + field].group_size or p[field].shape[-1] for field in moments}
         if self._method == "awq":
-            p = scaled_layer(p, moments, groups, self._plain)
+            dtypes = {field: given.dtype for field, (_, given) in stored.items()}
+            p = scaled_layer(p, moments, groups, self._plain, dtypes)
         leaves: dict[str, np.ndarray] = {}
         for field, values in p.items():
             form, name = self._formats.get(prefix + field), prefix + field
             if form is None:
-                leaves[name] = stored[field][1] if values is stored[field][0] else values
+                given = stored[field][1]
+                leaves[name] = given if values is stored[field][0] else values.astype(given.dtype)
+                p[field] = leaves[name].astype(np.float32)
                 continue
             if self._method == "gptq":
-                found = gptq(name, values.reshape(-1, values.shape[-1]), moments[field].second, groups[field])
-                rows = values.shape[:-1]
+                matrix, rows = values.reshape(-1, values.shape[-1]), values.shape[:-1]
+                found = gptq(name, matrix, moments[field].second, groups[field], has_bias=form.has_bias)
                 parts = {"q": pack(found.q).reshape(*rows, -1), "scale": found.scale.reshape(*rows, -1)}
-                parts |= {"bias": found.bias.reshape(*rows, -1), "perm": found.perm}
+                parts["perm"] = found.perm
+                if form.has_bias:
+                    parts["bias"] = (-found.zero * found.scale).reshape(*rows, -1)
             else:
                 parts = round_to_nearest(name, form, values)
             leaves |= {f"{name}.{part}": array for part, array in parts.items()}
-            p[field] = _dequantized(parts, values.shape)
+            p[field] = dequantize(form, parts["q"], parts["scale"], parts.get("bias"), parts.get("perm"))
         kind = layer_kind(self._plain, layer)
         p = {field: jnp.asarray(values) for field, values in p.items()}
         self._states = [np.asarray(layer_forward(p, x, config=self._plain, kind=kind)[0]) for x in self._states]
         self._leaves, self._next = leaves, layer + 1
-
-
-def _dequantized(parts: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    q, scale, bias = parts["q"], parts["scale"], parts["bias"]
-    numbers = np.stack([q & 15, q >> 4], axis=-1).reshape(*scale.shape, -1).astype(np.float32)
-    values = (numbers * scale[..., None] + bias[..., None]).reshape(shape)
-    return values[..., np.argsort(parts["perm"])] if "perm" in parts else values
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:

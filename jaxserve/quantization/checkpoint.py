@@ -21,11 +21,12 @@ class QuantizedCheckpoint:
 
     Attributes:
         config: of ``recipe.quantized_config``.
+        plain: the source.
         recipe: what besides the source decides the values, for ``convert.source_digest``.
     """
 
     def __init__(self, source: Checkpoint, config: ModelConfig, params: ParamSource, recipe: str):
-        self._source, self.config, self._params, self.recipe = source, config, params, recipe
+        self.plain, self.config, self._params, self.recipe = source, config, params, recipe
         self.path: Path = source.path
         self.source_folder: Path = getattr(source, "source_folder", source.path)
         self.architecture, self.model_name, self.license = source.architecture, source.model_name, source.license
@@ -39,19 +40,19 @@ class QuantizedCheckpoint:
         self.close()
 
     def close(self) -> None:
-        self._source.close()
+        self.plain.close()
 
     def tokenizer(self) -> Tokenizer | None:
-        return self._source.tokenizer()
+        return self.plain.tokenizer()
 
     def tensor_types(self) -> dict[str, int]:
-        return self._source.tensor_types()
+        return self.plain.tensor_types()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return self._params.read(name, index)
 
     def drop_pages(self) -> None:
-        drop_pages_of(self._source)
+        drop_pages_of(self.plain)
 
 
 class RoundedSource:

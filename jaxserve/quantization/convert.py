@@ -1,4 +1,4 @@
-"""From a plain checkpoint to a quantized one in our own format."""
+"""From a plain checkpoint to a quantized one, in our own format or as other engines load it."""
 
 import hashlib
 import json
@@ -23,19 +23,23 @@ def quantize(
     *,
     method: str,
     group_size: int | None = None,
+    symmetric: bool = False,
     calibration: str | Path | None = None,
     dtype: str | None = None,
     quantization: str = "auto",
+    format: str = "orbax",
     on_progress: Progress | None = None,
 ) -> Path:
     """Writes ``src`` quantized into the folder ``dst`` and returns ``dst``; as ``checkpoint.convert.convert``, which
     has the arguments and errors that are not told of here.
 
     Args:
-        method, group_size: see ``recipe.quantized_config``.
+        method, group_size, symmetric: see ``recipe.quantized_config``.
         calibration: a file of text in UTF-8 for gptq and awq, of which the first 32768 tokens are read; None is the
             small text that comes with the package.
         dtype: of what stays as it is.
+        format: "safetensors" writes the layouts of AWQ (also for int4-rtn), GPTQ (also for int4-rtn without zero
+            points) or compressed-tensors (int8, w8a8).
 
     Raises:
         CheckpointError: also what ``quantized_config`` says; a weight or an activation that is not finite; a
@@ -48,13 +52,15 @@ def quantize(
                 dst,
                 method=method,
                 group_size=group_size,
+                symmetric=symmetric,
                 calibration=calibration,
                 dtype=dtype,
+                format=format,
                 on_progress=on_progress,
             )
     if quantization != "auto":
         raise CheckpointError(f"quantization={quantization!r}: {src.path} is open already, as it was asked for then")
-    config = quantized_config(src.config, method, group_size)
+    config = quantized_config(src.config, method, group_size, symmetric=symmetric)
     recipe = str(config.quantization)
     if method in CALIBRATED:
         sequences = calibration_sequences(src, CALIBRATION_TEXT if calibration is None else Path(calibration))
@@ -64,7 +70,8 @@ def quantize(
         raise CheckpointError(f"calibration={str(calibration)!r}: quantize={method!r} reads no text")
     else:
         params = RoundedSource(src.read, config)
-    return convert(QuantizedCheckpoint(src, config, params, recipe), dst, dtype=dtype, on_progress=on_progress)
+    quantized = QuantizedCheckpoint(src, config, params, recipe)
+    return convert(quantized, dst, dtype=dtype, format=format, on_progress=on_progress)
 
 
 def calibration_sequences(source: Checkpoint, path: Path) -> list[list[int]]:

@@ -9,24 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.quantization.rounding import LEVELS
+from jaxserve.quantization.rounding import LEVELS, int4_grid
 
 DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal; a later one where the factorization fails with those before
 
 
 class Int4(NamedTuple):
-    """A matrix [out, in] as numbers 0..15, its columns in the order ``perm`` of the input's."""
+    """A matrix [out, in] as numbers 0..15, its columns in the order ``perm`` of the input's, in which each group rises:
+    what the column's groups (``g_idx``) say and no more."""
 
     q: np.ndarray  # [out, in] u8
     scale: np.ndarray  # [out, groups] f32
-    bias: np.ndarray  # [out, groups] f32
+    zero: np.ndarray  # [out, groups] f32, whole numbers
     perm: np.ndarray  # [in] i32
 
 
-def gptq(name: str, w: np.ndarray, second: jax.Array, group_size: int) -> Int4:
+def gptq(name: str, w: np.ndarray, second: jax.Array, group_size: int, *, has_bias: bool = True) -> Int4:
     """``w`` [out, in] f32 in int4 for inputs with the second moments ``second`` [in, in].
 
     Act-order: columns are taken in the order of their inputs' size, largest first, and groups are made in that order.
+    Without ``has_bias`` every zero point is 8.
 
     Raises:
         CheckpointError: the second moments cannot be factorized with any damping; names the parameter.
@@ -39,8 +41,10 @@ def gptq(name: str, w: np.ndarray, second: jax.Array, group_size: int) -> Int4:
     for damping in DAMPING:
         factor = _factor(moments, damping)
         if bool(jnp.isfinite(factor).all()):
-            q, scale, bias = _round(w_sorted, factor, group_size)
-            return Int4(np.asarray(q), np.asarray(scale), np.asarray(bias), np.asarray(perm, np.int32))
+            q, scale, zero = _round(w_sorted, factor, group_size, has_bias)
+            groups = np.asarray(perm, np.int32).reshape(-1, group_size)
+            rising = (np.argsort(groups, axis=1) + np.arange(0, w.shape[1], group_size)[:, None]).ravel()
+            return Int4(np.asarray(q)[:, rising], np.asarray(scale), np.asarray(zero), groups.ravel()[rising])
     raise CheckpointError(
         f"parameter {name}: its inputs' second moments cannot be factorized with a damping of {DAMPING[-1]}: "
         "give more calibration text"
@@ -56,28 +60,28 @@ def _factor(moments: jax.Array, damping: float) -> jax.Array:
     return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
 
 
-@partial(jax.jit, static_argnames="group_size")
-def _round(w: jax.Array, factor: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames=("group_size", "has_bias"))
+def _round(
+    w: jax.Array, factor: jax.Array, group_size: int, has_bias: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows, columns = w.shape
 
     def one_group(w: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         group = jax.lax.dynamic_slice(w, (0, start), (rows, group_size))
         below = jax.lax.dynamic_slice(factor, (start, 0), (group_size, columns))
         own = jax.lax.dynamic_slice(below, (0, start), (group_size, group_size))
-        low, high = jnp.minimum(group.min(1), 0), jnp.maximum(group.max(1), 0)
-        scale = (high - low) / LEVELS["int4"]
-        scale = jnp.where(scale > 0, scale, 1)
+        scale, zero = int4_grid(group.min(1), group.max(1), has_bias=has_bias)
 
         def one_column(i: jax.Array, carry: tuple) -> tuple:
             group, q, errors = carry
             column = group[:, i]
-            number = jnp.clip(jnp.round((column - low) / scale), 0, LEVELS["int4"])
-            error = (column - (number * scale + low)) / own[i, i]
+            number = jnp.clip(jnp.round(column / scale) + zero, 0, LEVELS["int4"])
+            error = (column - (number - zero) * scale) / own[i, i]
             return group - error[:, None] * own[i], q.at[:, i].set(number), errors.at[:, i].set(error)
 
         zeros = jnp.zeros_like(group)
         _, q, errors = jax.lax.fori_loop(0, group_size, one_column, (group, zeros, zeros))
-        return w - jnp.dot(errors, below, precision="highest"), (q.astype(jnp.uint8), scale, low)
+        return w - jnp.dot(errors, below, precision="highest"), (q.astype(jnp.uint8), scale, zero)
 
-    _, (q, scale, bias) = jax.lax.scan(one_group, w, jnp.arange(0, columns, group_size))
-    return q.transpose(1, 0, 2).reshape(rows, columns), scale.T, bias.T
+    _, (q, scale, zero) = jax.lax.scan(one_group, w, jnp.arange(0, columns, group_size))
+    return q.transpose(1, 0, 2).reshape(rows, columns), scale.T, zero.T

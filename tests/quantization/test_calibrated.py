@@ -33,7 +33,7 @@ def problem(rows: int = 24, columns: int = 64, tokens: int = 256):
 
 def dequantized(found) -> np.ndarray:
     numbers = found.q.reshape(*found.scale.shape, -1)
-    values = (numbers * found.scale[..., None] + found.bias[..., None]).reshape(found.q.shape)
+    values = ((numbers - found.zero[..., None]) * found.scale[..., None]).reshape(found.q.shape)
     return values[:, np.argsort(found.perm)]
 
 
@@ -95,8 +95,12 @@ def test_a_scaled_layer_computes_the_same():
     xs = [np.asarray(jax.random.normal(jax.random.key(i), (256, 32))) * np.linspace(0.1, 5, 32) for i in range(2)]
     config = tiny.CONFIG
     moments = layer_moments(p, xs, config=config, layer=1)
-    scaled = scaled_layer(p, moments, {"qkv": 16, "attn_out": 16, "gate_up": 16, "down": 16}, config)
-    assert not np.allclose(scaled["attn_norm"], p["attn_norm"]) or not np.allclose(scaled["mlp_norm"], p["mlp_norm"])
+    groups = {"qkv": 16, "attn_out": 16, "gate_up": 16, "down": 16}
+    p["mlp_norm"] = p["mlp_norm"].astype(jnp.bfloat16).astype(np.float32)
+    stored = {"attn_norm": np.float32, "mlp_norm": jnp.bfloat16}
+    scaled = scaled_layer(p, moments, groups, config, stored)
+    np.testing.assert_array_equal(scaled["mlp_norm"].astype(jnp.bfloat16), scaled["mlp_norm"])
+    assert not np.allclose(scaled["attn_norm"], p["attn_norm"]) and not np.allclose(scaled["mlp_norm"], p["mlp_norm"])
     kind = layer_kind(config, 1)
     want, got = (layer_forward(q, xs[0], config=config, kind=kind)[0] for q in (p, scaled))
     np.testing.assert_allclose(got, want, atol=1e-4)

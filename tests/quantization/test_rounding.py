@@ -93,7 +93,8 @@ def test_parts_are_those_of_the_whole_and_half_a_step_from_the_weights(method, g
         numbers = np.stack([q & 15, q >> 4], -1).reshape(32, -1, 8)
         values = (numbers * scale[..., None] + leaves["layers.1.down.bias"][..., None]).reshape(32, 48)
     error = np.abs(values - tiny.params().layers[1].down).reshape(*scale.shape, -1)
-    assert (error <= scale[..., None] * 0.5001).all() and error.max() > 0.4 * scale.max()
+    most = 0.5001 if method == "int8" else 0.508  # an int4's scale is a float16: 15 steps are 15 / 2**11 off at most
+    assert (error <= scale[..., None] * most).all() and error.max() > 0.4 * scale.max()
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path):
@@ -125,7 +126,8 @@ def test_the_command(tmp_path, capsys):
         assert c.config.quantization is not None and set(c.tensor_types()) == {"int8", "float32", "bfloat16"}
     for arguments, message in (
         (["--group-size", "32"], "group_size=32 is of --quantize, which is not given"),
-        (["--quantize", "int8", "--format", "safetensors"], "format='safetensors': quantize='int8' writes orbax only"),
+        (["--symmetric"], "symmetric is of --quantize, which is not given"),
+        (["--quantize", "int8", "--format", "safetensors"], "did not come from a Hugging Face folder"),
         (["--quantize", "int2"], "quantize='int2' is not one of int8"),
     ):
         assert run(["convert", source, str(tmp_path / "no"), *arguments]) == 2
