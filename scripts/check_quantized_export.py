@@ -1,10 +1,13 @@
 #!/usr/bin/env python
 """Loads models that ``jaxserve convert --quantize --format safetensors`` wrote in transformers, with gptqmodel and
-compressed-tensors, and compares their log-probabilities with ours: python scripts/check_quantized_export.py --record FILE
+compressed-tensors, and compares their log-probabilities with ours:
 
-Two environments take part, because the peers want a PyTorch of their own: this one, with jaxserve, writes and computes
-ours; the other's interpreter (``--peer``, with torch, transformers, gptqmodel and compressed-tensors installed) reads the
-folders and prints theirs. The model is a random Qwen2 of widths that every kernel takes.
+    python scripts/check_quantized_export.py --peer /elsewhere/bin/python --record FILE
+
+Two environments take part, because the peers want a PyTorch of their own: this one, with jaxserve, writes the folders
+and computes ours; the peer's, with torch, transformers, optimum, gptqmodel and compressed-tensors, reads them. The
+model is a random Qwen2 of widths that every kernel takes. The peer's plain kernels are asked for, which compute in
+float32, and compressed-tensors rounds activations with vLLM's scale, the largest over 127: its own divides by 127.5.
 """
 
 import argparse
@@ -29,10 +32,24 @@ MOST = 4e-4  # largest difference of a log-probability, float32
 
 PEER = """
 import importlib.metadata as metadata, json, sys, torch
-from transformers import AutoModelForCausalLM
+from compressed_tensors.quantization.lifecycle import forward
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 folder, tokens, out = sys.argv[1:4]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+given = json.load(open(f"{folder}/config.json"))["quantization_config"]
+own = forward.compute_dynamic_scales_and_zp
+
+
+def as_vllm(**arguments):
+    scale, zero = own(**arguments)
+    return scale * 127.5 / 127, zero
+
+
+forward.compute_dynamic_scales_and_zp = as_vllm
+backend = {"gptq": lambda: GPTQConfig(bits=4, backend="torch"), "awq": lambda: AwqConfig(backend="torch_awq")}
+chosen = backend.get(given["quant_method"])
+options = {"quantization_config": chosen()} if chosen else {}
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options)
 with torch.no_grad():
     logprobs = model(torch.tensor([json.loads(tokens)])).logits[0, :-1].float().log_softmax(-1)
 kinds = sorted({type(m).__name__ for name, m in model.named_modules() if name.endswith("_proj")})
@@ -65,7 +82,8 @@ def main() -> int:
         print(json.dumps({key: value for key, value in row.items() if key != "versions"}))
     if args.record:
         kept = [{key: value for key, value in row.items() if key != "versions"} for row in rows]
-        args.record.write_text(json.dumps({"versions": rows[0]["versions"], "limit": MOST, "rows": kept}, indent=1) + "\n")
+        record = {"versions": rows[0]["versions"], "limit": MOST, "rows": kept}
+        args.record.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(row["max_difference"] <= MOST for row in rows) else 1
 
 

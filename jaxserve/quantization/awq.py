@@ -10,28 +10,32 @@ import numpy as np
 
 from jaxserve.config import ModelConfig
 from jaxserve.quantization.activations import Moments
-from jaxserve.quantization.rounding import LEVELS, int4_grid
+from jaxserve.quantization.clipping import on_grid
+from jaxserve.quantization.rounding import int4_grid
 
 NUM_EXPONENTS = 20  # tried: 0, 1/20, ... 19/20
+MAX_ROWS = 256  # of a matrix, evenly spread, that decide its columns' scales: the search's cost is theirs
 ACTIVATIONS_LINEAR_IN_UP = frozenset({"silu", "gelu", "gelu_tanh", "relu"})  # of a gated MLP
 
 
 def scaled_layer(
     p: dict[str, Any], moments: dict[str, Moments], groups: dict[str, int], config: ModelConfig, stored: dict[str, Any]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A layer ``p`` (f32 numpy by field) that computes the same, with columns scaled so that rounding to int4 in
     ``groups`` changes its matrices' outputs least. Its norms have values of the dtypes ``stored`` by field: what
-    they lose by that, the columns' scales make good."""
+    they lose by that, the columns' scales make good. And by matrix the scale [in] of its columns."""
+    scales: dict[str, np.ndarray] = {}
     p = dict(p)
 
     def best(field: str) -> np.ndarray:
         w = p[field].reshape(-1, p[field].shape[-1])
+        w = w[:: -(-len(w) // MAX_ROWS)]
         return np.asarray(best_scale(jnp.asarray(w), *moments[field], group_size=groups[field]))
 
     def scale(field: str) -> np.ndarray:
-        found = best(field)
-        p[field] = p[field] * found
-        return found
+        scales[field] = best(field)
+        p[field] = p[field] * scales[field]
+        return scales[field]
 
     if len(p["gate_up"]) == 2 and config.activation in ACTIVATIONS_LINEAR_IN_UP:
         down = scale("down")
@@ -47,11 +51,11 @@ def scaled_layer(
         found, norm = best(field), p[name] + config.norm_offset
         p[name] = (norm / found - config.norm_offset).astype(stored[name]).astype(np.float32)
         scaled = p[name] + config.norm_offset
-        found = np.divide(norm, scaled, out=found.copy(), where=scaled != 0)
+        found = scales[field] = np.divide(norm, scaled, out=found.copy(), where=scaled != 0)
         p[field] = p[field] * found
         if p.get(f"{name}_bias") is not None:
             p[f"{name}_bias"] = p[f"{name}_bias"] / found
-    return p
+    return p, scales
 
 
 @partial(jax.jit, static_argnames="group_size")
@@ -75,6 +79,5 @@ def best_scale(w: jax.Array, second: jax.Array, magnitude: jax.Array, *, group_s
 def rounded(w: jax.Array, group_size: int) -> jax.Array:
     """``w`` [out, in] as its int4 numbers stand for it."""
     grouped = w.reshape(len(w), -1, group_size)
-    scale, zero = int4_grid(grouped.min(-1, keepdims=True), grouped.max(-1, keepdims=True), has_bias=True)
-    numbers = jnp.clip(jnp.round(grouped / scale) + zero, 0, LEVELS["int4"])
-    return ((numbers - zero) * scale).reshape(w.shape)
+    scale, zero = int4_grid(grouped.min(-1), grouped.max(-1), has_bias=True)
+    return on_grid(grouped, scale, zero).reshape(w.shape)

@@ -15,8 +15,9 @@ from jaxserve.model.params import layer_specs, named_leaves, param_specs
 from jaxserve.quantization.activations import check_calibratable, layer_forward, layer_moments
 from jaxserve.quantization.awq import scaled_layer
 from jaxserve.quantization.checkpoint import Read
+from jaxserve.quantization.clipping import clipped_grid
 from jaxserve.quantization.gptq import gptq
-from jaxserve.quantization.rounding import check_finite, pack, round_to_nearest
+from jaxserve.quantization.rounding import check_finite, int4_parts, pack
 
 
 class CalibratedSource:
@@ -81,9 +82,10 @@ class CalibratedSource:
                 check_finite(prefix + field, p[field])
         moments = layer_moments(p, self._states, config=self._plain, layer=layer)
         groups = {field: self._formats[prefix + field].group_size or p[field].shape[-1] for field in moments}
+        scales: dict[str, np.ndarray] = {}
         if self._method == "awq":
             dtypes = {field: given.dtype for field, (_, given) in stored.items()}
-            p = scaled_layer(p, moments, groups, self._plain, dtypes)
+            p, scales = scaled_layer(p, moments, groups, self._plain, dtypes)
         leaves: dict[str, np.ndarray] = {}
         for field, values in p.items():
             form, name = self._formats.get(prefix + field), prefix + field
@@ -100,7 +102,13 @@ class CalibratedSource:
                 if form.has_bias:
                     parts["bias"] = (-found.zero * found.scale).reshape(*rows, -1)
             else:
-                parts = round_to_nearest(name, form, values)
+                second = moments[field].second
+                if (s := scales.get(field)) is not None:  # its inputs are scaled down
+                    second = second / np.outer(s, s)
+                matrix = jnp.asarray(values.reshape(-1, values.shape[-1]))
+                grid = clipped_grid(matrix, second, group_size=groups[field])
+                shape = (*values.shape[:-1], -1)
+                parts = int4_parts(form, values, *(np.asarray(x).reshape(shape) for x in grid))
             leaves |= {f"{name}.{part}": array for part, array in parts.items()}
             p[field] = dequantize(form, parts["q"], parts["scale"], parts.get("bias"), parts.get("perm"))
         kind = layer_kind(self._plain, layer)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.checkpoint.errors import CheckpointError
-from jaxserve.quantization.rounding import LEVELS, int4_grid
+from jaxserve.quantization.clipping import best_grid
+from jaxserve.quantization.rounding import LEVELS
 
 DAMPING = (0.01, 0.1, 1.0)  # of the mean diagonal; a later one where the factorization fails with those before
 
@@ -61,16 +62,15 @@ def _factor(moments: jax.Array, damping: float) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("group_size", "has_bias"))
-def _round(
-    w: jax.Array, factor: jax.Array, group_size: int, has_bias: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _round(w: jax.Array, factor: jax.Array, group_size: int, has_bias: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows, columns = w.shape
 
     def one_group(w: jax.Array, start: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         group = jax.lax.dynamic_slice(w, (0, start), (rows, group_size))
         below = jax.lax.dynamic_slice(factor, (start, 0), (group_size, columns))
         own = jax.lax.dynamic_slice(below, (0, start), (group_size, group_size))
-        scale, zero = int4_grid(group.min(1), group.max(1), has_bias=has_bias)
+        costs = 1 / jnp.diagonal(own) ** 2  # of an error, once the columns that follow have made good what they can
+        scale, zero = best_grid(group, lambda error: (error**2 * costs).sum(-1), has_bias=has_bias)
 
         def one_column(i: jax.Array, carry: tuple) -> tuple:
             group, q, errors = carry

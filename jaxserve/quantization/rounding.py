@@ -41,12 +41,20 @@ def round_to_nearest(name: str, matrix_format: MatrixFormat, w: np.ndarray) -> d
     grouped = w.reshape(*w.shape[:-1], -1, matrix_format.group_size or w.shape[-1])
     if matrix_format.kind == "int4":
         scale, zero = int4_grid(grouped.min(-1), grouped.max(-1), has_bias=matrix_format.has_bias)
-        q = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], 0, LEVELS["int4"])
-        parts = {"q": pack(q.reshape(w.shape)), "scale": scale}
-        return parts | {"bias": -zero * scale} if matrix_format.has_bias else parts
+        return int4_parts(matrix_format, w, scale, zero)
     scale = np.abs(grouped).max(-1) / LEVELS[matrix_format.kind]
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
     return {"q": np.rint(grouped / scale[..., None]).reshape(w.shape).astype(np.int8), "scale": scale}
+
+
+def int4_parts(
+    matrix_format: MatrixFormat, w: np.ndarray, scale: np.ndarray, zero: np.ndarray
+) -> dict[str, np.ndarray]:
+    """``w`` [..., out, in] on a grid [..., out, groups] of ``int4_grid``, as ``round_to_nearest``."""
+    grouped = w.reshape(*scale.shape, -1)
+    q = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], 0, LEVELS["int4"])
+    parts = {"q": pack(q.reshape(w.shape)), "scale": scale}
+    return parts | {"bias": -zero * scale} if matrix_format.has_bias else parts
 
 
 def pack(q: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from jaxserve.model.params import TreeSource, named_leaves, param_specs
 from jaxserve.quantization.activations import Moments, layer_forward, layer_moments
 from jaxserve.quantization.awq import best_scale, rounded, scaled_layer
 from jaxserve.quantization.calibrated import CalibratedSource
+from jaxserve.quantization.clipping import clipped_grid, on_grid
 from jaxserve.quantization.convert import quantize
 from jaxserve.quantization.gptq import gptq
 from jaxserve.quantization.recipe import quantized_config
@@ -54,7 +55,21 @@ def test_outputs_are_nearer_than_those_of_rounding():
 def test_gptq_with_inputs_of_one_size_that_are_independent_is_rounding():
     w, _, _ = problem()
     found = gptq("m", w, jnp.eye(64), 16)
-    np.testing.assert_allclose(dequantized(found), rounded(jnp.asarray(w), 16), atol=1e-5)
+    nearest = on_grid(jnp.asarray(w).reshape(24, -1, 16), *clipped_grid(jnp.asarray(w), jnp.eye(64), group_size=16))
+    np.testing.assert_allclose(dequantized(found), nearest.reshape(w.shape), atol=1e-5)
+
+
+def test_a_smaller_range_serves_the_inputs_better_where_it_does():
+    w, x, moments = problem()
+    w[:, ::16] *= 6  # one large weight in each group
+    whole = rounded(jnp.asarray(w), 16)
+    scale, zero = clipped_grid(jnp.asarray(w), moments.second, group_size=16)
+    found = on_grid(jnp.asarray(w).reshape(24, -1, 16), scale, zero).reshape(w.shape)
+    for group in range(4):  # each by itself
+        own = slice(16 * group, 16 * group + 16)
+        assert output_error(w[:, own], np.asarray(found)[:, own], x[:, own]) < output_error(
+            w[:, own], np.asarray(whole)[:, own], x[:, own]
+        )
 
 
 def test_gptq_where_an_input_is_always_zero_and_where_moments_are_none():
@@ -98,7 +113,8 @@ def test_a_scaled_layer_computes_the_same():
     groups = {"qkv": 16, "attn_out": 16, "gate_up": 16, "down": 16}
     p["mlp_norm"] = p["mlp_norm"].astype(jnp.bfloat16).astype(np.float32)
     stored = {"attn_norm": np.float32, "mlp_norm": jnp.bfloat16}
-    scaled = scaled_layer(p, moments, groups, config, stored)
+    scaled, scales = scaled_layer(p, moments, groups, config, stored)
+    np.testing.assert_allclose(scaled["down"] / scales["down"], p["down"], atol=1e-5)
     np.testing.assert_array_equal(scaled["mlp_norm"].astype(jnp.bfloat16), scaled["mlp_norm"])
     assert not np.allclose(scaled["attn_norm"], p["attn_norm"]) and not np.allclose(scaled["mlp_norm"], p["mlp_norm"])
     kind = layer_kind(config, 1)

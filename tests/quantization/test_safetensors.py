@@ -103,17 +103,19 @@ def test_what_no_layout_says_is_refused(tmp_path):
             quantize(src, tmp_path / "no", format="safetensors", **options)
         assert not (tmp_path / "no" / "config.json").exists()
 
-    refused("'transformer.h.0.attn.c_attn.weight': quantized matrices of this layout cannot be written", GOLDEN / "gpt2",
-            method="int4-rtn", group_size=16)  # fmt: skip
+    gpt2 = "'transformer.h.0.attn.c_attn.weight': quantized matrices of this layout cannot be written"
+    refused(gpt2, GOLDEN / "gpt2", method="int4-rtn", group_size=16)
     refused("symmetric: quantize='awq' is not one of int4-rtn, gptq", GOLDEN / "llama", method="awq", symmetric=True)
     with quantized("llama", "int4-rtn", 16, False) as source:
         read = source.read
-        for leaf, value, message in (
-            ("scale", 1e-3, "params.layers.0.qkv.scale has 0.001"),
-            ("bias", 0.3, "params.layers.0.qkv: a bias of 0.3"),
+        for changed, value, message in (
+            ("layers.0.qkv.scale", 1e-3, "params.layers.0.qkv.scale has 0.001"),
+            ("layers.0.qkv.bias", 0.3, "params.layers.0.qkv: a bias of 0.3"),
         ):
-            source.read = lambda name, index: (  # a format that rounds otherwise
-                np.full_like(read(name, index), value) if name == f"layers.0.qkv.{leaf}" else read(name, index)
-            )
+
+            def other(name: str, index: tuple[slice, ...], changed: str = changed, value: float = value) -> np.ndarray:
+                return np.full_like(read(name, index), value) if name == changed else read(name, index)
+
+            source.read = other  # as a format that rounds otherwise has it
             with pytest.raises(CheckpointError, match=re.escape(message)):
-                convert(source, tmp_path / leaf, format="safetensors")
+                convert(source, tmp_path / changed, format="safetensors")

@@ -1,4 +1,4 @@
-"""Quantized matrices as other engines load them: the tensors of a module and the ``quantization_config``, in the layouts
+"""Quantized matrices as other engines load them: a module's tensors and the ``quantization_config``, in the layouts
 that ``hf.quantized_module`` reads.
 
 int4 goes into AWQ's gemm layout where there are zero points and no order of columns, else into GPTQ's: its second
@@ -62,7 +62,8 @@ class ModuleLayout:
                 "pack_dtype": "int32", "dynamic": {f"-:^{name.replace('.', '[.]')}$": {} for name in excluded},
             }  # fmt: skip
         numbers = {"num_bits": 8, "type": "int", "symmetric": True}
-        strategy = {"strategy": "channel"} if f.group_size is None else {"strategy": "group", "group_size": f.group_size}
+        per_row, per_group = {"strategy": "channel"}, {"strategy": "group", "group_size": f.group_size}
+        strategy = per_row if f.group_size is None else per_group
         inputs = None if self.name == "packed" else numbers | {"strategy": "token", "dynamic": True}
         group = {"targets": ["Linear"], "weights": numbers | strategy | {"dynamic": False}, "input_activations": inputs}
         layout = "pack-quantized" if self.name == "packed" else "int-quantized"
@@ -80,22 +81,19 @@ class ModuleLayout:
         words = {"awq": (8, 1), "gptq": (8, 8), "packed": (1, 4), "plain": (1, 1)}[self.name]
         for what, size, word in zip(("rows", "input columns"), (rows, columns), words):
             if size % word:
-                raise CheckpointError(f"{name!r}: its {size} {what} cannot be packed {word} a word, as {self.name} does")
+                raise CheckpointError(f"{name!r}: its {size} {what} cannot be packed {word} a word")
         groups = columns // (self.format.group_size or columns)
+        shared = {"qzeros": Stored("I32", (groups, rows // 8)), "scales": Stored("F16", (groups, rows))}
         match self.name:
             case "awq":
-                found = {"qweight": Stored("I32", (columns, rows // 8))}
+                found = {"qweight": Stored("I32", (columns, rows // 8))} | shared
             case "gptq":
-                found = {"qweight": Stored("I32", (columns // 8, rows)), "g_idx": Stored("I32", (columns,))}
+                found = {"qweight": Stored("I32", (columns // 8, rows)), "g_idx": Stored("I32", (columns,))} | shared
             case "packed":
-                return {
-                    f"{name}.weight_packed": Stored("I32", (rows, columns // 4)),
-                    f"{name}.weight_scale": Stored("F32", (rows, groups)),
-                    f"{name}.weight_shape": Stored("I64", (2,)),
-                }
+                found = {"weight_packed": Stored("I32", (rows, columns // 4)), "weight_shape": Stored("I64", (2,))}
+                found["weight_scale"] = Stored("F32", (rows, groups))
             case _:
-                return {f"{name}.weight": Stored("I8", (rows, columns)), f"{name}.weight_scale": Stored("F32", (rows, 1))}
-        found |= {"qzeros": Stored("I32", (groups, rows // 8)), "scales": Stored("F16", (groups, rows))}
+                found = {"weight": Stored("I8", (rows, columns)), "weight_scale": Stored("F32", (rows, 1))}
         return {f"{name}.{suffix}": stored for suffix, stored in found.items()}
 
     def arrays(self, checkpoint: Checkpoint, name: str, parts: Parts, num_columns: int) -> dict[str, np.ndarray]:
@@ -108,30 +106,33 @@ class ModuleLayout:
         groups = columns // (f.group_size or columns)
         q = _leaf(checkpoint, parts, "q", columns // (2 if f.kind == "int4" else 1))
         scale = _leaf(checkpoint, parts, "scale", groups)
-        if self.name == "packed":
-            shape = np.array([len(q), columns], np.int64)
-            found = {"weight_packed": (q.view(np.uint8) ^ 0x80).view(np.int32), "weight_scale": scale}
-            return {f"{name}.{suffix}": x for suffix, x in (found | {"weight_shape": shape}).items()}
-        if self.name == "plain":
-            return {f"{name}.weight": q, f"{name}.weight_scale": scale}
-        numbers, zeros = unpack_nibbles(q), np.full(scale.shape, MIDDLE, np.uint8)
-        scales = _exact(parts[0][0], scale)
-        if f.has_bias:
-            zeros = _zero_points(parts[0][0], scale, _leaf(checkpoint, parts, "bias", groups))
-        if self.name == "awq":
-            found = {"qweight": _interleaved(numbers.T), "qzeros": _interleaved(zeros.T), "scales": scales}
-            return {f"{name}.{suffix}": x for suffix, x in found.items()}
-        group_of = np.arange(columns, dtype=np.int32) // np.int32(f.group_size)
-        if f.has_perm:
-            back = np.argsort(checkpoint.read(f"{parts[0][0]}.perm", (slice(0, columns),)))
-            numbers, group_of = np.ascontiguousarray(numbers[:, back]), group_of[back]
-        stored_zeros = zeros if f.has_bias else zeros - 1  # the first format has 1 less
-        found = {
-            "qweight": np.ascontiguousarray(pack_nibbles(numbers).view(np.int32).T),
-            "g_idx": group_of,
-            "qzeros": pack_nibbles(np.ascontiguousarray(stored_zeros.T)).view(np.int32),
-            "scales": scales,
-        }
+        match self.name:
+            case "packed":
+                shape = np.array([len(q), columns], np.int64)
+                words = (q.view(np.uint8) ^ 0x80).view(np.int32)
+                found = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
+            case "plain":
+                found = {"weight": q, "weight_scale": scale}
+            case _:
+                zeros = np.full(scale.shape, MIDDLE, np.uint8)
+                scales = _exact(parts[0][0], scale)
+                if f.has_bias:
+                    zeros = _zero_points(parts[0][0], scale, _leaf(checkpoint, parts, "bias", groups))
+                numbers = unpack_nibbles(q)
+                if self.name == "awq":
+                    found = {"qweight": _interleaved(numbers.T), "qzeros": _interleaved(zeros.T)}
+                else:
+                    group_of = np.arange(columns, dtype=np.int32) // np.int32(f.group_size or columns)
+                    if f.has_perm:
+                        back = np.argsort(checkpoint.read(f"{parts[0][0]}.perm", (slice(0, columns),)))
+                        numbers, group_of = np.ascontiguousarray(numbers[:, back]), group_of[back]
+                    stored_zeros = zeros if f.has_bias else zeros - 1  # the first format has 1 less
+                    found = {
+                        "qweight": np.ascontiguousarray(pack_nibbles(numbers).view(np.int32).T),
+                        "g_idx": group_of,
+                        "qzeros": pack_nibbles(np.ascontiguousarray(stored_zeros.T)).view(np.int32),
+                    }
+                found["scales"] = scales
         return {f"{name}.{suffix}": x for suffix, x in found.items()}
 
 
@@ -180,7 +181,10 @@ def _leaf(checkpoint: Checkpoint, parts: Parts, leaf: str, width: int) -> np.nda
 def _one_column(piece: Piece) -> Piece:
     one = slice(0, 1)
     return piece._replace(
-        shape=(piece.shape[0], 1), split=(*piece.split[:-1], 1), take=(*piece.take[:-1], one), box=(*piece.box[:-1], one)
+        shape=(piece.shape[0], 1),
+        split=(*piece.split[:-1], 1),
+        take=(*piece.take[:-1], one),
+        box=(*piece.box[:-1], one),
     )
 
 
@@ -198,7 +202,7 @@ def _exact(parameter: str, scale: np.ndarray) -> np.ndarray:
     scales = scale.astype(np.float16)
     if (scales != scale).any():
         wrong = scale[scales != scale][0]
-        raise CheckpointError(f"params.{parameter}.scale has {wrong}, which is no float16: it cannot be written exactly")
+        raise CheckpointError(f"params.{parameter}.scale has {wrong}, no float16: it cannot be written exactly")
     return np.ascontiguousarray(scales.T)
 
 
@@ -207,7 +211,7 @@ def _zero_points(parameter: str, scale: np.ndarray, bias: np.ndarray) -> np.ndar
     wrong = (zeros * scale != -bias) | (zeros < 0) | (zeros > 15)
     if wrong.any():
         raise CheckpointError(
-            f"params.{parameter}: a bias of {bias[wrong][0]} with a scale of {scale[wrong][0]} is no zero point of 0 to "
-            "15: it cannot be written exactly"
+            f"params.{parameter}: a bias of {bias[wrong][0]} with a scale of {scale[wrong][0]} is no zero point of 0 "
+            "to 15: it cannot be written exactly"
         )
     return zeros.astype(np.uint8)
