@@ -46,7 +46,7 @@ def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 6
         state = dataclasses.replace(run._state, inputs=inputs)
         del inputs
         clock.append(time.perf_counter())
-        state, logits = run._compiled[bucket](run._params, state)
+        state, logits = run._compiled[bucket, False](run._params, state, None)
         clock.append(time.perf_counter())
         sampler = run._samplers[bucket.num_rows, "greedy"]
         last_tokens, _, packed = sampler(

@@ -31,14 +31,23 @@ def append(kv_pages: jax.Array, kv: jax.Array, write_index: jax.Array) -> jax.Ar
         kv: ``[T, K, 2, H]`` (latent: ``[T, 1, 1, RK + HR]``).
         write_index: ``[T]``, page * PS + offset; ``NP * PS`` and beyond writes nowhere.
     """
-    page_size = kv_pages.shape[3]
+    num_pages, heads, parts, page_size, width = kv_pages.shape
     if kv.shape[0] == 1:
         # XLA turns a scatter of one update into a dynamic-update-slice under a select, and copies the whole cache for
         # it. A second update that is dropped keeps the scatter, which is in place.
-        nowhere = jnp.full((1,), kv_pages.shape[0] * page_size, write_index.dtype)
+        nowhere = jnp.full((1,), num_pages * page_size, write_index.dtype)
         kv, write_index = jnp.concatenate([kv, kv]), jnp.concatenate([write_index, nowhere])
+    # One update for each row of H, and no row twice, not even among those that are dropped: then XLA for GPUs simply
+    # stores, where it would guard every element of 16 bits by an atomic exchange (8,192 tokens: 38 us against 159).
+    tokens = jnp.arange(len(write_index), dtype=write_index.dtype)
+    write_index = jnp.where(write_index < num_pages * page_size, write_index, num_pages * page_size + tokens)
     page, offset = write_index // page_size, write_index % page_size
-    return kv_pages.at[page, :, :, offset].set(kv.astype(kv_pages.dtype), mode="drop")
+    rows = page * (heads * parts * page_size) + offset  # [T], of the first head's first part
+    rows = rows[:, None] + page_size * jnp.arange(heads * parts, dtype=rows.dtype)
+    flat = kv_pages.reshape(-1, width)
+    updates = kv.astype(kv_pages.dtype).reshape(-1, width)
+    flat = flat.at[rows.reshape(-1)].set(updates, mode="drop", unique_indices=True)
+    return flat.reshape(kv_pages.shape)
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, parallel: ParallelConfig) -> int:
