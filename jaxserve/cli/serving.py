@@ -44,6 +44,9 @@ def serve(
         int, typer.Option(help="Larger messages and bodies are refused.")
     ] = ServerOptions.max_message_bytes,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds of any request, at most.")] = None,
+    step_timeout: Annotated[
+        float, typer.Option(help="Seconds of one step, after which the device counts as failed; 0: no limit.")
+    ] = ServerOptions.step_timeout_s,
     log_format: Annotated[LogFormat, typer.Option(help="json: a line for every request, too.")] = "text",
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None,
     weights_from: Annotated[
@@ -82,6 +85,7 @@ def serve(
         max_output_tokens=max_output_tokens,
         max_message_bytes=max_message_bytes,
         request_timeout_s=request_timeout,
+        step_timeout_s=step_timeout,
         weight_folders=tuple(weights_from or ()),
         lora_folders=tuple(loras_from or ()),
         drain_timeout_s=drain_timeout,

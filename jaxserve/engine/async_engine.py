@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine.event_stream import EventStream
 from jaxserve.engine.output import embedding_of
+from jaxserve.engine.watchdog import Watchdog
 from jaxserve.request import (
     Embedding,
     EngineStats,
@@ -100,7 +101,7 @@ class NotServingError(RuntimeError):
 
 
 class EngineFailedError(RuntimeError):
-    """The engine's thread ended by an exception (``__cause__``) while the request was running."""
+    """The engine ended by an exception (``__cause__``), or by a step over its limit, while the request was running."""
 
 
 class RequestEndedError(RuntimeError):
@@ -124,6 +125,8 @@ class AsyncEngine:
             and raises ``SlowReaderError``. Pending events are bounded by the request's ``max_total_len`` times ``n``.
         max_concurrent_requests: more than so many that are queued or running are refused with ``QueueFullError``; None:
             as many as the engine's queue takes.
+        step_timeout_s: a step that takes longer ends everything as if the device had failed; 0 is no limit. Building
+            the engine and giving it other weights are no steps.
         observer: called with (request, event) once for every event, on the loop that streams the request.
     """
 
@@ -133,6 +136,7 @@ class AsyncEngine:
         *,
         slow_reader_timeout_s: float = 30.0,
         max_concurrent_requests: int | None = None,
+        step_timeout_s: float = 0.0,
         observer: Callable[[Request, TokenEvent], None] | None = None,
     ):
         self._factory = engine_factory
@@ -144,6 +148,7 @@ class AsyncEngine:
         self._commands: list[tuple[Callable[[EngineCore], Any], Future[Any]]] = []
         self._engine: EngineCore | None = None  # set once; used outside its thread only for facts and make_request
         self._stats: EngineStats | None = None
+        self._watchdog = Watchdog(step_timeout_s, self._end)
         self._streams: dict[str, EventStream] = {}  # engine thread only; an entry lives as long as the engine's request
         self._idle_waiters: list[Future[None]] = []  # engine thread only
         self._lora_lock = threading.Lock()
@@ -269,6 +274,7 @@ class AsyncEngine:
             if self._state not in ("failed", "closed"):
                 self._state = "closed"
             self._wake.notify()
+        self._watchdog.stop()
         await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive()
 
@@ -324,14 +330,17 @@ class AsyncEngine:
             self._ready.set_exception(NotServingError("the engine was closed while it was loading"))
         failure = None
         try:
-            self._serve(engine)
+            if not self._serve(engine):
+                return  # the watchdog has ended everything; the device is not to be touched again
         except BaseException as error:
             logger.exception("the engine failed")
             failure = error
+        self._watchdog.stop()
         self._end(failure)
         engine.close()
 
-    def _serve(self, engine: EngineCore) -> None:
+    def _serve(self, engine: EngineCore) -> bool:
+        """Returns when the engine was closed. False: a step took too long, and what it left is not this thread's."""
         next_stats = 0.0
         while (commands := self._next_commands(engine)) is not None:
             for command, future in commands:
@@ -340,12 +349,23 @@ class AsyncEngine:
                 except Exception as error:
                     future.set_exception(error)
             # A command may have left only a last event to give: has_unfinished() need not count that as work.
-            events = engine.step() if commands or engine.has_unfinished() else []
+            events: list[TokenEvent] = []
+            if commands or engine.has_unfinished():
+                self._watchdog.begin()
+                try:
+                    events = engine.step()
+                except BaseException:
+                    if self._watchdog.end():
+                        raise
+                    return False
+                if not self._watchdog.end():
+                    return False
             ended = any(event.finish_reason is not None for event in events)
             if (now := time.monotonic()) >= next_stats or ended or not engine.has_unfinished():
                 self._stats = engine.stats()  # before the events: who has seen the last one finds exact figures
                 next_stats = now + STATS_INTERVAL_S
             self._publish(engine, events)
+        return True
 
     def _next_commands(self, engine: EngineCore) -> list[tuple[Callable[[EngineCore], Any], Future[Any]]] | None:
         """Commands to run before the next step, sleeping while there is nothing to do. None: the engine was closed."""
@@ -396,7 +416,8 @@ class AsyncEngine:
             engine.abort(request_id)
 
     def _end(self, failure: BaseException | None) -> None:
-        """Leaves nothing waiting: streams, commands and waiters all get an answer."""
+        """Leaves nothing waiting: streams, commands and waiters all get an answer. By the engine thread, or by the
+        watchdog while that one is in a step."""
         with self._wake:
             self._state = "closed" if failure is None else "failed"
             commands, self._commands = self._commands, []

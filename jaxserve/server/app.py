@@ -49,7 +49,7 @@ REFLECTED = (
 
 FLUSH_TIMEOUT_S = 2.0  # for readers to take the last chunks when the engine has finished or was told to
 CLOSE_TIMEOUT_S = 10.0  # for the step that runs
-LOADING_TIMEOUT_S = 0.5  # loading may take minutes and cannot be interrupted
+BUSY_TIMEOUT_S = 0.5  # for an engine that loads, or whose device hangs: that may take minutes, uninterrupted
 STOP_GRACE_S = 0.2  # for unary calls; a health watch never ends by itself
 
 
@@ -138,6 +138,7 @@ class Server:
             self._factory,
             slow_reader_timeout_s=options.slow_reader_timeout_s,
             max_concurrent_requests=options.max_concurrent_requests,
+            step_timeout_s=options.step_timeout_s,
             observer=observe,
         )
         self._service = InferenceService(self.engine, options)
@@ -176,9 +177,10 @@ class Server:
         return finished
 
     async def close(self) -> bool:
-        """Ends calls, engine and metrics. False: the engine thread is busy loading and cannot be interrupted."""
+        """Ends calls, engine and metrics. False: the engine thread is busy loading, or hangs, uninterruptibly."""
         await self._health.enter_graceful_shutdown()
-        ended = await self.engine.close(LOADING_TIMEOUT_S if self.engine.state == "loading" else CLOSE_TIMEOUT_S)
+        is_busy = self.engine.state in ("loading", "failed")
+        ended = await self.engine.close(BUSY_TIMEOUT_S if is_busy else CLOSE_TIMEOUT_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_GRACE_S):  # streams learn why they ended
                 await self._idle()
@@ -226,7 +228,8 @@ async def serve(
 
     Raises:
         ServeError: a port cannot be bound.
-        EngineFailedError: the engine died.
+        EngineFailedError: the engine died, or a step took longer than ``step_timeout_s``; if its thread hangs still,
+            the process ends as above, but with 1.
         Exception: whatever the engine's construction raised.
     """
     owns_process = stop is None
@@ -236,7 +239,7 @@ async def serve(
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     server = Server(engine_factory, options or ServerOptions())
     await server.start()
-    ended = True
+    status = 0
     try:
         if on_bound is not None:
             on_bound(server)
@@ -249,17 +252,19 @@ async def serve(
                 logger.warning("the drain limit of %g s passed: requests were aborted", server.options.drain_timeout_s)
             if server.engine.state == "failed":  # while it drained
                 await server.engine.wait_stopped()
+    except BaseException:
+        status = 1
+        raise
     finally:
-        ended = await server.close()
-    if owns_process and not ended:
-        atexit.register(_leave)
+        if not await server.close() and owns_process:
+            atexit.register(_leave, status)
 
 
-def _leave() -> None:
-    """Ends the process as it is: finalizing the interpreter under a thread that is inside XLA may crash."""
+def _leave(status: int) -> None:
+    """Ends the process as it is: finalizing the interpreter under a thread that is inside XLA may crash or hang."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 async def _first(work, stop: asyncio.Event) -> bool:

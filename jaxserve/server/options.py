@@ -38,6 +38,8 @@ class ServerOptions:
         max_concurrent_requests: generating requests that are open at once, over gRPC and HTTP, waiting ones included;
             None: as many as the engine's queue takes.
         max_output_tokens: a request for more is refused, one that does not say gets so many at most.
+        step_timeout_s: a step of the engine that takes longer counts as a failed device: running requests fail, and
+            ``app.serve`` raises; 0 is no limit. Loading, compiling and warming up are no steps.
         request_timeout_s: a request that takes longer, its time in the queue included, is ended as by its deadline.
     """
 
@@ -61,6 +63,7 @@ class ServerOptions:
     max_concurrent_requests: int | None = None
     max_output_tokens: int | None = None
     request_timeout_s: float | None = None
+    step_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -76,8 +79,10 @@ class ServerOptions:
                 other = "the gRPC port" if names[port] == "port" else names[port]
                 raise ValueError(f"{name}={port} is {other} too")
             names[port] = name
-        if not (math.isfinite(self.drain_timeout_s) and self.drain_timeout_s >= 0):
-            raise ValueError(f"drain_timeout_s={self.drain_timeout_s:g} is not a finite number >= 0")
+        for name in ("drain_timeout_s", "step_timeout_s"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ValueError(f"{name}={seconds:g} is not a finite number >= 0")
         for name in ("slow_reader_timeout_s", "body_timeout_s"):
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds > 0):

@@ -39,7 +39,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (SlowReaderError, grpc.StatusCode.ABORTED),
     (NotServingError, grpc.StatusCode.UNAVAILABLE),
-    (EngineFailedError, grpc.StatusCode.INTERNAL),
+    (EngineFailedError, grpc.StatusCode.UNAVAILABLE),
 )  # the first that matches; any other exception is a bug, which grpc logs and answers with UNKNOWN
 ANSWERED = tuple(kind for kind, _ in STATUS)
 

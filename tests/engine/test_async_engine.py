@@ -235,6 +235,31 @@ async def test_engine_failure_fails_every_stream_and_all_that_follows():
         assert await async_engine.drain(TIMEOUT_S) is True
 
 
+@pytest.mark.parametrize("how_it_comes_back", ["with events", "with an error"])
+async def test_a_step_over_the_limit_fails_all_and_what_comes_of_it_is_not_used(how_it_comes_back):
+    engine = FakeEngine(max_model_len=ENDLESS_LEN, step_delay_s=0.001)
+    async with running(engine, step_timeout_s=0.2) as async_engine:
+        await asyncio.sleep(0.4)  # idle: no step, no limit
+        streams = [async_engine.stream(request_of(engine)) for _ in range(3)]
+        for stream in streams:
+            await anext(stream)
+        engine.may_step.clear()
+        for stream in streams:
+            with pytest.raises(EngineFailedError, match=r"StepTimeoutError: a step took longer than 0\.2 s"):
+                async for _ in stream:
+                    pass
+        assert async_engine.state == "failed"
+        with pytest.raises(EngineFailedError, match="longer than"):
+            await async_engine.wait_stopped()
+        with pytest.raises(NotServingError):
+            await tokens_of(async_engine.stream(request_of(engine)))
+        assert await async_engine.close(0.01) is False
+        if how_it_comes_back == "with an error":
+            engine.fail.set()
+        engine.may_step.set()
+        assert await async_engine.close() is True and async_engine.state == "failed"
+
+
 async def test_drain_lets_running_requests_finish_and_takes_no_new_one():
     engine = FakeEngine(step_delay_s=0.001)
     async with running(engine) as async_engine:

@@ -83,6 +83,7 @@ class FakeEngine:
         says: the answer to everything instead, in ASCII: a token a character, then end-of-sequence.
     Attributes:
         fail: once set, the next step raises.
+        may_step: while clear, a step hangs.
         idle: set while no request is live.
         requests: every request taken, in order.
     """
@@ -113,6 +114,8 @@ class FakeEngine:
         self.dtype = "float32"
         self.tokenizer = tokenizer
         self.fail = threading.Event()
+        self.may_step = threading.Event()
+        self.may_step.set()
         self.idle = threading.Event()
         self.idle.set()
         self.requests: list[Request] = []
@@ -200,6 +203,7 @@ class FakeEngine:
     def step(self) -> list[TokenEvent]:
         self._on_one_thread()
         time.sleep(self._step_delay_s)  # what a step takes, not a synchronisation
+        self.may_step.wait()
         if self.fail.is_set():
             raise RuntimeError("the device was lost")
         self.num_steps += 1

@@ -20,13 +20,18 @@ def main() -> None:
     parser.add_argument("--metrics-port", type=int)
     parser.add_argument("--drain-timeout", type=float, default=10.0)
     parser.add_argument("--load", choices=("well", "forever", "badly"), default="well")
+    parser.add_argument("--http-port", type=int)
     parser.add_argument("--fail-at-step", type=int)
+    parser.add_argument("--hang-at-step", type=int)
+    parser.add_argument("--step-timeout", type=float, default=0.0)
     args = parser.parse_args()
 
     class Engine(FakeEngine):
         def step(self):
             if args.fail_at_step is not None and self.num_steps >= args.fail_at_step:
                 self.fail.set()
+            if args.hang_at_step is not None and self.num_steps >= args.hang_at_step:
+                threading.Event().wait()
             return super().step()
 
     def build():
@@ -36,7 +41,13 @@ def main() -> None:
             raise ValueError("no such model")
         return Engine(tokenizer=byte_tokenizer(), max_model_len=10**6, step_delay_s=0.001)
 
-    options = ServerOptions(port=args.port, metrics_port=args.metrics_port, drain_timeout_s=args.drain_timeout)
+    options = ServerOptions(
+        port=args.port,
+        http_port=args.http_port,
+        metrics_port=args.metrics_port,
+        drain_timeout_s=args.drain_timeout,
+        step_timeout_s=args.step_timeout,
+    )
     try:
         asyncio.run(
             serve(

@@ -6,6 +6,7 @@ import urllib.request
 
 import grpc
 import grpc.aio
+import httpx2
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -143,7 +144,7 @@ async def test_serve_stops_when_told_and_raises_when_the_engine_dies():
         stream = client.generate("a")
         await anext(stream)
         broken.fail.set()
-        assert (await refused(stream)).code() == grpc.StatusCode.INTERNAL
+        assert (await refused(stream)).code() == grpc.StatusCode.UNAVAILABLE
 
     broken = endless_engine()
     with pytest.raises(EngineFailedError, match="the device was lost"):
@@ -156,11 +157,32 @@ async def test_serve_stops_when_told_and_raises_when_the_engine_dies():
         while (await client.server_info()).state == pb.SERVER_STATE_READY:
             pass  # each turn is a call, and the drain begins within a few
         broken.fail.set()
-        assert (await refused(stream)).code() == grpc.StatusCode.INTERNAL
+        assert (await refused(stream)).code() == grpc.StatusCode.UNAVAILABLE
 
     broken = endless_engine()
     with pytest.raises(EngineFailedError, match="the device was lost"):
         await run(broken, break_it_while_it_drains)
+
+
+async def test_a_hanging_step_is_unavailable_everywhere():
+    async with (
+        serving(endless_engine(), step_timeout_s=0.3, http_port=0) as s,
+        httpx2.AsyncClient(base_url=s.url, timeout=TIMEOUT_S) as http,
+    ):
+        stream = s.client.generate("a")
+        await anext(stream)
+        asking = asyncio.ensure_future(http.post("/v1/completions", json={"prompt": "a", "max_tokens": 10**5}))
+        while len(s.engine.requests) < 2:
+            await asyncio.sleep(0.001)
+        s.engine.may_step.clear()
+        assert (await refused(stream)).code() == grpc.StatusCode.UNAVAILABLE
+        answer = await asking
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_failed"
+        async with asyncio.timeout(1):
+            while set((await health(s.target)).values()) != {Health.NOT_SERVING}:
+                await asyncio.sleep(0.001)
+        assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [503, 503]
+        s.engine.may_step.set()  # so that its thread can end
 
 
 async def test_serve_raises_what_construction_raised():

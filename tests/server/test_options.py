@@ -21,6 +21,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("drain_timeout_s", -1.0),
     ("drain_timeout_s", math.inf),
     ("drain_timeout_s", math.nan),
+    ("step_timeout_s", -1.0),
+    ("step_timeout_s", math.inf),
     ("slow_reader_timeout_s", 0.0),
     ("slow_reader_timeout_s", -1.0),
     ("slow_reader_timeout_s", math.inf),

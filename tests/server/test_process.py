@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxserve.server.client import Client
 from tests.server.conftest import TIMEOUT_S
 from tests.server.fake_engine import expected_text
 
+EXIT_S = 5.0  # from the limit to the end of the process; a tenth of it on a machine with nothing else to do
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -86,14 +88,25 @@ def test_a_failed_load_is_one_line():
         assert end_of(server) == (1, "error: no such model\n")
 
 
-def test_a_dead_engine_ends_the_process():
-    with process("--fail-at-step", "3") as (server, port), Client(f"127.0.0.1:{port}") as client:
-        with pytest.raises(grpc.RpcError) as caught:
-            for _ in client.generate("a"):
-                pass
-        assert caught.value.code() == grpc.StatusCode.INTERNAL  # pyright: ignore[reportAttributeAccessIssue]
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (("--fail-at-step", "3"), "RuntimeError: the device was lost"),
+        (("--hang-at-step", "3", "--step-timeout", "0.5"), "StepTimeoutError: a step took longer than 0.5 s"),
+    ],
+)
+def test_a_device_that_fails_or_hangs_ends_requests_and_process(fault, message):
+    with process(*fault) as (server, port), Client(f"127.0.0.1:{port}") as client:
+        started = time.monotonic()
+        chunks = []
+        with pytest.raises(grpc.RpcError, match=message) as caught:
+            for chunk in client.generate("a"):
+                chunks.append(chunk)
+        assert "".join(chunk.text for chunk in chunks) == expected_text("a", 3)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE  # pyright: ignore[reportAttributeAccessIssue]
         status, errors = end_of(server)
-        assert status == 1 and errors.endswith("error: the engine failed: RuntimeError: the device was lost\n")
+        assert status == 1 and errors.endswith(f"error: the engine failed: {message}\n")
+        assert time.monotonic() - started < 0.5 + EXIT_S
 
 
 def test_a_port_in_use_is_one_line(taken_port):

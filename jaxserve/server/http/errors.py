@@ -49,7 +49,7 @@ KINDS: tuple[tuple[type[Exception], Kind], ...] = (
     (QueueFullError, Kind(429, "rate_limit_error", "queue_full")),
     (SlowReaderError, Kind(408, "aborted", "slow_reader")),
     (NotServingError, NOT_SERVING),
-    (EngineFailedError, Kind(500, "server_error", "engine_failed")),
+    (EngineFailedError, Kind(503, "server_error", "engine_failed")),
 )  # the first that matches
 ANSWERED = tuple(kind for kind, _ in KINDS)
 

@@ -206,7 +206,7 @@ async def test_loading_draining_and_failed_are_503():
             await asyncio.sleep(0.001)
         site.engine.fail.set()
         status, error = await asking
-        assert (status, error["code"]) == (500, "engine_failed")
+        assert (status, error["code"]) == (503, "engine_failed")
         assert (await site.client.get("/health")).status_code == 503
 
 
