@@ -12,7 +12,7 @@ from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import lower_step, state_shape
 from jaxserve.model.params import TreeSource
 from jaxserve.parallel.mesh import make_mesh
-from jaxserve.step_io import Bucket, StepDims
+from jaxserve.step_io import Bucket, StepDims, buffer_size
 from tests import tiny
 
 
@@ -34,6 +34,23 @@ def test_the_cache_is_updated_in_place(bucket, parallel):
     one_layer = cache_bytes // (layers // parallel.stage)
     assert analysis.alias_size_in_bytes >= cache_bytes
     assert analysis.temp_size_in_bytes < one_layer
+
+
+def test_room_for_adapters_leaves_the_step_without_them_as_it_is():
+    """But for the size of its inputs."""
+    mesh, bucket = make_mesh(ParallelConfig()), Bucket(4, 16, 3)
+    source = TreeSource(tiny.params(), tiny.CONFIG)
+    params = place_params(source, tiny.CONFIG, tiny.CONFIG, mesh, jnp.dtype("float32"))
+    texts = []
+    for max_loras in (0, 2):
+        dims = StepDims(num_slots=4, max_pages_per_seq=24, num_pages=16, page_size=4, max_loras=max_loras)
+        cache = CacheConfig(num_pages=16, page_size=4)
+        state = state_shape(tiny.CONFIG, cache, dims, [bucket], mesh, jnp.dtype("float32"))
+        text = lower_step(tiny.CONFIG, params, state, dims, bucket, mesh).as_text()
+        size = f"{buffer_size(bucket, dims)}xi32"
+        assert size in text
+        texts.append(text.replace(size, "NIxi32"))
+    assert texts[0] == texts[1]
 
 
 def test_compile_counter_counts_its_own_thread_under_watch_only():
