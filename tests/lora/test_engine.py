@@ -10,6 +10,7 @@ import pytest
 
 from jaxserve import Engine, SamplingParams
 from jaxserve.config import LoraConfig, MatrixFormat, ParallelConfig
+from jaxserve.engine.loras import Loras
 from jaxserve.execution.adapters import adapters_shape, bytes_a_device, one_slot_shape, place_adapter
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.parallel.placed import placed_config
@@ -217,17 +218,17 @@ def test_what_cannot_be_loaded(loaded, name, adapter, message):
 
 
 def test_what_an_engine_without_room_says():
-    with Engine.from_params(CONFIG, base(), **SMALL) as plain:
-        told = "this engine has no room for adapters: start it with max_loras"
-        with pytest.raises(RequestError, match=f"lora: {told}"):
-            plain.generate([[5]], greedy(1), lora="a")
-        with pytest.raises(RequestError, match=f"lora_name: {told}"):
-            plain.add_lora("a", ADAPTERS["a"])
-        with pytest.raises(RequestError, match=f"lora_name: {told}"):
-            plain.unload_lora("a")
-        with pytest.raises(ValueError, match="2 prompts but 1 names of adapters"):
-            plain.generate([[5], [6]], greedy(1), lora=["a"])
-        assert plain.list_loras() == () and plain.lora_config is None
+    plain = Loras(None, CONFIG, runner=None, scheduler=None, base_names=())  # pyright: ignore[reportArgumentType]
+    assert (plain.loaded(), plain.loads(), plain.config) == ((), (), None)
+    told = "this engine has no room for adapters: start it with max_loras"
+    for call, field in (
+        (lambda: plain.find("a"), "lora"),
+        (lambda: plain.place(ADAPTERS["a"]), "lora_name"),
+        (lambda: plain.read("a"), "lora_name"),
+        (lambda: plain.unload("a"), "lora_name"),
+    ):
+        with pytest.raises(RequestError, match=f"{field}: {told}"):
+            call()
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"max_loras": 1, "lora_modules": {"a": "x", "b": "y"}}, "lora_modules has 2 adapters, max_loras=1"),
         ({"max_loras": -1}, "max_loras=-1 must be at least 0"),
@@ -236,6 +237,11 @@ def test_what_an_engine_without_room_says():
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
             Engine.from_params(CONFIG, base(), **(SMALL | options))
+
+
+def test_a_name_for_each_prompt(loaded):
+    with pytest.raises(ValueError, match="2 prompts but 1 names of adapters"):
+        loaded.generate([[5], [6]], greedy(1), lora=["a"])
 
 
 def test_nothing_crosses_the_corridor_without_room():
