@@ -9,7 +9,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"{DEFAULT_HOST}:{DEFAULT_PORT}"  # where a client looks for a server that was told nothing
 
-ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "none"]
+ToolCallParser = Literal["auto", "hermes", "llama3_json", "mistral", "pythonic", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,7 @@ async def test_text_without_tools_is_left_alone():
         ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_call>'),
         ("llama3_json", '{"name": "f", "parameters": {}}'),
         ("mistral", "[TOOL_CALLS]f[ARGS]{}"),
+        ("pythonic", "[f()]"),
     ],
 )
 async def test_the_style_may_be_named(style, says: str):
@@ -95,7 +96,7 @@ async def test_the_style_may_be_named(style, says: str):
         answer = await site.post(CHAT, messages=HELLO, tools=TOOLS)
         assert [c["function"]["name"] for c in answer["choices"][0]["message"]["tool_calls"]] == ["f"]
         # Marks that are special tokens must be in the text.
-        assert site.engine.requests[-1].params.skip_special_tokens is (style == "hermes")
+        assert site.engine.requests[-1].params.skip_special_tokens is (style in ("hermes", "pythonic"))
         await site.post(CHAT, messages=HELLO, tools=TOOLS, skip_special_tokens=True)
         assert site.engine.requests[-1].params.skip_special_tokens is True
 

@@ -128,6 +128,59 @@ RECORDED: list[tuple[str, str, str, list[Call]]] = [
     ("mistral", "a [list] of [TOOL things", "a [list] of [TOOL things", []),
     ("mistral", "[TOOL_CALLS]what now", "[TOOL_CALLS]what now", []),
     ("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", []),
+    (
+        "pythonic",  # Llama-3.2-3B-Instruct, as Meta prompts it
+        "[get_weather(city='San Francisco', metric=\"celsius\"), get_time()]",
+        "",
+        [("get_weather", '{"city": "San Francisco", "metric": "celsius"}', None), ("get_time", "{}", None)],
+    ),
+    (
+        "pythonic",  # every kind of value
+        "[ns.f-1(a=-1, b=2.5e3, c=True, d=None, e=[1, 'x)'],"
+        " f={'k': (1, {\"j\": []})}, g='it\\'s, \\\\', h=true, i = \"é\\n\" ,)]",
+        "",
+        [
+            (
+                "ns.f-1",
+                '{"a": -1, "b": 2500.0, "c": true, "d": null, "e": [1, "x)"], "f": {"k": [1, {"j": []}]}, '
+                '"g": "it\'s, \\\\", "h": true, "i": "é\\n"}',
+                None,
+            )
+        ],
+    ),
+    ("pythonic", "\n [ f ( ) ]", "\n [ f ( ) ]", []),  # a space inside of a name
+    ("pythonic", "\n [ f( ) , g( x = 1 ) ]\n", "", [("f", "{}", None), ("g", '{"x": 1}', None)]),
+    ("pythonic", "[f(x=1)] and so on", "and so on", [("f", '{"x": 1}', None)]),
+    ("pythonic", "[f()", "", [("f", "{}", None)]),  # not closed
+    ("pythonic", "[f(x=1, y='cut by max_tok", "", [("f", '{"x": 1', None)]),
+    ("pythonic", "[f(x=1), g(y=", "", [("f", '{"x": 1}', None)]),
+    ("pythonic", "[f(x=1, y=z)]", "y=z)]", [("f", '{"x": 1', None)]),  # broken after it was known to be a call
+    *(
+        ("pythonic", text, text, [])
+        for text in (
+            "[1, 2, 3] is the list",
+            "[note(s) here]",
+            "[f(1)]",
+            "[f(x=1",
+            "[f(x={1, 2})]",
+            "[f(x=b'a')]",
+            "[f(x=1e999)]",
+            "[f(x=y)]",
+            "[f(x=__import__('os'))]",
+            "[f(x=1]",
+            "[f() is it]",
+            "[]",
+            "[",
+            "I call [f(x=1)]",
+            "f(x=1)",
+            "[f(=1)]",
+            "[f(a b=1)]",
+            "[1f(a=1)]",
+            "[f(x=)]",
+            "  ",
+        )
+    ),
+    ("pythonic", "[f(x=1, x=2)]", "x=2)]", [("f", '{"x": 1', None)]),
 ]
 
 
@@ -152,6 +205,14 @@ def test_arguments_come_while_they_are_written():
         deltas = [*parser.feed(before), *parser.feed('{"a": "lo')]
         assert amount_to(deltas) == ("", [("f", '{"a": "lo', None)])
         assert parser.feed('ng"') == [Arguments(0, 'ng"')]
+
+
+def test_pythonic_arguments_come_one_by_one():
+    parser = make_parser("pythonic")
+    assert parser.feed("[f(a='x'") == []
+    assert parser.feed(", b=[") == [Start(0, "f"), Arguments(0, '{"a": "x"')]
+    assert parser.feed("1]") == []
+    assert parser.feed(")") == [Arguments(0, ', "b": [1]}')]
 
 
 def test_content_comes_while_it_is_written():
@@ -197,13 +258,37 @@ def test_arguments_are_passed_on_as_they_are():
             assert amount_to(parser.feed(text) + parser.finish()) == ("", [("f", arguments, None)])
 
 
+def test_values_of_python_are_passed_on_as_json():
+    r = random.Random(2)
+    kinds = [
+        lambda: r.randint(-9, 9),
+        lambda: r.choice(["", "q'\"\\", "a, b)]", "[f(x=1)]", "é☃\n"]),
+        lambda: True,
+        lambda: None,
+    ]
+
+    def value(depth: int) -> object:
+        if depth and r.random() < 0.6:
+            return r.choice([lambda: [value(depth - 1) for _ in range(3)], lambda: {"k'": value(depth - 1)}])()
+        return r.choice(kinds)()
+
+    for _ in range(200):
+        arguments = {name: value(3) for name in "abc"[: r.randint(0, 3)]}
+        text = f"[f({', '.join(f'{k}={v!r}' for k, v in arguments.items())}), g(x=1)]"
+        cut = r.randint(0, len(text))
+        parser = make_parser("pythonic")
+        content, calls = amount_to([*parser.feed(text[:cut]), *parser.feed(text[cut:]), *parser.finish()])
+        assert (content, [name for name, _, _ in calls]) == ("", ["f", "g"])
+        assert json.loads(calls[0][1]) == arguments
+
+
 def test_random_text_is_never_lost_and_never_an_error():
     r = random.Random(1)
     words = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", '{"name": ', '"f"', "{", "}", "[", "]", ",", ";"]
-    words += ['"arguments": ', "<|python_tag|>", "text", " ", "\\", '"', ":", "1"]
+    words += ['"arguments": ', "<|python_tag|>", "text", " ", "\\", '"', ":", "1", "f(", "x=", ")", "'", "="]
     for _ in range(3000):
         text = "".join(r.choices(words, k=r.randint(1, 12)))
-        for style in ("hermes", "llama3_json", "mistral"):
+        for style in ("hermes", "llama3_json", "mistral", "pythonic"):
             whole, pieces = make_parser(style), make_parser(style)
             expected = amount_to(whole.feed(text) + whole.finish())
             cut = r.randint(0, len(text))
@@ -217,6 +302,12 @@ def test_what_never_becomes_a_call_is_not_held_for_ever():
     parser = make_parser("hermes")
     held = parser.feed('<tool_call>{"x": "' + "a" * 2 * MAX_HELD_LEN)
     assert sum(len(d.text) for d in held if isinstance(d, Content)) > MAX_HELD_LEN
+    parser = make_parser("pythonic")
+    held = parser.feed("[f(x=" + "[" * 2 * MAX_HELD_LEN)
+    assert sum(len(d.text) for d in held if isinstance(d, Content)) > MAX_HELD_LEN
+    parser = make_parser("pythonic")
+    nested = "[f(x=" + "[" * 30000 + "]" * 30000 + ")]"
+    assert amount_to(parser.feed(nested) + parser.finish()) == (nested, [])
 
 
 def test_detect_style():
@@ -226,6 +317,7 @@ def test_detect_style():
         ("{{ '[TOOL_CALLS]' }}", "mistral"),
         ("<|python_tag|>", "llama3_json"),
         ('{"name": function name, "parameters": dictionary}', "llama3_json"),
+        ("in the format of [func_name1(params_name1=params_value1), func_name2(params)]", "pythonic"),
         ("{{ messages }}", None),
         (None, None),
     ):
