@@ -39,6 +39,7 @@ def serve(
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM file: clients need a certificate of it.")] = None,
     api_keys_file: Annotated[Path | None, typer.Option(help="Bearer tokens, one a line: clients need one.")] = None,
     max_concurrent_requests: Annotated[int | None, typer.Option(help="Open requests, at most.")] = None,
+    max_requests_per_client: Annotated[int | None, typer.Option(help="Open requests of one client, at most.")] = None,
     max_output_tokens: Annotated[int | None, typer.Option(help="Output tokens of any request, at most.")] = None,
     max_message_bytes: Annotated[
         int, typer.Option(help="Larger messages and bodies are refused.")
@@ -82,6 +83,7 @@ def serve(
         tls_client_ca=tls_client_ca,
         api_keys_file=api_keys_file,
         max_concurrent_requests=max_concurrent_requests,
+        max_requests_per_client=max_requests_per_client,
         max_output_tokens=max_output_tokens,
         max_message_bytes=max_message_bytes,
         request_timeout_s=request_timeout,

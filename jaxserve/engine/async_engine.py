@@ -125,6 +125,7 @@ class AsyncEngine:
             and raises ``SlowReaderError``. Pending events are bounded by the request's ``max_total_len`` times ``n``.
         max_concurrent_requests: more than so many that are queued or running are refused with ``QueueFullError``; None:
             as many as the engine's queue takes.
+        max_requests_per_client: the same of requests with one ``client``.
         step_timeout_s: a step that takes longer ends everything as if the device had failed; 0 is no limit. Building
             the engine and giving it other weights are no steps.
         observer: called with (request, event) once for every event, on the loop that streams the request.
@@ -136,12 +137,14 @@ class AsyncEngine:
         *,
         slow_reader_timeout_s: float = 30.0,
         max_concurrent_requests: int | None = None,
+        max_requests_per_client: int | None = None,
         step_timeout_s: float = 0.0,
         observer: Callable[[Request, TokenEvent], None] | None = None,
     ):
         self._factory = engine_factory
         self._slow_reader_timeout_s = slow_reader_timeout_s
         self._max_concurrent_requests = max_concurrent_requests
+        self._max_requests_per_client = max_requests_per_client
         self._observer = observer
         self._wake = threading.Condition()  # guards _state and _commands
         self._state: State = "loading"
@@ -404,6 +407,13 @@ class AsyncEngine:
             raise QueueFullError(
                 f"{len(self._streams)} requests are queued or running, max_concurrent_requests={limit}"
             )
+        limit, client = self._max_requests_per_client, stream.request.client
+        if limit is not None:
+            num_open = sum(other.request.client == client for other in self._streams.values())
+            if num_open >= limit:
+                raise QueueFullError(
+                    f"{num_open} requests of this client are queued or running, max_requests_per_client={limit}"
+                )
         engine.add_request(stream.request)
         self._streams[request_id] = stream
 

@@ -4,7 +4,6 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +21,8 @@ from jaxserve.request import (
 )
 from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, first_chunk
 from jaxserve.scheduler.sequence import NO_SLOT, Sequence
+from jaxserve.scheduler.waiting import WaitingQueue, by_order
 from jaxserve.step_io import StepDims
-
-_by_order = attrgetter("order")
 
 
 class CommittedToken(NamedTuple):
@@ -81,17 +79,19 @@ class Scheduler:
     pages and slots are reused at once, since whoever gets them writes in a later step. Every scheduled batch must be
     dispatched and committed, in order.
 
-    Order: a sequence is better than another when ``(priority, arrival, number)`` is less. The waiting queue is in this
-    order and only its head is ever admitted; when pages run out the worst running sequence is preempted: its pages are
-    freed, it waits again, and later recomputes its tokens, the generated ones too, as if they were its prompt.
+    Order: a sequence is better than another when ``(priority, arrival, number)`` is less. Only the head of the waiting
+    queue (``WaitingQueue``: fair among clients) is ever admitted; when pages run out the worst running sequence is
+    preempted: its pages are freed, it waits again, before all of its priority that never ran, and later recomputes its
+    tokens, the generated ones too, as if they were its prompt.
 
-    Everything finishes: let S be the best unfinished sequence (finitely many come before any sequence). If S runs, it
+    Everything that is admitted finishes, and so everybody's turn comes: let S be the best unfinished sequence that was
+    admitted (finitely many come before any sequence, so that better ones take its place finitely often). If S runs, it
     is a victim only when it runs alone; then all pages that are not its own are free, and it needs no more than
     ``num_pages`` in all (checked by ``add``), so it is never preempted. Its one uncomputed token gets a decode row in
     each step, as there are as many rows as slots; its prompt is first in line for the prefill budget; so each step
-    brings it forward. If S waits, it is the head, and nothing is admitted before it. The same argument for the best
-    running sequence shows that the running set empties, by commits or preemptions (the victims queue behind S), if S
-    does not fit earlier; with nothing running every page and slot is free and S is admitted, at the latest when its
+    brings it forward. If S waits, it is the head, and nothing worse is admitted before it. The same argument for the
+    best running sequence shows that the running set empties, by commits or preemptions (the victims queue behind S), if
+    S does not fit earlier; with nothing running every page and slot is free and S is admitted, at the latest when its
     token in flight has been committed.
     """
 
@@ -122,7 +122,7 @@ class Scheduler:
         self.slots = SlotArrays(dims)
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}  # unfinished
-        self._waiting: list[Sequence] = []  # best first
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # best first
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._with_deadline: dict[str, float] = {}
@@ -167,7 +167,7 @@ class Scheduler:
         self._sequences[request.request_id] = sequence
         if request.deadline is not None:
             self._with_deadline[request.request_id] = request.deadline
-        insort(self._waiting, sequence, key=_by_order)
+        self._waiting.add(sequence)
         return sequence
 
     def get(self, request_id: str) -> Sequence | None:
@@ -298,10 +298,10 @@ class Scheduler:
 
     def _admit_head(self) -> Sequence | None:
         """Admit the head of the queue, or None: if it does not fit, nobody behind it is asked, so it cannot starve."""
-        if not self._waiting or not self._free_slots or self._waiting[0].num_in_flight:
+        if not self._waiting or not self._free_slots:
             return None
-        sequence = self._waiting[0]
-        if not self._prompt_is_shared(sequence):
+        sequence = self._waiting.head(self._running)
+        if sequence is None or sequence.num_in_flight or not self._prompt_is_shared(sequence):
             return None
         if self.cache.allocation == "static":
             num_pages = self.dims.max_pages_per_seq
@@ -319,6 +319,7 @@ class Scheduler:
         sequence.num_registered = num_matched
         sequence.num_computed = num_matched * self.cache.page_size
         sequence.slot = self._free_slots.pop()
+        self._waiting.admit(sequence, 0 if sequence.admitted_once else sequence.prompt_len - sequence.num_computed)
         sequence.status = "running"
         if not sequence.admitted_once:
             sequence.admitted_once = True
@@ -328,8 +329,7 @@ class Scheduler:
         self.slots.assign(sequence.slot, sequence.request, sequence.pages)
         if sequence.request.is_constrained:
             self._constrained.append(sequence)
-        del self._waiting[0]
-        insort(self._running, sequence, key=_by_order)
+        insort(self._running, sequence, key=by_order)
         return sequence
 
     def _prompt_is_shared(self, sequence: Sequence) -> bool:
@@ -363,7 +363,7 @@ class Scheduler:
         sequence.status = "waiting"
         sequence.num_preemptions += 1
         self._num_preemptions += 1
-        insort(self._waiting, sequence, key=_by_order)
+        self._waiting.put_back(sequence)
 
     def forget_computed(self) -> None:
         """The weights have changed: no page holds what they would write, so every known prefix is forgotten and every
@@ -409,10 +409,9 @@ class Scheduler:
         return CommittedToken(sequence, row, token, sequence.num_output_tokens - 1, reason, stop_reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._waiting.end(sequence)
         if sequence.status == "running":
             self._stop_running(sequence)
-        else:
-            del self._waiting[bisect_left(self._waiting, sequence.order, key=_by_order)]
         sequence.status = "finished"
         sequence.finish_reason = reason
         del self._sequences[sequence.request_id]
@@ -421,7 +420,7 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         """Take slot and pages from a running sequence. What its full pages hold stays findable until evicted."""
         self._register_full_pages(sequence)
-        del self._running[bisect_left(self._running, sequence.order, key=_by_order)]
+        del self._running[bisect_left(self._running, sequence.order, key=by_order)]
         self.pool.release(sequence.pages)
         self._free_slots.append(sequence.slot)
         sequence.pages = []

@@ -26,6 +26,7 @@ class Sequence:
         slot: engine row, NO_SLOT unless running.
         num_cached: prompt tokens found in the prefix cache at first admission.
         admitted_at: when that was, by the scheduler's clock.
+        num_charged: output tokens that its client's counter has; see ``waiting``.
         num_preemptions: times its pages were taken and had to be recomputed.
         digests: chained digests of the full pages of ``tokens``, as far as they were needed.
         num_registered: leading pages of ``pages`` already offered to the prefix index.
@@ -43,6 +44,7 @@ class Sequence:
     status: Status = "waiting"
     finish_reason: FinishReason | None = None
     num_cached: int = 0
+    num_charged: int = 0
     num_preemptions: int = 0
     admitted_once: bool = False
     admitted_at: float | None = None

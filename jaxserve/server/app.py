@@ -138,6 +138,7 @@ class Server:
             self._factory,
             slow_reader_timeout_s=options.slow_reader_timeout_s,
             max_concurrent_requests=options.max_concurrent_requests,
+            max_requests_per_client=options.max_requests_per_client,
             step_timeout_s=options.step_timeout_s,
             observer=observe,
         )

@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2
 
 from jaxserve.request import Embedding, Pooling
 from jaxserve.server import codec
+from jaxserve.server.clients import CLIENT_HEADER
 from jaxserve.server.codec import Chunk, RequestFailure
 from jaxserve.server.options import DEFAULT_TARGET
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -55,6 +56,7 @@ CHANNEL_OPTIONS = (
 )
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
+Pairs = tuple[tuple[str, str], ...]
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 
 
@@ -92,14 +94,23 @@ class Client:
     Args:
         api_key: the server's token, where it asks for one.
         tls: None is a connection in the clear.
+        name: whom this client's requests are for, where the server asks for no token; it is fair among names.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, tls: TLS | None = None):
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        api_key: str | None = None,
+        tls: TLS | None = None,
+        name: str | None = None,
+    ):
         if tls is None:
             channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
             channel = grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
-        self._channel = channel if api_key is None else grpc.intercept_channel(channel, _Bearer(api_key))
+        pairs = _pairs(api_key, name)
+        self._channel = grpc.intercept_channel(channel, _Metadata(pairs)) if pairs else channel
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = inference_pb2_grpc.ControlStub(self._channel)
         self._watch_health = _watch_method(self._channel)
@@ -233,14 +244,25 @@ class Client:
 class AsyncClient:
     """The same on asyncio. Belongs to the event loop it is made in."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, api_key: str | None = None, tls: TLS | None = None):
-        kinds = (_AsyncUnaryBearer, _AsyncStreamBearer, _AsyncBatchBearer)  # a class of two kinds counts as one of them
-        bearers = [] if api_key is None else [kind(api_key) for kind in kinds]
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        api_key: str | None = None,
+        tls: TLS | None = None,
+        name: str | None = None,
+    ):
+        kinds = (
+            _AsyncUnaryMetadata,
+            _AsyncStreamMetadata,
+            _AsyncBatchMetadata,
+        )  # a class of two kinds counts as one of them
+        interceptors = [kind(pairs) for kind in kinds] if (pairs := _pairs(api_key, name)) else []
         if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS, interceptors=bearers)
+            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS, interceptors=interceptors)
         else:
             self._channel = grpc.aio.secure_channel(
-                target, tls.credentials(), options=CHANNEL_OPTIONS, interceptors=bearers
+                target, tls.credentials(), options=CHANNEL_OPTIONS, interceptors=interceptors
             )
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = inference_pb2_grpc.ControlStub(self._channel)
@@ -382,47 +404,54 @@ class AsyncClient:
         return await self._stub.GetServerInfo(pb.GetServerInfoRequest())
 
 
-class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
-    """Every call with the token."""
+class _Metadata(
+    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor
+):
+    """Every call with what the client says of itself."""
 
-    def __init__(self, api_key: str):
-        self._api_key = api_key
+    def __init__(self, pairs: Pairs):
+        self._pairs = pairs
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(_with_token(client_call_details, self._api_key), request)
+        return continuation(_with_metadata(client_call_details, self._pairs), request)
 
     intercept_unary_stream = intercept_unary_unary
 
     def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return continuation(_with_token(client_call_details, self._api_key), request_iterator)
+        return continuation(_with_metadata(client_call_details, self._pairs), request_iterator)
 
 
-class _AsyncUnaryBearer(grpc.aio.UnaryUnaryClientInterceptor):
-    def __init__(self, api_key: str):
-        self._api_key = api_key
+class _AsyncUnaryMetadata(grpc.aio.UnaryUnaryClientInterceptor):
+    def __init__(self, pairs: Pairs):
+        self._pairs = pairs
 
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_token(client_call_details, self._api_key), request)
+        return await continuation(_with_metadata(client_call_details, self._pairs), request)
 
 
-class _AsyncStreamBearer(grpc.aio.UnaryStreamClientInterceptor):
-    def __init__(self, api_key: str):
-        self._api_key = api_key
+class _AsyncStreamMetadata(grpc.aio.UnaryStreamClientInterceptor):
+    def __init__(self, pairs: Pairs):
+        self._pairs = pairs
 
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_token(client_call_details, self._api_key), request)
+        return await continuation(_with_metadata(client_call_details, self._pairs), request)
 
 
-class _AsyncBatchBearer(grpc.aio.StreamStreamClientInterceptor):
-    def __init__(self, api_key: str):
-        self._api_key = api_key
+class _AsyncBatchMetadata(grpc.aio.StreamStreamClientInterceptor):
+    def __init__(self, pairs: Pairs):
+        self._pairs = pairs
 
     async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await continuation(_with_token(client_call_details, self._api_key), request_iterator)
+        return await continuation(_with_metadata(client_call_details, self._pairs), request_iterator)
 
 
-def _with_token(details: Any, api_key: str) -> Any:
-    metadata = [*(details.metadata or ()), ("authorization", f"Bearer {api_key}")]
+def _pairs(api_key: str | None, name: str | None) -> Pairs:
+    token = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    return token if name is None else (*token, (CLIENT_HEADER, name))
+
+
+def _with_metadata(details: Any, pairs: Pairs) -> Any:
+    metadata = [*(details.metadata or ()), *pairs]
     is_async = isinstance(details, grpc.aio.ClientCallDetails)
     replaced: Any = details  # both kinds are named tuples, one of a class that is not public
     return replaced._replace(metadata=grpc.aio.Metadata(*metadata) if is_async else metadata)

@@ -37,6 +37,7 @@ class ServerOptions:
         api_keys_file: tokens, one a line; every call but for health must then carry one of them.
         max_concurrent_requests: generating requests that are open at once, over gRPC and HTTP, waiting ones included;
             None: as many as the engine's queue takes.
+        max_requests_per_client: the same of one client (``clients.client_name``).
         max_output_tokens: a request for more is refused, one that does not say gets so many at most.
         step_timeout_s: a step of the engine that takes longer counts as a failed device: running requests fail, and
             ``app.serve`` raises; 0 is no limit. Loading, compiling and warming up are no steps.
@@ -61,6 +62,7 @@ class ServerOptions:
     tls_client_ca: Path | None = None
     api_keys_file: Path | None = None
     max_concurrent_requests: int | None = None
+    max_requests_per_client: int | None = None
     max_output_tokens: int | None = None
     request_timeout_s: float | None = None
     step_timeout_s: float = 300.0
@@ -91,7 +93,7 @@ class ServerOptions:
             raise ValueError(f"max_prompt_bytes={self.max_prompt_bytes} is less than 1")
         if not 1 <= self.max_message_bytes < 2**31:
             raise ValueError(f"max_message_bytes={self.max_message_bytes} is not in 1..{2**31 - 1}")
-        for name in ("max_concurrent_requests", "max_output_tokens"):
+        for name in ("max_concurrent_requests", "max_requests_per_client", "max_output_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} is less than 1")
         limit = self.request_timeout_s

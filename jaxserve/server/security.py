@@ -53,8 +53,8 @@ class ApiKeys:
     def accept(self, authorization: str | bytes | None) -> bool:
         """Whether the header's value is ``Bearer KEY`` with one of the keys."""
         text = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization or ""
-        scheme, _, key = text.partition(" ")
-        return scheme.lower() == "bearer" and self.has(key.strip())
+        key = bearer_of(text)
+        return key is not None and self.has(key)
 
     def has(self, key: str) -> bool:
         shown = _digest(key)
@@ -62,6 +62,17 @@ class ApiKeys:
         for digest in self._digests:
             found |= hmac.compare_digest(digest, shown)
         return found
+
+
+def bearer_of(authorization: str) -> str | None:
+    """KEY of ``Bearer KEY``."""
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
+def key_id(key: str | None) -> str:
+    """A name for a key that does not tell it."""
+    return _digest(key or "").hex()[:16]
 
 
 def _digest(key: str) -> bytes:

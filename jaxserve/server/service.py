@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -21,6 +22,7 @@ from jaxserve.engine.event_stream import SlowReaderError
 from jaxserve.request import QueueFullError, Request, RequestError, UnknownLoraError
 from jaxserve.server import codec
 from jaxserve.server.batch import MissingIdError, run_batch
+from jaxserve.server.clients import CLIENT_HEADER, address_of_peer, client_name
 from jaxserve.server.limits import limited_deadline, make_request, remaining_deadline
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
@@ -62,7 +64,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         started = False
         try:
             # Tokenizing may take long, and the event loop has other streams to serve.
-            engine_request = await asyncio.to_thread(self._read_request, request, deadline)
+            engine_request = await asyncio.to_thread(self._read_request, request, deadline, self._client(context))
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
                 async for events in batches:
                     if not started:  # by themselves: grpc would send them again after a first write given up
@@ -87,8 +89,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else time.monotonic() + remaining_s
 
+        client = self._client(context)
+
         async def read(message: pb.GenerateRequest) -> Request:
-            return await asyncio.to_thread(self._read_request, message, limited_deadline(self._options, deadline))
+            limited = limited_deadline(self._options, deadline)
+            return await asyncio.to_thread(self._read_request, message, limited, client)
 
         async def write(chunk: pb.BatchChunk) -> None:
             await self._write(context, chunk)
@@ -111,7 +116,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._count_open(context)
         deadline = remaining_deadline(self._options, context.time_remaining())
         try:
-            engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline)
+            engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline, self._client(context))
             embedding = await self._engine.embed(engine_request)
         except RequestEndedError as error:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if error.reason == "deadline" else grpc.StatusCode.ABORTED
@@ -181,9 +186,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if self._num_open == 0:
             self.idle.set()
 
+    def _client(self, context: grpc.aio.ServicerContext) -> str:
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+        address = address_of_peer(context.peer())
+        return client_name(self._options, metadata.get("authorization"), metadata.get(CLIENT_HEADER), address)
+
     # In a thread: these may take long.
 
-    def _read_request(self, message: pb.GenerateRequest, deadline: float | None) -> Request:
+    def _read_request(self, message: pb.GenerateRequest, deadline: float | None, client: str) -> Request:
         engine = self._engine.engine
         params = codec.read_sampling(message.sampling, engine.sampling_defaults)
         prompt = codec.read_prompt(message)
@@ -193,7 +203,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         elif isinstance(prompt, list):
             cut = params.truncate_prompt_tokens is not None
             prompt = encode_chat(engine, prompt, self._options.max_prompt_bytes, cut=cut)
-        return make_request(
+        engine_request = make_request(
             engine,
             self._options,
             prompt,
@@ -203,14 +213,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             deadline=deadline,
             lora=message.lora if message.HasField("lora") else None,
         )
+        return replace(engine_request, client=client)
 
-    def _read_embed_request(self, message: pb.EmbedRequest, deadline: float | None) -> Request:
+    def _read_embed_request(self, message: pb.EmbedRequest, deadline: float | None, client: str) -> Request:
         prompt = codec.read_prompt(message)
         assert not isinstance(prompt, list)
         if isinstance(prompt, str):
             check_bytes("prompt", prompt, self._options.max_prompt_bytes)
         options = codec.read_embed_options(message)
-        return self._engine.engine.make_embedding_request(prompt, deadline=deadline, **options)
+        request = self._engine.engine.make_embedding_request(prompt, deadline=deadline, **options)
+        return replace(request, client=client)
 
     def _tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         engine = self._engine.engine

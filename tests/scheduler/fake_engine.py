@@ -62,6 +62,7 @@ def make_request(
     priority: int = 0,
     arrival: float = 0.0,
     deadline: float | None = None,
+    client: str = "",
     **sampling: Any,
 ) -> Request:
     params = SamplingParams(
@@ -77,6 +78,7 @@ def make_request(
         priority=priority,
         arrival=arrival,
         deadline=deadline,
+        client=client,
     )
 
 
@@ -279,7 +281,8 @@ class FakeEngine:
     def check_state(self) -> None:
         """What must hold between any two operations."""
         scheduler, pool = self.scheduler, self.scheduler.pool
-        running, waiting = scheduler._running, scheduler._waiting
+        running, waiting = scheduler._running, list(scheduler._waiting)
+        assert len(waiting) == len(scheduler._waiting)
         references = [0] * pool.num_pages
         filled = [0] * pool.num_pages
         for sequence in running:
@@ -304,7 +307,10 @@ class FakeEngine:
         slots = [sequence.slot for sequence in running] + scheduler._free_slots
         assert sorted(slots) == list(range(self.config.max_num_seqs))
         for queue, status in ((running, "running"), (waiting, "waiting")):
-            assert [s.order for s in queue] == sorted(s.order for s in queue)
+            for client in {s.request.client for s in queue}:
+                for admitted in (True, False):
+                    orders = [s.order for s in queue if (s.request.client, s.admitted_once) == (client, admitted)]
+                    assert orders == sorted(orders)
             assert all(s.status == status for s in queue)
         assert all(not s.pages and s.slot == -1 and s.num_computed == s.num_registered == 0 for s in waiting)
         unfinished = {s.request_id for s in running + waiting}

@@ -37,6 +37,7 @@ requests = st.fixed_dictionaries(
         "num_choices": st.sampled_from([1, 1, 1, 2, 3]),
         "seed": st.sampled_from([0, 1, 2**64 - 1]),
         "priority": st.sampled_from([0, 0, 0, 1, -1]),
+        "client": st.sampled_from(["", "", "a", "b"]),
         "arrival": st.sampled_from([0.0, 1.0, 2.0]),
         "deadline": st.sampled_from([None, None, None, 1.0, 2.0]),
     }

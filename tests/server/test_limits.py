@@ -2,8 +2,10 @@
 
 import grpc
 import httpx2
+import websockets.asyncio.client as ws
 
 from jaxserve.server.client import AsyncClient, batch_request
+from jaxserve.server.clients import CLIENT_HEADER, address_of_peer
 from jaxserve.server.codec import Chunk, RequestFailure
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
 from tests.server.fake_engine import expected_text
@@ -51,6 +53,67 @@ async def test_concurrent_requests_are_counted_over_both_ways():
         assert await text_of(s.client.generate("a", max_tokens=2)) == expected_text("a", 2)
         answer = await http.post(COMPLETIONS, json={"prompt": ["a", "b"], "max_tokens": 2})
         assert answer.status_code == 200
+
+
+async def test_requests_of_one_client_are_counted_over_both_ways():
+    async with (
+        serving(endless_engine(), http_port=0, max_requests_per_client=1) as s,
+        httpx2.AsyncClient(base_url=s.url, timeout=TIMEOUT_S, headers={CLIENT_HEADER: "ann"}) as http,
+        AsyncClient(s.target, name="ann") as ann,
+        AsyncClient(s.target, name="bob") as bob,
+    ):
+        one = ann.generate("a")
+        await anext(one)
+        error = await refused(ann.generate("b"))
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "max_requests_per_client=1" in str(error)
+        assert (await http.post(COMPLETIONS, json={"prompt": "b"})).status_code == 429
+        assert await text_of(bob.generate("a", max_tokens=2)) == expected_text("a", 2)
+        assert await text_of(s.client.generate("a", max_tokens=2)) == expected_text("a", 2)
+        await one.aclose()
+        assert await s.is_idle()
+        assert await text_of(ann.generate("a", max_tokens=2)) == expected_text("a", 2)
+
+
+async def test_every_request_is_of_a_client(tmp_path):
+    keys_file = tmp_path / "keys"
+    keys_file.write_text("key-of-ann\nkey-of-bob\n")
+
+    async def names(*headers: str, **options) -> list[str]:
+        """The clients of requests by each way: without a header, then with each of ``headers``."""
+        async with serving(http_port=0, **options) as s:
+            for name, value in [("x", "y"), *[tuple(header.split(": ")) for header in headers]]:
+                is_key = name == "authorization"
+                key = value.removeprefix("Bearer ") if is_key else None
+                async with (
+                    AsyncClient(s.target, api_key=key, name=value if name == CLIENT_HEADER else None) as grpc_client,
+                    httpx2.AsyncClient(base_url=s.url, timeout=TIMEOUT_S, headers={name: value}) as http,
+                ):
+                    if options and not is_key:
+                        continue
+                    await text_of(grpc_client.generate("a", max_tokens=1))
+                    await text_of(grpc_client.generate_batch([batch_request("a", "a", max_tokens=1)]))
+                    await grpc_client.embed("a")
+                    await http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1})
+                    messages = [{"role": "user", "content": "a"}]
+                    await http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+                    await http.post("/v1/embeddings", json={"input": "a"})
+                    await http.post("/generate/stream", json={"prompt": "a", "max_tokens": 1})
+                    headers_of_socket = {name: value}
+                    url = s.url.replace("http", "ws") + "/generate/ws"
+                    async with ws.connect(url, additional_headers=headers_of_socket) as socket:
+                        await socket.send('{"prompt": "a", "max_tokens": 1}')
+                        await socket.recv()
+            return [request.client for request in s.engine.requests]
+
+    assert await names(f"{CLIENT_HEADER}: ann") == ["address 127.0.0.1"] * 8 + ["name ann"] * 8
+    known = await names("authorization: Bearer key-of-ann", "authorization: Bearer key-of-bob", api_keys_file=keys_file)
+    assert len(set(known[:8])) == len(set(known[8:])) == 1 and len(set(known)) == 2 and "key-of" not in str(known)
+
+
+def test_addresses_of_peers():
+    assert address_of_peer("ipv4:10.0.0.1:50") == "10.0.0.1"
+    assert address_of_peer("ipv6:%5B::1%5D:50") == address_of_peer("ipv6:[::1]:50") == "::1"
+    assert address_of_peer("unix:") == "unix:"
 
 
 async def test_output_tokens():

@@ -80,7 +80,7 @@ def chat_routes(backend: Backend) -> APIRouter:
             renames["max_tokens"] = "max_completion_tokens"
         plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))
         head = {"id": name, "object": "chat.completion", "created": int(time.time()), "model": model}
-        generation = Generation(backend, [plan.request])
+        generation = Generation(backend, [plan.request], http)
         if boolean("stream", body.stream, False):
             await generation.start(http.receive)
             chunks = _chunks(backend, plan, generation, head, in_chunks, in_all)

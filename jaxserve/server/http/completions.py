@@ -71,7 +71,7 @@ def completions_routes(backend: Backend) -> APIRouter:
         renames["structured_outputs"] = constraint_name(body, body.response_format)
         plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))
         head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
-        generation = Generation(backend, plan.requests)
+        generation = Generation(backend, plan.requests, http)
         if boolean("stream", body.stream, False):
             await generation.start(http.receive)
             chunks = _chunks(backend, plan, generation, head, in_chunks, in_all)

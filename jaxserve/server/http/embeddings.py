@@ -45,7 +45,7 @@ def embeddings_routes(backend: Backend) -> APIRouter:
         model = backend.check_model(body.model)
         deadline = deadline_of(http.headers, backend.options)
         requests = await in_thread({"prompt": "input"}, lambda: _requests(backend, body, deadline))
-        generation = Generation(backend, requests)
+        generation = Generation(backend, requests, http)
         values = await until_left(http.receive, _embedded(generation))
         shown = [
             {"object": "embedding", "index": i, "embedding": _shown(vector, body.encoding_format)}

@@ -5,7 +5,9 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from starlette.requests import HTTPConnection
 
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.request import FinishReason, Request, RequestError, TokenEvent, Usage
@@ -36,10 +38,10 @@ def deadline_of(headers: Mapping[str, str], options: ServerOptions) -> float | N
 class Generation:
     """The requests of one HTTP call, running: an iterator over their pieces. ``aclose`` aborts what is unfinished."""
 
-    def __init__(self, backend: Backend, requests: Sequence[Request]):
+    def __init__(self, backend: Backend, requests: Sequence[Request], http: HTTPConnection):
         self.engine = backend.async_engine
-        self.requests = requests
-        self._pieces = _merged(self.engine, requests)
+        self.requests = [replace(request, client=http.state.client) for request in requests]
+        self._pieces = _merged(self.engine, self.requests)
         self._first: Piece | None = None
 
     async def start(self, receive: Receive) -> None:

@@ -10,6 +10,7 @@ from email.utils import formatdate
 from typing import Any
 
 from jaxserve.server import logs
+from jaxserve.server.clients import CLIENT_HEADER, client_name
 from jaxserve.server.http.errors import BODY_TOO_SLOW, TOO_LARGE, UNAUTHORIZED, HTTPError, response_of
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.security import ApiKeys
@@ -48,6 +49,7 @@ class Guard:
         self.idle.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["client"] = self._client(scope)
         if scope["type"] == "websocket":
             await self._connect(scope, receive, send)
             return
@@ -61,6 +63,14 @@ class Guard:
             self._num_open -= 1
             if self._num_open == 0:
                 self.idle.set()
+
+    def _client(self, scope: Scope) -> str:
+        authorization = _header(scope, b"authorization").decode("latin-1")
+        protocols = scope.get("subprotocols", [])
+        if not authorization and len(protocols) == 2 and protocols[0] == BEARER_PROTOCOL:
+            authorization = f"Bearer {protocols[1]}"
+        given = _header(scope, CLIENT_HEADER.encode()).decode("latin-1")
+        return client_name(self._options, authorization, given, (scope.get("client") or ("",))[0])
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = _header(scope, REQUEST_ID).decode("latin-1")

@@ -7,13 +7,14 @@ Every event is a JSON object: ``{"choice", "index", "token_ids", "text"}``, with
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -43,7 +44,7 @@ def plain_routes(backend: Backend) -> APIRouter:
     @router.post("/generate/stream", responses=STREAMED)
     async def generate_stream(body: PlainRequest, http: Request) -> Response:
         """One prompt, or the messages of a chat, as server-sent events that end with `[DONE]`."""
-        generation = await _generation(backend, body, http.headers)
+        generation = await _generation(backend, body, http)
         await generation.start(http.receive)
         return EventStream(_sse(backend, generation), backend.options.slow_reader_timeout_s)
 
@@ -56,18 +57,18 @@ def plain_routes(backend: Backend) -> APIRouter:
     return router
 
 
-async def _generation(backend: Backend, body: PlainRequest, headers: Mapping[str, str]) -> Generation:
+async def _generation(backend: Backend, body: PlainRequest, http: HTTPConnection) -> Generation:
     backend.check_model(body.model)
     if body.stream is False or body.stream_options is not None:
         raise RequestError("stream" if body.stream is False else "stream_options", "tokens are always streamed here")
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt", "give exactly one of prompt, messages")
-    deadline = deadline_of(headers, backend.options)
+    deadline = deadline_of(http.headers, backend.options)
     renames = {"structured_outputs": constraint_name(body, None)}
     if body.messages is not None:
         renames["prompt"] = "messages"
     request = await in_thread(renames, lambda: _request(backend, body, deadline))
-    return Generation(backend, [request])
+    return Generation(backend, [request], http)
 
 
 def _request(backend: Backend, body: PlainRequest, deadline: float | None) -> EngineRequest:
@@ -184,7 +185,7 @@ class _Conversation:
 
     async def _answer(self, text: str) -> None:
         try:
-            generation = await _generation(self._backend, _parsed(text), self._socket.headers)
+            generation = await _generation(self._backend, _parsed(text), self._socket)
         except (*ANSWERED, HTTPError, RequestValidationError) as error:
             await self._send(body_of(error_of(error)))
             return
