@@ -244,6 +244,9 @@ class ParallelConfig:
     tensor: int = 1
 
 
+CacheDtype = Literal["auto", "int8", "fp8"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Room for adapters of low rank beside the base model, on the device: ``model.lora``."""
@@ -259,12 +262,17 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The paged KV cache. ``allocation="static"`` reserves ``max_model_len`` a sequence: the benchmark's comparison."""
+    """The paged KV cache. ``allocation="static"`` reserves ``max_model_len`` a sequence: the benchmark's comparison.
+
+    ``dtype``: "auto" keeps K and V as they are computed; int8 and fp8 (e4m3) round each head's key and value of a token
+    with a scale of their own.
+    """
 
     num_pages: int  # NP
     page_size: int = 16  # PS, tokens
     prefix_caching: bool = True
     allocation: Literal["paged", "static"] = "paged"
+    dtype: CacheDtype = "auto"
 
     def __post_init__(self):
         if self.page_size < 1:

@@ -50,6 +50,9 @@ backend = {"gptq": lambda: GPTQConfig(bits=4, backend="torch"), "awq": lambda: A
 chosen = backend.get(given["quant_method"])
 options = {"quantization_config": chosen()} if chosen else {}
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options)
+for module in model.modules():  # gptqmodel would round each weight to a float16 scale's type
+    if isinstance(getattr(module, "scales", None), torch.Tensor):
+        module.scales = module.scales.float()
 with torch.no_grad():
     logprobs = model(torch.tensor([json.loads(tokens)])).logits[0, :-1].float().log_softmax(-1)
 kinds = sorted({type(m).__name__ for name, m in model.named_modules() if name.endswith("_proj")})
@@ -109,6 +112,8 @@ def compare(python: str, name: str, options: dict, source: Path, plain, folder: 
     peer(python, PEER, str(written), json.dumps(TOKENS), str(out))
     theirs = json.loads(out.read_text())
     logprobs = np.array(theirs["logprobs"])
+    by_token = np.abs(logprobs - mine).max(-1)
+    print(name, by_token, file=sys.stderr)
     return {
         "case": name,
         "modules": theirs["modules"],

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxserve.bench.environment import command_line, environment
 from jaxserve.bench.workload import WorkItem, length_varied
+from jaxserve.cache.pages import kv_bytes_per_token
 from jaxserve.config import ModelConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.model.params import Params, ParamSource
@@ -249,7 +250,7 @@ def measure(
         max_num_seqs=engine.scheduler_config.max_num_seqs,
         num_pages=cache.num_pages,
         page_size=cache.page_size,
-        kv_bytes=cache.num_pages * cache.page_size * engine.model_config.kv_bytes_per_token(itemsize),
+        kv_bytes=cache.num_pages * cache.page_size * kv_bytes_per_token(engine.model_config, itemsize, cache.dtype),
         duration_s=duration_s,
         requests_per_s=len(workload) / duration_s,
         output_tokens_per_s=num_output_tokens / duration_s,

@@ -153,7 +153,8 @@ class Record:
         about: dict[str, Any] | None = None,
     ):
         num_devices = engine.parallel_config.stage * engine.parallel_config.tensor
-        self.roofline = Roofline.of(engine.model_config, jnp.dtype(engine.dtype).itemsize, ceilings, num_devices)
+        itemsize, cache_dtype = jnp.dtype(engine.dtype).itemsize, engine.cache_config.dtype
+        self.roofline = Roofline.of(engine.model_config, itemsize, ceilings, num_devices, cache_dtype)
         self.rows: list[Row] = []
         self._output = None if output is None else Path(output)
         self._on_row = on_row

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 
 from jaxserve.bench.ceilings import Ceilings
-from jaxserve.config import ModelConfig
+from jaxserve.cache.pages import kv_bytes_per_token
+from jaxserve.config import CacheDtype, ModelConfig
 from jaxserve.model.params import named_leaves, param_specs
 
 LOGIT_BYTES = 4  # f32
@@ -51,11 +52,12 @@ class Roofline:
     """Floors of steps of one model on ``num_devices`` devices that share its work evenly.
 
     Attributes:
-        itemsize: bytes of an element of weights and KV.
+        itemsize: bytes of an element of weights.
         dense_params: weights that every token is multiplied with, all layers.
         expert_params: of one expert, summed over the layers with experts.
         head_params: of the product that gives logits; a tied embedding is read as the head.
         dense_bytes, expert_bytes, head_bytes: of the same, as they are kept (quantized, or ``itemsize`` each).
+        kv_bytes: of one token of context, all layers.
     """
 
     config: ModelConfig
@@ -68,9 +70,17 @@ class Roofline:
     dense_bytes: int
     expert_bytes: int
     head_bytes: int
+    kv_bytes: int
 
     @classmethod
-    def of(cls, config: ModelConfig, itemsize: int, ceilings: Ceilings, num_devices: int = 1) -> "Roofline":
+    def of(
+        cls,
+        config: ModelConfig,
+        itemsize: int,
+        ceilings: Ceilings,
+        num_devices: int = 1,
+        cache_dtype: CacheDtype = "auto",
+    ) -> "Roofline":
         plain = dataclasses.replace(config, quantization=None)
         num_experts = 1 if config.moe is None else config.moe.num_experts
         sums = []
@@ -88,7 +98,7 @@ class Roofline:
                 elif field not in ("embed", "positions"):
                     dense += size
             sums += [dense, experts // num_experts, head]
-        return cls(config, itemsize, ceilings, num_devices, *sums)
+        return cls(config, itemsize, ceilings, num_devices, *sums, kv_bytes_per_token(config, itemsize, cache_dtype))
 
     def weight_bytes(self, num_tokens: int, num_samples: int = 1) -> float:
         """Bytes of weights that a step of ``num_tokens`` reads: of the experts those that so many tokens are expected
@@ -110,7 +120,7 @@ class Roofline:
         if config.moe is not None:
             per_token += self.expert_params * config.moe.num_experts_per_tok
         flops = 2.0 * per_token * num_tokens + 2.0 * self.head_params * num_samples
-        per_layer = config.kv_bytes_per_token(self.itemsize) / config.num_layers
+        per_layer = self.kv_bytes / config.num_layers
         moved = self.weight_bytes(num_tokens, num_samples) + LOGIT_BYTES * config.vocab_size * num_samples
         windows: dict[int | None, int] = {}
         for layer in range(config.num_layers):

@@ -129,6 +129,9 @@ class EngineOptions:
         ),
     ] = None
     page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="auto; int8 or fp8: about twice the tokens of bfloat16 (no GPU yet).")
+    ] = None
     prefill_sizes: Annotated[str | None, typer.Option(help='Tokens in a step that reads prompts, as "64,256".')] = None
     decode_sizes: Annotated[
         str | None, typer.Option(help='Sequences that decode in a step, as "1,8"; the last is --max-num-seqs.')

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, CacheDtype, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine import plan
 from jaxserve.engine.door import Door
 from jaxserve.engine.loop import StepLoop
@@ -56,6 +56,7 @@ def build_parts(
     num_pages: int | None = None,
     memory_fraction: float | None = None,
     page_size: int = 16,
+    kv_cache_dtype: CacheDtype = "auto",
     prefill_sizes: Sequence[int] | None = None,
     decode_sizes: Sequence[int] | None = None,
     samplings: Sequence[Sampling] | None = None,
@@ -83,6 +84,8 @@ def build_parts(
         max_num_seqs: sequences that run at once.
         num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
         page_size: tokens a page.
+        kv_cache_dtype: of K and V in the cache: "auto" is ``dtype``; "int8" and "fp8" are rounded, with a scale for
+            each head of a token, and hold about twice the tokens of bfloat16 (not on GPUs yet).
         prefill_sizes: ascending padded sizes, in tokens, of a step that reads prompts, the tokens of rows that
             decode in it included; the last is the token budget, and more than ``max_num_seqs``.
         decode_sizes: ascending padded sizes, in rows, of a step that reads none, the last ``max_num_seqs``.
@@ -111,6 +114,7 @@ def build_parts(
     lora_modules = lora_modules or {}
     resolved = plan.resolve_mesh(mesh, model_config)
     jnp_dtype = plan.resolve_dtype(dtype, resolved)
+    plan.check_cache_dtype(kv_cache_dtype, resolved)
     parallel = parallel_config(resolved)
     scheduler_config = plan.scheduler_config(
         model_config,
@@ -130,10 +134,23 @@ def build_parts(
     arrays = placed_params(params, model_config, placed, resolved, jnp_dtype, on_progress)
     if num_pages is None:
         num_pages = plan.num_pages_that_fit(
-            placed, scheduler_config, arrays, resolved, jnp_dtype, page_size, memory_fraction, samplings, lora
+            placed,
+            scheduler_config,
+            arrays,
+            resolved,
+            jnp_dtype,
+            page_size,
+            memory_fraction,
+            samplings,
+            lora,
+            kv_cache_dtype,
         )
     cache_config = CacheConfig(
-        num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
+        num_pages=num_pages,
+        page_size=page_size,
+        prefix_caching=prefix_caching,
+        allocation=allocation,
+        dtype=kv_cache_dtype,
     )
     if num_pages < scheduler_config.max_pages_per_seq(page_size):
         raise ValueError(

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from typing import get_args
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.cache.pages import page_bytes
-from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, CacheDtype, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.execution.adapters import adapters_shape, bytes_a_device, one_slot_shape
 from jaxserve.execution.hidden import score_workspace_bytes
 from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, state_shape
@@ -17,6 +18,7 @@ from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse
 from jaxserve.scheduler.batch import all_buckets
 from jaxserve.step_io import SAMPLINGS, Sampling, StepDims
 
+CACHE_DTYPES = get_args(CacheDtype)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # A compiled step costs seconds on a CPU, and padding costs little there beside reading the weights.
 CPU = {
@@ -62,6 +64,16 @@ def resolve_dtype(dtype: str, mesh: Mesh) -> jnp.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return jnp.dtype(DTYPES[dtype])
+
+
+def check_cache_dtype(cache_dtype: str, mesh: Mesh) -> None:
+    """Raises ValueError where ``kv_cache_dtype`` is none, or the mesh's devices have no kernel for it."""
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype={cache_dtype!r:.40} is not one of {', '.join(CACHE_DTYPES)}")
+    if cache_dtype != "auto" and mesh.devices.flat[0].platform == "gpu":
+        raise ValueError(
+            f"kv_cache_dtype={cache_dtype!r}: the GPU kernels of paged attention take no scales; only 'auto' there"
+        )
 
 
 def default_decode_sizes(max_num_seqs: int, first: int, growth: int) -> tuple[int, ...]:
@@ -132,10 +144,11 @@ def num_pages_that_fit(
     memory_fraction: float | None,
     samplings: Sequence[Sampling],
     lora: LoraConfig | None = None,
+    cache_dtype: CacheDtype = "auto",
 ) -> int:
-    """Pages in ``memory_fraction`` of the memory: on a CPU of the machine's, else of each device's, less what is in
-    use (the parameters) and the compiler's figure for the largest step's workspace, and less the room for adapters and
-    for one on its way there. Never more than ``max_num_seqs`` full sequences can hold.
+    """Pages of ``cache_dtype`` in ``memory_fraction`` of the memory: on a CPU of the machine's, else of each device's,
+    less what is in use (the parameters) and the compiler's figure for the largest step's workspace, and less the room
+    for adapters and for one on its way there. Never more than ``max_num_seqs`` full sequences can hold.
 
     Raises ValueError with the figures where not even one sequence of ``max_model_len`` fits.
     """
@@ -143,13 +156,13 @@ def num_pages_that_fit(
     if not 0 < fraction <= 1:
         raise ValueError(f"memory_fraction={fraction} must be in (0, 1]")
     one_sequence = scheduler.max_pages_per_seq(page_size)
-    per_page = page_bytes(config, page_size, dtype, parallel_config(mesh))
+    per_page = page_bytes(config, page_size, dtype, parallel_config(mesh), cache_dtype)
     if mesh.devices.flat[0].platform == "cpu":
         room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
     else:
         stats = [d.memory_stats() for d in mesh.local_devices]
         free = min(int(s["bytes_limit"] * fraction) - s["bytes_in_use"] for s in stats)
-        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings, lora)
+        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings, lora, cache_dtype)
     if lora is not None:
         adapters = adapters_shape(config, lora, mesh, dtype)
         room -= bytes_a_device(adapters) + bytes_a_device(one_slot_shape(adapters))
@@ -171,9 +184,10 @@ def _workspace_bytes(
     page_size: int,
     samplings: Sequence[Sampling],
     lora: LoraConfig | None,
+    cache_dtype: CacheDtype,
 ) -> int:
     """Memory of the largest step and of its sampler beside parameters and pages, on one device, from the compiler."""
-    few = CacheConfig(num_pages=16, page_size=page_size)
+    few = CacheConfig(num_pages=16, page_size=page_size, dtype=cache_dtype)
     dims = step_dims(scheduler, few, samplings, lora)
     adapters = None if lora is None else adapters_shape(config, lora, mesh, dtype)
     buckets = all_buckets(scheduler)

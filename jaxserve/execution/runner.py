@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.cache.pages import kv_pages_shape
+from jaxserve.cache.pages import kv_pages_of, kv_pages_shape
 from jaxserve.config import CacheConfig, LoraConfig, ModelConfig
 from jaxserve.constraint_io import ConstraintDims, new_slot, slot_buffer_size
 from jaxserve.execution.adapters import StageAdapters, adapters_shape, lower_write_slot, one_slot_shape
@@ -52,13 +52,20 @@ def state_shape(
 ) -> DeviceState:
     """``DeviceState`` of sharded ``ShapeDtypeStruct``s, for steps of these buckets."""
     shape = kv_pages_shape(config, cache, mesh.shape["stage"])
+
+    def pages(spec: PartitionSpec) -> Any:
+        def make(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+        return kv_pages_of(shape, dtype, cache, make)
+
     spec = state_specs(config, mesh.shape["stage"], dims)
     hidden = None
     if dims.hidden_tokens:
         size = (mesh.shape["stage"], dims.hidden_tokens, config.hidden_size)
         hidden = jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec.hidden))
     return DeviceState(
-        kv_pages=tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, s)) for s in spec.kv_pages),
+        kv_pages=tuple(pages(s) for s in spec.kv_pages),
         last_tokens=jax.ShapeDtypeStruct((dims.num_slots,), jnp.int32, sharding=NamedSharding(mesh, spec.last_tokens)),
         inputs=jax.ShapeDtypeStruct(
             (max(buffer_size(b, dims) for b in buckets),), jnp.int32, sharding=NamedSharding(mesh, spec.inputs)

@@ -44,7 +44,7 @@ from pallas_kernels.dispatch import Implementation
 class DeviceState:
     """What lives on the device between steps; donated by every step."""
 
-    kv_pages: KVPages  # LS entries [ST, NP, K, 2, PS, H]
+    kv_pages: KVPages  # LS entries [ST, NP, K, 2, PS, H], or of a quantized cache ``QuantizedPages``
     last_tokens: Any  # [R] i32, last sampled token of each slot
     inputs: Any  # [NI] i32, the step's: as many as the largest step has, the others use the first of them
     hidden: Any = None  # [ST, TH, D], what each stage's layers made of the last step's tokens; None: it is not kept
@@ -170,7 +170,7 @@ def make_step(
     def step(params: StageParams, state: DeviceState, adapters: StageAdapters | None) -> tuple[DeviceState, jax.Array]:
         inputs = unpack(state.inputs, input_shapes(bucket, dims))
         stage = jax.tree.map(lambda x: x[0], params.layers)
-        kv_pages = tuple(x[0] for x in state.kv_pages)
+        kv_pages = jax.tree.map(lambda x: x[0], state.kv_pages)
         bd = bucket.decode_rows
         on_device = state.last_tokens.at[inputs.slot_ids[:bd]].get(mode="fill", fill_value=0)  # [BD]
         given, rest = jnp.split(inputs.token_ids, [bd])  # places that nobody decodes in may have a prompt's tokens
@@ -202,7 +202,8 @@ def make_step(
         head = params.embed if params.head is None else params.head
         logits = decoder.logits(head, x, config)  # [B, V] f32
 
-        state = dataclasses.replace(state, kv_pages=tuple(x[None] for x in kv_pages), hidden=hidden)
+        kv_pages = jax.tree.map(lambda x: x[None], kv_pages)
+        state = dataclasses.replace(state, kv_pages=kv_pages, hidden=hidden)
         return state, logits
 
     num_stages = mesh.shape["stage"]

@@ -109,9 +109,10 @@ def attention(
         key = apply_rope(key, ctx.ropes[kind.rope], interleaved=interleaved)
     kv = jnp.stack([key, qkv[:, :, group + 1]], axis=2)  # [T, K, 2, H]
     kv_pages = pages.append(kv_pages, kv, ctx.kv_write_index)
+    values, scales = pages.values_and_scales(kv_pages)
     out = paged_attention(
         q,
-        kv_pages,
+        values,
         ctx.page_table,
         ctx.kv_lens,
         ctx.prefill_cu_q_lens,
@@ -120,6 +121,7 @@ def attention(
         window=kind.window,
         softcap=config.attn_softcap,
         sinks=None if p.sinks is None else p.sinks.reshape(-1),
+        kv_scales=scales,
         implementation=static.attention,
     )  # [T, N, H]
     return attention_output(p, out, lora), kv_pages
@@ -163,9 +165,10 @@ def latent_attention(
     q = jnp.einsum("tnh,nhr->tnr", q, p.k_up, precision=precision)  # [T, N, RK]
     kv = jnp.concatenate([latent, key_rope[:, 0]], axis=-1)[:, None, None]  # [T, 1, 1, RK + HR]
     kv_pages = pages.append(kv_pages, kv, ctx.kv_write_index)
+    values, scales = pages.values_and_scales(kv_pages)
     out = paged_attention(
         jnp.concatenate([q, q_rope], axis=-1),
-        kv_pages,
+        values,
         ctx.page_table,
         ctx.kv_lens,
         ctx.prefill_cu_q_lens,
@@ -174,6 +177,7 @@ def latent_attention(
         window=kind.window,
         softcap=config.attn_softcap,
         value_dim=rank,
+        kv_scales=scales,
         implementation=static.attention,
     )  # [T, N, RK]
     out = jnp.einsum("tnr,nvr->tnv", out, p.v_up, precision=precision)  # [T, N, HV]

@@ -134,6 +134,7 @@ class _EngineCollector(Collector):
             "num_pages": engine.cache_config.num_pages,
             "prefix_caching": engine.cache_config.prefix_caching,
             "dtype": engine.dtype,
+            "cache_dtype": engine.cache_config.dtype,
             "max_model_len": engine.scheduler_config.max_model_len,
             "max_num_seqs": engine.scheduler_config.max_num_seqs,
         }

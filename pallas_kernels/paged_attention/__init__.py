@@ -21,6 +21,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     value_dim: int | None = None,
+    kv_scales: jax.Array | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of a flat batch of tokens over the pages of their sequences.
@@ -46,6 +47,8 @@ def paged_attention(
         sinks: ``[N]``; a logit of each head that takes part in the softmax and has no value (GPT-OSS); None: no sinks.
         value_dim: values are the first ``value_dim`` elements of their keys, and pages hold nothing else (the latent of
             multi-head latent attention, DeepSeek-V2); None: pages hold both.
+        kv_scales: ``[NP, K, 2, PS]`` (``[NP, K, 1, PS]``); what each vector of ``kv_pages``, then of int8, or u8 (the
+            byte of an e4m3), is multiplied with; None: nothing. The same holds for what no row reaches.
         implementation: of ``pallas_kernels.dispatch``; None is the reference, which runs everywhere.
 
     Returns:
@@ -76,6 +79,8 @@ def paged_attention(
         )
     if num_tokens < num_decode_rows or (num_prefill_rows == 0 and num_tokens != num_decode_rows):
         raise ValueError(f"{num_tokens} tokens, {num_decode_rows} decode rows, {num_prefill_rows} prefill rows")
+    if kv_scales is not None and kv_scales.shape != kv_pages.shape[:-1]:
+        raise ValueError(f"kv_scales {kv_scales.shape} must be {kv_pages.shape[:-1]}, kv_pages without its last axis")
     return dispatch.choose(_IMPLEMENTATIONS, implementation)(
         q,
         kv_pages,
@@ -88,4 +93,5 @@ def paged_attention(
         softcap=softcap,
         sinks=sinks,
         value_dim=value_dim,
+        kv_scales=kv_scales,
     )

@@ -47,8 +47,11 @@ def paged_attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     value_dim: int | None = None,
+    kv_scales: jax.Array | None = None,
 ) -> jax.Array:  # [T, N, H]
     """See ``pallas_kernels.paged_attention.paged_attention``."""
+    if kv_scales is not None:
+        raise ValueError(f"kv_scales {kv_scales.shape}: not in the Hopper kernel")
     if value_dim is not None:
         raise ValueError(f"value_dim={value_dim}: not in the Hopper kernel")
     variant: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}

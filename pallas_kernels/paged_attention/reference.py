@@ -30,11 +30,13 @@ def paged_attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,  # [N]
     value_dim: int | None = None,
+    kv_scales: jax.Array | None = None,  # [NP, K, 2, PS]
 ) -> jax.Array:  # [T, N, H], or [T, N, value_dim]
     """See ``pallas_kernels.paged_attention.paged_attention``."""
     attend = functools.partial(
         _attend,
         kv_pages=kv_pages,
+        kv_scales=kv_scales,
         sm_scale=sm_scale,
         window=window,
         softcap=softcap,
@@ -100,6 +102,7 @@ def _attend(
     kv_lens: jax.Array,  # [NB], keys the block needs; 0 = padding
     *,
     kv_pages: jax.Array,  # [NP, K, 2, PS, H], or [NP, K, 1, PS, H]
+    kv_scales: jax.Array | None,  # [NP, K, 2, PS], or [NP, K, 1, PS]
     sm_scale: float,
     window: int | None,
     softcap: float | None,
@@ -120,16 +123,25 @@ def _attend(
     q = q.astype(jnp.float32) * sm_scale
     q_pos = jnp.repeat(position, group, axis=1)[:, None, :, None]  # [NB, 1, QB * G, 1]
 
+    def read(ids, plane):  # [NB, K, width, H]
+        part = kv_pages[ids, heads, plane].reshape(nb, k_heads, width, h)
+        if kv_pages.dtype == jnp.uint8:
+            part = lax.bitcast_convert_type(part, jnp.float8_e4m3fn)
+        return part.astype(jnp.float32)
+
     def body(i, carry):
         acc, m, total = carry  # [NB, K, QB * G, HV], [NB, K, QB * G, 1] twice
         ids = lax.dynamic_slice_in_dim(page_table, i * pages, pages, axis=1)[:, None]  # [NB, 1, pages]
-        k = kv_pages[ids, heads, 0].reshape(nb, k_heads, width, h).astype(jnp.float32)
-        if value_dim is None:
-            v = kv_pages[ids, heads, 1].reshape(nb, k_heads, width, h).astype(jnp.float32)
-        else:
-            v = k[..., :value_dim]
+        k = read(ids, 0)
+        v = read(ids, 1) if value_dim is None else k[..., :value_dim]
         key_pos = i * width + jnp.arange(width)  # [width]
         s = jnp.einsum("bkqh,bkwh->bkqw", q, k, precision=precision)
+        if kv_scales is not None:
+            k_scale = kv_scales[ids, heads, 0].reshape(nb, k_heads, 1, width).astype(jnp.float32)
+            v_scale = k_scale
+            if value_dim is None:
+                v_scale = kv_scales[ids, heads, 1].reshape(nb, k_heads, 1, width).astype(jnp.float32)
+            s, v = s * k_scale, v * v_scale.swapaxes(2, 3)
         if softcap is not None:
             s = softcap * jnp.tanh(s / softcap)
         visible = key_pos <= q_pos

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import CacheConfig, ParallelConfig
+from jaxserve.cache.pages import page_bytes
+from jaxserve.config import CacheConfig, CacheDtype, ParallelConfig
 from jaxserve.execution.compile_counter import CompileCounter
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import lower_step, state_shape
@@ -15,12 +16,18 @@ from jaxserve.parallel.mesh import make_mesh
 from jaxserve.step_io import Bucket, StepDims, buffer_size
 from tests import tiny
 
+MESHES = [ParallelConfig(), ParallelConfig(stage=2, tensor=2)]
+BUCKETS: list[tuple[Bucket, CacheDtype]] = [
+    *((bucket, "auto") for bucket in (Bucket(1, 0, 0), Bucket(4, 0, 0), Bucket(0, 16, 3), Bucket(4, 16, 3))),
+    (Bucket(1, 0, 0), "int8"), (Bucket(4, 16, 3), "int8"), (Bucket(4, 16, 3), "fp8"),
+]  # fmt: skip
 
-@pytest.mark.parametrize("bucket", [Bucket(1, 0, 0), Bucket(4, 0, 0), Bucket(0, 16, 3), Bucket(4, 16, 3)])
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(stage=2, tensor=2)])
-def test_the_cache_is_updated_in_place(bucket, parallel):
+
+@pytest.mark.parametrize("bucket, dtype", BUCKETS)
+@pytest.mark.parametrize("parallel", MESHES)
+def test_the_cache_is_updated_in_place(bucket, dtype, parallel):
     mesh = make_mesh(parallel)
-    cache = CacheConfig(num_pages=4096, page_size=4)
+    cache = CacheConfig(num_pages=4096, page_size=4, dtype=dtype)
     dims = StepDims(num_slots=4, max_pages_per_seq=24, num_pages=4096, page_size=4)
     source = TreeSource(tiny.params(), tiny.CONFIG)
     params = place_params(source, tiny.CONFIG, tiny.CONFIG, mesh, jnp.dtype("float32"))
@@ -28,9 +35,8 @@ def test_the_cache_is_updated_in_place(bucket, parallel):
     compiled = lower_step(tiny.CONFIG, params, state, dims, bucket, mesh).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None
-    devices = parallel.stage * parallel.tensor
     layers = tiny.CONFIG.num_layers
-    cache_bytes = tiny.CONFIG.kv_bytes_per_token(4) * 4096 * 4 // devices  # on one device
+    cache_bytes = page_bytes(tiny.CONFIG, 4, jnp.dtype("float32"), parallel, dtype) * 4096  # on one device
     one_layer = cache_bytes // (layers // parallel.stage)
     assert analysis.alias_size_in_bytes >= cache_bytes
     assert analysis.temp_size_in_bytes < one_layer

@@ -129,6 +129,21 @@ def test_decode_rows_and_chunks(page_size, seed):
     np.testing.assert_allclose(compiled(**inputs), want, atol=2e-6)
 
 
+@pytest.mark.parametrize("value_dim", [None, 6])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_pages_of_few_bits_are_their_numbers_times_their_scales(dtype, value_dim):
+    inputs, _ = case(5, [1, 40, 17], [(9, 30), (5, 5)], page_size=4, value_dim=value_dim)
+    kv = np.asarray(inputs["kv_pages"], np.float64)
+    scale = (np.abs(kv).max(-1) / 100).astype(jnp.bfloat16)  # NaN where no row reaches
+    numbers = np.nan_to_num(np.rint(kv / scale.astype(np.float64)[..., None]), nan=77).astype(dtype)
+    stands_for = numbers.astype(np.float64) * scale.astype(np.float64)[..., None]
+    want = compiled(**with_(inputs, kv_pages=jnp.asarray(stands_for, jnp.float32)))
+    stored = numbers if dtype == "int8" else numbers.view(np.uint8)
+    got = compiled(**with_(inputs, kv_pages=jnp.asarray(stored), kv_scales=jnp.asarray(scale)))
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert np.abs(np.asarray(got)).max() > 0.1
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_ragged_batches(seed):
     r = np.random.default_rng(100 + seed)
