@@ -98,7 +98,8 @@ class Roofline:
                 elif field not in ("embed", "positions"):
                     dense += size
             sums += [dense, experts // num_experts, head]
-        return cls(config, itemsize, ceilings, num_devices, *sums, kv_bytes_per_token(config, itemsize, cache_dtype))
+        sums.append(kv_bytes_per_token(config, itemsize, cache_dtype))
+        return cls(config, itemsize, ceilings, num_devices, *sums)
 
     def weight_bytes(self, num_tokens: int, num_samples: int = 1) -> float:
         """Bytes of weights that a step of ``num_tokens`` reads: of the experts those that so many tokens are expected

@@ -90,8 +90,8 @@ def append(kv_pages: Any, kv: jax.Array, write_index: jax.Array) -> Any:
 
 
 def rounded(kv: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Numbers of ``dtype`` (int8, or u8 for an e4m3), shaped as ``kv`` [..., H], and the scale [...] bf16 of each vector,
-    whose largest element is the largest number; a vector of zeros has scale 1."""
+    """Numbers of ``dtype`` (int8, or u8 for an e4m3), shaped as ``kv`` [..., H], and the scale [...] bf16 of each
+    vector, whose largest element is the largest number; a vector of zeros has scale 1."""
     largest = LARGEST[jnp.dtype(dtype).name]
     kv = kv.astype(jnp.float32)
     scale = (jnp.max(jnp.abs(kv), axis=-1) / largest).astype(SCALE_DTYPE)
