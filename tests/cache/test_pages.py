@@ -52,7 +52,7 @@ def test_a_cache_of_few_bits_holds_twice_the_tokens():
 
     def tokens(dtype, fraction: float) -> int:
         bf16 = jnp.dtype("bfloat16")
-        found = plan.num_pages_that_fit(config, scheduler, None, mesh, bf16, 16, fraction, ("any",), dtype)  # type: ignore[arg-type]
+        found = plan.num_pages_that_fit(config, scheduler, None, mesh, bf16, 16, fraction, ("any",), cache_dtype=dtype)  # type: ignore[arg-type]
         return found * 16
 
     plain = tokens("auto", 0.01)
