@@ -1,6 +1,8 @@
 """Pages on the device: what is written can be read, by how much less room a cache of few bits takes."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,3 +71,7 @@ def test_a_cache_of_few_bits_holds_twice_the_tokens():
 def test_what_is_no_dtype_of_a_cache_is_refused():
     with pytest.raises(ValueError, match="kv_cache_dtype='fp4' is not one of auto, int8, fp8"):
         tiny.engine(kv_cache_dtype="fp4")
+    gpu: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    plan.check_cache_dtype("auto", gpu)
+    with pytest.raises(ValueError, match="kv_cache_dtype='int8': the GPU kernels of paged attention take no scales"):
+        plan.check_cache_dtype("int8", gpu)
