@@ -25,7 +25,7 @@ LINES, CODE_BYTES = slice(59, 200), 36_000  # of each file of the library, and o
 
 
 def prose(path: Path) -> dict[str, str]:
-    text = gzip.open(path, "rt", encoding="utf-8").read()
+    text = gzip.decompress(path.read_bytes()).decode()
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
     paragraphs = [p for p in paragraphs if "|" not in p and len(p) > 120 and ". . ." not in p and p[0] != "+"]
     cut = int(len(paragraphs) * 0.75)
