@@ -41,6 +41,7 @@ class StepCase(NamedTuple):
     tensor: int
     bucket: Bucket
     captures_collectives: bool = False  # compiled with an option that the engine does not set
+    max_loras: int = 0  # adapters that its tokens may have
 
 
 CHUNK_TOKENS = 512  # TP of a prefill kernel
@@ -102,5 +103,6 @@ STEPS = {
     for tensor in (1, 2, 4)
     for name, bucket in (("decode", DECODE), ("prefill", PREFILL), ("mixed", MIXED))
 }
+STEPS["tensor-1-decode-loras"] = StepCase(1, DECODE, max_loras=4)
 STEPS["tensor-1-one-row"] = StepCase(1, Bucket(1, 0, 0))
 STEPS["tensor-2-decode-collectives-captured"] = StepCase(2, DECODE, captures_collectives=True)

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.checkpoint.shapes import read_shape
-from jaxserve.config import CacheConfig, ParallelConfig
+from jaxserve.config import CacheConfig, LoraConfig, ParallelConfig
+from jaxserve.execution.adapters import adapters_shape
 from jaxserve.execution.placement import stage_param_formats
 from jaxserve.execution.runner import compile_step, lower_step, state_shape
 from jaxserve.execution.step import stage_param_shapes
@@ -129,11 +130,15 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
         max_pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE,
         num_pages=NUM_PAGES,
         page_size=PAGE_SIZE,
+        max_loras=case.max_loras,
         hidden_tokens=CHUNK_TOKENS,  # kept for scores of prompts and for embeddings
     )
     state = state_shape(config, cache, dims, [case.bucket], mesh, jnp.dtype("bfloat16"))
     start = time.perf_counter()
-    lowered = lower_step(config, params, state, dims, case.bucket, mesh)
+    adapters = None
+    if case.max_loras:
+        adapters = adapters_shape(config, LoraConfig(max_loras=case.max_loras), mesh, jnp.dtype("bfloat16"))
+    lowered = lower_step(config, params, state, dims, case.bucket, mesh, adapters)
     lowered_at = time.perf_counter()
     if case.captures_collectives:
         options = {"xla_gpu_enable_command_buffer": f"{CAPTURED},COLLECTIVES"}
