@@ -21,7 +21,7 @@ def random_adapter(config: ModelConfig, seed: int, rank: int, parameters: Iterab
     layers = []
     for i in range(config.num_layers):
         shapes = factor_shapes(config, i, rank)
-        layers.append({name: factors(*shapes[name]) for name in parameters})
+        layers.append({name: factors(*shapes[name]) for name in parameters if name in shapes})
     return Adapter(rank, tuple(layers))
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.families import golden
+from tests.families import golden as models
 
-FOLDER = golden.FOLDER.parent / "adapters"
+FOLDER = models.FOLDER.parent / "adapters"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/golden.json"))
 assert NAMES, f"{FOLDER} has no adapters"
 
 
 @dataclass(frozen=True)
-class GoldenAdapter(golden.Golden):
+class GoldenAdapter(models.Golden):
     """As ``Golden``, of a base model (``folder``) with an adapter."""
 
     adapter: Path
@@ -25,7 +25,7 @@ def load(name: str) -> GoldenAdapter:
     with np.load(FOLDER / name / "golden.npz") as arrays:
         logits = arrays["logits"]
     return GoldenAdapter(
-        golden.FOLDER / record["base"],
+        models.FOLDER / record["base"],
         record["prompt_token_ids"],
         record["new_token_ids"],
         logits,

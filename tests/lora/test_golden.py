@@ -11,7 +11,7 @@ from jaxserve.model.array_spec import is_spec
 from jaxserve.model.params import Params, named_leaves, param_specs
 from tests.families.golden import check_logits, engine, sampled_logits
 from tests.lora import golden
-from tests.lora.adapters import merged
+from tests.lora.adapters import merged, random_adapter
 
 
 def check(served: Engine, adapter: golden.GoldenAdapter, lora: str | None) -> None:
@@ -39,6 +39,23 @@ def test_fused_modules_merged_are_the_same():
     with engine(adapter) as served, HFCheckpoint(adapter.folder) as checkpoint:
         served.update_params(merged(whole(checkpoint), read_adapter(adapter.adapter, checkpoint.config, 4)))
         check(served, adapter, None)
+
+
+def test_beside_experts_and_latents():
+    """Two stages whose layers are of different kinds at one place: an MLP, which may have an adapter, and experts."""
+    model = golden.models.load("deepseek_v3")
+    with HFCheckpoint(model.folder) as checkpoint:
+        config, params = checkpoint.config, whole(checkpoint)
+    adapter = random_adapter(config, 4, rank=2)
+    assert [list(layer) for layer in adapter.layers] == [["attn_out", "gate_up", "down"], *[["attn_out"]] * 3]
+    sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with engine(model, mesh="stage=2", max_loras=1, max_lora_rank=2) as served:
+        served.add_lora("it", adapter)
+        (base,) = served.generate([model.prompt], sampling)
+        (adapted,) = served.generate([model.prompt], sampling, lora="it")
+        served.update_params(merged(params, adapter))
+        (expected,) = served.generate([model.prompt], sampling)
+    assert adapted.token_ids == expected.token_ids != base.token_ids
 
 
 def whole(checkpoint: HFCheckpoint) -> Params:
