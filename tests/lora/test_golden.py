@@ -1,14 +1,25 @@
 """Adapters as `peft` saved them, and the logits that it computed: of separate, fused and transposed modules."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxserve import SamplingParams
 from jaxserve.checkpoint.hf import HFCheckpoint
 from jaxserve.checkpoint.hf.adapter import read_adapter
+from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.execution.adapters import adapters_shape, one_slot_shape, place_adapter, write_slot
+from jaxserve.execution.placement import place_params
+from jaxserve.execution.runner import lower_step, state_shape
 from jaxserve.model.array_spec import is_spec
-from jaxserve.model.params import Params, named_leaves, param_specs
+from jaxserve.model.lora import Adapter
+from jaxserve.model.params import Params, TreeSource, named_leaves, param_specs
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.step_io import Bucket, StepDims, new_inputs
 from tests.families.golden import check_logits, engine, sampled_logits
 from tests.lora import golden
 from tests.lora.adapters import merged, random_adapter
@@ -42,20 +53,44 @@ def test_fused_modules_merged_are_the_same():
 
 
 def test_beside_experts_and_latents():
-    """Two stages whose layers are of different kinds at one place: an MLP, which may have an adapter, and experts."""
+    """One step, on two stages whose layers are of different kinds at one place: an MLP, which may have an adapter, and
+    experts."""
     model = golden.models.load("deepseek_v3")
     with HFCheckpoint(model.folder) as checkpoint:
         config, params = checkpoint.config, whole(checkpoint)
     adapter = random_adapter(config, 4, rank=2)
     assert [list(layer) for layer in adapter.layers] == [["attn_out", "gate_up", "down"], *[["attn_out"]] * 3]
-    sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    with engine(model, mesh="stage=2", max_loras=1, max_lora_rank=2) as served:
-        served.add_lora("it", adapter)
-        (base,) = served.generate([model.prompt], sampling)
-        (adapted,) = served.generate([model.prompt], sampling, lora="it")
-        served.update_params(merged(params, adapter))
-        (expected,) = served.generate([model.prompt], sampling)
-    assert adapted.token_ids == expected.token_ids != base.token_ids
+    tokens = model.prompt[:16]
+    adapted, base = step_logits(config, params, tokens, adapter), step_logits(config, params, tokens, None)
+    expected = step_logits(config, merged(params, adapter), tokens, None)
+    np.testing.assert_allclose(adapted, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(base - expected).max() > 0.1 * np.abs(expected).max()
+
+
+def step_logits(config: ModelConfig, params: Params, tokens: list[int], adapter: Adapter | None) -> np.ndarray:
+    """[V] after ``tokens``, read by one step on two stages."""
+    mesh, dtype, bucket = make_mesh(ParallelConfig(stage=2)), jnp.dtype("float32"), Bucket(0, len(tokens), 1)
+    cache = CacheConfig(num_pages=4, page_size=len(tokens))
+    dims = StepDims(num_slots=1, max_pages_per_seq=1, num_pages=4, page_size=len(tokens), max_loras=2)
+    placed = place_params(TreeSource(params, config), config, config, mesh, dtype)
+    room = None
+    if adapter is not None:
+        shapes = adapters_shape(config, LoraConfig(max_loras=2, max_rank=3), mesh, dtype)
+        room = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
+        room = write_slot(room, place_adapter(adapter, config, config, one_slot_shape(shapes)), jnp.int32(1))
+    buffer, inputs = new_inputs(bucket, dims)
+    inputs.token_ids[:], inputs.positions[:], inputs.kv_write_index[:] = tokens, range(len(tokens)), range(len(tokens))
+    inputs.kv_lens[:], inputs.prefill_cu_q_lens[:], inputs.sample_index[:] = (
+        len(tokens),
+        (0, len(tokens)),
+        len(tokens) - 1,
+    )
+    inputs.adapter_ids[:] = 1
+    shape = state_shape(config, cache, dims, [bucket], mesh, dtype)
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shape)
+    state = dataclasses.replace(state, inputs=jax.device_put(buffer, shape.inputs.sharding))
+    _, logits = lower_step(config, placed, state, dims, bucket, mesh, room).compile()(placed, state, room)
+    return np.asarray(logits)[0]
 
 
 def whole(checkpoint: HFCheckpoint) -> Params:
