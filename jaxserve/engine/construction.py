@@ -16,6 +16,7 @@ from jaxserve.engine.door import Door
 from jaxserve.engine.loop import StepLoop
 from jaxserve.engine.loras import Loras
 from jaxserve.execution.dummy import DummyWeights, dummy_params
+from jaxserve.execution.kept import version_folder
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import Progress, Runner
 from jaxserve.execution.step import StageParams
@@ -100,8 +101,9 @@ def build_parts(
             saves them.
         lookahead: steps dispatched before the last one is read.
         batching, allocation: "static" is for comparison in benchmarks only.
-        compilation_cache_dir: where XLA keeps compiled steps for the next start. Sets JAX's persistent cache for
-            this process; None leaves the process' own setting.
+        compilation_cache_dir: where compiled steps are kept for the next start, which then traces none. Sets JAX's
+            persistent cache for this process; None leaves the process' own setting. Whoever can write there can run
+            code here.
         on_progress: called with (stage, done, total) while loading, compiling and warming up.
 
     Raises:
@@ -109,8 +111,10 @@ def build_parts(
     """
     if num_pages is not None and memory_fraction is not None:
         raise ValueError(f"num_pages={num_pages} and memory_fraction={memory_fraction}: give one of them")
+    keep_in = None
     if compilation_cache_dir is not None:
-        _keep_compiled(compilation_cache_dir)
+        keep_in = version_folder(Path(compilation_cache_dir))
+        _keep_compiled(keep_in)
     lora_modules = lora_modules or {}
     resolved = plan.resolve_mesh(mesh, model_config)
     jnp_dtype = plan.resolve_dtype(dtype, resolved)
@@ -161,7 +165,7 @@ def build_parts(
     scheduler = Scheduler(cache_config, scheduler_config, dims)
     buckets = all_buckets(scheduler_config)
     runner = Runner(
-        placed, arrays, cache_config, dims, buckets, resolved, jnp_dtype, samplings, on_progress, lora
+        placed, arrays, cache_config, dims, buckets, resolved, jnp_dtype, samplings, on_progress, lora, keep_in
     )  # fmt: skip
     loras = Loras(lora, model_config, runner, scheduler, base_names)
     for name, path in lora_modules.items():
@@ -208,7 +212,7 @@ def placed_params(
     return place_params(source, config, placed, mesh, dtype, on_parameter=on_parameter("load"))
 
 
-def _keep_compiled(folder: str | Path) -> None:
+def _keep_compiled(folder: Path) -> None:
     """Has JAX keep what it compiles in ``folder``, all of it."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxserve.execution.adapters import StageAdapters, adapters_shape, lower_wri
 from jaxserve.execution.compile_counter import CompileCounter
 from jaxserve.execution.constraints import Constraints, constraints_shape, load
 from jaxserve.execution.hidden import SCORE_ROWS, head_params, make_pooler, make_scorer
+from jaxserve.execution.kept import KeptPrograms
 from jaxserve.execution.step import (
     DeviceState,
     StageParams,
@@ -194,11 +196,26 @@ class Computed(NamedTuple):
     inputs: jax.Array  # [NI] i32, of ``DeviceState``
 
 
+class _Job(NamedTuple):
+    """A program to be compiled."""
+
+    into: dict[Any, jax.stages.Compiled]
+    key: Any  # there
+    lower: partial[jax.stages.Lowered]
+
+    @property
+    def name(self) -> str:
+        key = () if callable(self.key) else self.key
+        return f"{self.lower.func.__name__} {key}"
+
+
 class Runner:
     """Owns params and state; runs compiled steps. Every bucket is compiled before the constructor returns, and for each
     number of rows that they have a sampler for everything in ``samplings``; no step may ask more than the last of them
     in ``SAMPLINGS``' order. With ``lora`` every bucket is compiled twice: a step whose tokens have none does not
     pay for them.
+
+    ``keep_in``: a folder in which compiled programs are kept for the next start (``kept.KeptPrograms``).
 
     One thread at a time may use it. ``forward`` and ``sample`` return before the device is done; ``read`` waits.
 
@@ -218,6 +235,7 @@ class Runner:
         samplings: Sequence[Sampling] = ("any",),
         on_progress: Progress | None = None,
         lora: LoraConfig | None = None,
+        keep_in: Path | None = None,
     ):
         self.compile_counter = CompileCounter()
         self.config, self.dims, self.mesh = config, dims, mesh
@@ -231,7 +249,8 @@ class Runner:
         self._samplers: dict[tuple[int, Sampling], jax.stages.Compiled] = {}  # by rows
         self._constraint_dims = ConstraintDims.of(dims, config.vocab_size)
         self._readers: dict[Callable, jax.stages.Compiled] = {}  # of hidden states, by what lowers them
-        self._compile(buckets, on_progress)
+        facts = (config, params, self._adapters, self._state_shape, dims, GPU_OPTIONS)
+        self._compile(buckets, on_progress, None if keep_in is None else KeptPrograms(keep_in, mesh, facts))
         if self._adapters is not None:
             self._write_slot = lower_write_slot(self._adapters, mesh).compile()
         self._state = _zeros(self._state_shape)
@@ -252,36 +271,44 @@ class Runner:
         self._warm_up(buckets, on_progress)
         self.compile_counter.count = 0
 
-    def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
+    def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None, kept: KeptPrograms | None) -> None:
         done, lock = 0, threading.Lock()
 
-        def compile_one(into: dict[Any, jax.stages.Compiled], key: Any, lowered: jax.stages.Lowered) -> None:
+        def compile_one(job: _Job, lowered: jax.stages.Lowered | None) -> None:
             nonlocal done
-            into[key] = compile_step(lowered, self.mesh)
+            program = kept.load(job.name) if kept and lowered is None else None
+            if program is None:
+                compile_this = partial(compile_step, lowered or job.lower(), self.mesh)
+                program = kept.compiled(job.name, compile_this) if kept else compile_this()
+            job.into[job.key] = program
             with lock:
                 done += 1
                 if on_progress:
                     on_progress("compile", done, len(jobs))
 
         arrays = (self.config, self._params, self._state_shape, self.dims)
-        jobs: list[tuple[dict[Any, jax.stages.Compiled], Any, Callable[[], jax.stages.Lowered]]] = []
+        jobs: list[_Job] = []
         for bucket in sorted(buckets, key=lambda b: -b.num_tokens):  # what takes longest first
             for adapters in (None, self._adapters)[: self._num_variants]:
                 key = (bucket, adapters is not None)
-                jobs.append((self._compiled, key, partial(lower_step, *arrays, bucket, self.mesh, adapters)))
-            jobs.append((self._loaders, bucket, partial(lower_load_inputs, self._state_shape, self.dims, bucket)))
+                jobs.append(_Job(self._compiled, key, partial(lower_step, *arrays, bucket, self.mesh, adapters)))
+            jobs.append(_Job(self._loaders, bucket, partial(lower_load_inputs, self._state_shape, self.dims, bucket)))
         for asked in self._samplings:
             for num_rows in sorted({b.num_rows for b in buckets}):
                 lower = partial(lower_sampler, self.config, self._state_shape, self.dims, num_rows, self.mesh, asked)
-                jobs.append((self._samplers, (num_rows, asked), lower))
+                jobs.append(_Job(self._samplers, (num_rows, asked), lower))
         if self.dims.hidden_tokens:
             for lower in (lower_scorer, lower_pooler):
-                jobs.append((self._readers, lower, partial(lower, *arrays, self.mesh)))
+                jobs.append(_Job(self._readers, lower, partial(lower, *arrays, self.mesh)))
         # XLA compiles without the interpreter's lock, in threads. Lowering is Python: here, one after another, so that
         # each finds what the ones before have traced and the first compilations begin early.
         pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
         try:
-            for future in [pool.submit(compile_one, into, key, lower()) for into, key, lower in jobs]:
+            futures = []
+            for job in jobs:
+                is_kept = kept is not None and kept.path(job.name).exists()
+                futures.append(pool.submit(compile_one, job, None if is_kept else job.lower()))
+            for future in futures:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)

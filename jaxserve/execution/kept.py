@@ -1,0 +1,166 @@
+"""Compiled programs in a folder, for the next start: found by what they were made of, without being traced.
+
+JAX's own compilation cache needs the lowered program to look it up. Lowering is Python, one step after another, and
+takes longer than reading what was compiled.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib.version
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "programs"  # inside the folder of JAX's own cache
+# Beginnings of the environment's variables that change what is compiled.
+_VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MOSAIC_", "NVIDIA_TF32")
+_ELSEWHERE = {"JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES", "JAX_LOGGING_LEVEL", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_use_shardy_partitioner")
+
+
+def version_folder(folder: Path) -> Path:
+    """Where in ``folder`` this version of the source keeps what is compiled, JAX's own cache included: it would give
+    programs of another version, which then could not be kept."""
+    return folder / _source_digest()[:16]
+
+
+class _CacheHits(threading.local):
+    """Programs that JAX's cache gave to this thread."""
+
+    count = 0
+
+    def on_event(self, event: str, **kwargs: str | int) -> None:
+        self.count += event == "/jax/compilation_cache/cache_hits"
+
+
+@cache
+def _cache_hits() -> _CacheHits:
+    hits = _CacheHits()
+    jax.monitoring.register_event_listener(hits.on_event)
+    return hits
+
+
+class KeptPrograms:
+    """The compiled programs of one mesh in ``folder``; whoever can write there can run code here.
+
+    A program is found again if its name, ``facts``, the source of this package, the versions of JAX and of the device's
+    runtime, the devices, the settings and the environment are what they were.
+    """
+
+    def __init__(self, folder: Path, mesh: Mesh, facts: Any):
+        """``facts``: a tree of whatever the programs depend on, arrays by shape, dtype and placement alone."""
+        self.folder = folder / _FOLDER
+        self._devices = list(mesh.devices.flat)
+        self._digest = hashlib.sha256(f"{_surroundings(mesh)} {_facts(facts)}".encode()).hexdigest()
+
+    def path(self, name: str) -> Path:
+        """Of the program of this name, whether it is there or not."""
+        return self.folder / hashlib.sha256(f"{self._digest} {name}".encode()).hexdigest()
+
+    def load(self, name: str) -> jax.stages.Compiled | None:
+        """The program of this name; None where there is none, or none that can be read."""
+        path = self.path(name)
+        try:
+            program, arguments, results = pickle.loads(path.read_bytes())
+            return serialize_executable.deserialize_and_load(
+                program,
+                jax.tree.structure(arguments),
+                jax.tree.structure(results),
+                self._devices[0].client,
+                self._devices,
+            )
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever a file that was cut short or damaged makes of it
+            logger.warning("%s cannot be used and is made again: %s: %s", path, type(error).__name__, error)
+            return None
+
+    def compiled(self, name: str, compile: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
+        """What ``compile`` makes in this thread, kept under this name. What JAX's cache had is not: XLA for CPUs writes
+        programs that it has read without their functions. One that cannot be written is warned of."""
+        hits = _cache_hits()
+        before = hits.count
+        program = compile()
+        if hits.count == before:
+            self._keep(self.path(name), program)
+        return program
+
+    def _keep(self, path: Path, program: jax.stages.Compiled) -> None:
+        try:
+            made, arguments, results = serialize_executable.serialize(program)
+            # Structures themselves cannot be pickled, trees of our own classes can.
+            trees = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in (arguments, results)]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                try:
+                    file.write(pickle.dumps((made, *trees)))
+                    file.close()
+                    os.replace(file.name, path)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+        except (OSError, ValueError, NotImplementedError) as error:
+            logger.warning("%s is not kept for the next start: %s: %s", path, type(error).__name__, error)
+
+
+def _facts(tree: Any) -> str:
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            return leaf.shape, str(leaf.dtype), str(getattr(leaf, "format", leaf.sharding))
+        return leaf
+
+    leaves, structure = jax.tree.flatten(tree)
+    return repr((structure, [of(leaf) for leaf in leaves]))
+
+
+def _surroundings(mesh: Mesh) -> str:
+    devices = list(mesh.devices.flat)
+    return repr(
+        (
+            jax.__version__,
+            jaxlib.version.__version__,
+            devices[0].client.platform_version,
+            [(d.id, d.device_kind) for d in devices],
+            mesh.shape,
+            [(name, getattr(jax.config, name)) for name in _SETTINGS],
+            sorted(
+                (k, v) for k, v in os.environ.items() if k.startswith(_VARIABLES) and k != "JAX_COMPILATION_CACHE_DIR"
+            ),
+            _cpu_features() if devices[0].platform == "cpu" else None,
+            _source_digest(),
+        )
+    )
+
+
+def _cpu_features() -> str:
+    """What programs for this machine's processor may use of it, where the system says so."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+@cache
+def _source_digest() -> str:
+    """Of all that traces: this package's and the kernels' source files."""
+    import jaxserve
+    import pallas_kernels
+
+    digest = hashlib.sha256()
+    for package in (jaxserve, pallas_kernels):
+        root = Path(package.__path__[0])
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
