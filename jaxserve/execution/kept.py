@@ -12,11 +12,11 @@ import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib.version
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -129,7 +129,7 @@ def _surroundings(mesh: Mesh) -> str:
     return repr(
         (
             jax.__version__,
-            jaxlib.version.__version__,
+            version("jaxlib"),
             devices[0].client.platform_version,
             [(d.id, d.device_kind) for d in devices],
             mesh.shape,

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig
-from jaxserve.execution import runner
+from jaxserve.execution import kept, runner
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import Runner
 from jaxserve.model.params import TreeSource
@@ -95,15 +95,27 @@ def test_a_second_start_traces_nothing_and_computes_the_same(tmp_path, monkeypat
     second.close()
 
 
-def test_what_depends_on_something_else_is_made_anew(tmp_path, monkeypatch):
-    start(tmp_path).close()
-    seen = lowered(monkeypatch)
-    start(tmp_path, replace(tiny.CONFIG, norm_eps=tiny.CONFIG.norm_eps * 2)).close()
-    assert set(seen) == set(BUCKETS)
-    seen.clear()
+def test_what_depends_on_something_else_is_another_program(tmp_path, monkeypatch):
+    def path(config: ModelConfig = tiny.CONFIG, dtype: str = "float32", parallel: ParallelConfig = ONE_DEVICE) -> Path:
+        mesh = make_mesh(parallel)
+        source = TreeSource(tiny.params(), config)
+        facts = (config, place_params(source, config, config, mesh, jnp.dtype(dtype)))
+        return kept.KeptPrograms(tmp_path, mesh, facts).path("step")
+
+    first = path()
+    assert path() == first
+    others = [
+        path(replace(tiny.CONFIG, norm_eps=tiny.CONFIG.norm_eps * 2)),
+        path(dtype="bfloat16"),
+        path(parallel=ParallelConfig(tensor=2)),
+        path(parallel=ParallelConfig(stage=2)),
+    ]
     monkeypatch.setenv("XLA_FLAGS_OF_A_TEST", "1")
-    start(tmp_path).close()
-    assert set(seen) == set(BUCKETS)
+    others.append(path())
+    monkeypatch.delenv("XLA_FLAGS_OF_A_TEST")
+    monkeypatch.setattr(kept, "_source_digest", lambda: "other source")
+    others.append(path())
+    assert len({first, *others}) == 7
 
 
 def test_damaged_files_and_folders_that_cannot_be_written(tmp_path, caplog, monkeypatch):
