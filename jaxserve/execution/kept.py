@@ -20,6 +20,8 @@ import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+import pallas_kernels
+
 logger = logging.getLogger(__name__)
 
 _FOLDER = "programs"  # inside the folder of JAX's own cache
@@ -155,12 +157,8 @@ def _cpu_features() -> str:
 @cache
 def _source_digest() -> str:
     """Of all that traces: this package's and the kernels' source files."""
-    import jaxserve
-    import pallas_kernels
-
     digest = hashlib.sha256()
-    for package in (jaxserve, pallas_kernels):
-        root = Path(package.__path__[0])
+    for root in (Path(__file__).parents[1], Path(pallas_kernels.__path__[0])):
         for path in sorted(root.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
