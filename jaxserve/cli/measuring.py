@@ -28,6 +28,42 @@ class WorkloadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Requests that arrive when they will. Unset is left to the benchmark's default."""
+
+    trace: Annotated[Path | None, typer.Option(help="A file of requests, a JSON object a line; or:")] = None
+    request_rate: Annotated[float | None, typer.Option(help="Requests a second, at random moments.")] = None
+    num_requests: Annotated[int | None, typer.Option(help="So many, or the first so many of a trace.")] = None
+    speed: Annotated[float | None, typer.Option(help="A trace's requests come so many times as fast.")] = None
+    max_prompt: Annotated[int | None, typer.Option(help="Tokens of the longest prompt (no trace).")] = None
+    max_output: Annotated[int | None, typer.Option(help="Tokens of the longest output (no trace).")] = None
+    seed: Annotated[int | None, typer.Option(help="Same seed, same requests (no trace).")] = None
+    compare_prefix_cache: Annotated[
+        bool, typer.Option("--compare-prefix-cache", help="Once with and once without the prefix cache.")
+    ] = False
+    load_format: Annotated[str | None, typer.Option(help='"dummy": random weights of a shape.')] = None
+    output: Annotated[Path | None, typer.Option(help="Write everything to this file as JSON, too.")] = None
+
+    def keywords(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadOptions:
+    """What to measure of a server. Unset is left to the benchmark's default."""
+
+    prompt_len: Annotated[int | None, typer.Option(help="Tokens.")] = None
+    num_output_tokens: Annotated[int | None, typer.Option(help="Of a request.")] = None
+    repeats: Annotated[int | None, typer.Option(help="Requests of each way.")] = None
+    load_format: Annotated[str | None, typer.Option(help='"dummy": random weights of a shape.')] = None
+    num_streamed_tokens: Annotated[int | None, typer.Option(help="Of which messages are counted.")] = None
+    output: Annotated[Path | None, typer.Option(help="Write everything to this file as JSON, too.")] = None
+
+    def keywords(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class OfflineOptions:
     """What to measure of an engine. Unset is left to the benchmark's default."""
 
@@ -92,3 +128,35 @@ def engine(model: Model, offline: OfflineOptions, engine: EngineOptions, as_json
         rows = run(model, on_progress=progress, on_row=on_row, **keywords)
     if not as_json:
         print_engine(rows)
+
+
+@app.command()
+@flatten_options
+def serve(model: Model, load: LoadOptions, engine: EngineOptions, as_json: Json = False) -> None:
+    """A server, in a process of its own, under requests that arrive when they will (open loop), over gRPC: TTFT, ITL,
+    goodput, prefix hits. --json prints a line for each server."""
+    keywords: dict[str, Any] = load.keywords() | engine.keywords() | {"platform": engine.platform}
+    from jaxserve.bench.report import print_rows
+    from jaxserve.loadtest.run import FIGURES, run
+
+    on_row = (lambda row: write_answer(json.dumps(row) + "\n")) if as_json else None
+    rows = run(model, on_row=on_row, **keywords)
+    if not as_json:
+        print_rows(rows, FIGURES)
+
+
+@app.command()
+@flatten_options
+def server(model: Model, overhead: OverheadOptions, engine: EngineOptions, as_json: Json = False) -> None:
+    """What the server adds to its engine for one client, over gRPC and HTTP, and what its messages cost. --json prints
+    a line for each measurement."""
+    keywords: dict[str, Any] = overhead.keywords() | engine.keywords() | {"platform": engine.platform}
+    select_platform(engine.platform)
+    from jaxserve.bench.report import print_rows
+    from jaxserve.loadtest.overhead import LATENCY_FIGURES, MESSAGE_FIGURES, run
+
+    on_row = (lambda row: write_answer(json.dumps(row) + "\n")) if as_json else None
+    rows = run(model, on_row=on_row, **keywords)
+    if not as_json:
+        print_rows([r for r in rows if r["measured"] == "latency"], LATENCY_FIGURES)
+        print_rows([r for r in rows if r["measured"] == "messages"], MESSAGE_FIGURES)

@@ -21,6 +21,7 @@ ROOMS = {
     "jaxserve.engine": "engine",
     "jaxserve.bench": "bench",
     "jaxserve.server": "server",
+    "jaxserve.loadtest": "load test",
     "jaxserve.cli": "cli",
     "jaxserve.__main__": "cli",
     "jaxserve.cache": "names",  # these two only gather or defer names
@@ -38,7 +39,19 @@ MAY_IMPORT = {
     "engine": {"kernels", "configs", "host wing", "device wing", "runner", "checkpoint"},
     "bench": {"names", "kernels", "configs", "host wing", "device wing", "runner", "checkpoint", "engine"},
     "server": {"names", "configs", "host wing", "engine"},
-    "cli": {"names", "configs", "host wing", "device wing", "checkpoint", "quantization", "engine", "bench", "server"},
+    "load test": {"names", "configs", "engine", "bench", "server"},
+    "cli": {
+        "names",
+        "configs",
+        "host wing",
+        "device wing",
+        "checkpoint",
+        "quantization",
+        "engine",
+        "bench",
+        "server",
+        "load test",
+    },
 }  # besides itself
 
 

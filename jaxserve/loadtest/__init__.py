@@ -1,0 +1,1 @@
+"""A server measured from outside: requests that arrive when they will, and what the server adds to its engine."""
