@@ -140,17 +140,18 @@ def print_engine(rows: Sequence[Mapping[str, Any]], console: Console | None = No
 def print_rows(
     rows: Sequence[Mapping[str, Any]], figures: Sequence[tuple[str, str]], console: Console | None = None
 ) -> None:
-    """A table of ``rows``, and what they were measured on and how.
+    """``rows`` as the columns of a table, and what they were measured on and how.
 
     Args:
-        figures: (column, key of the row); a figure that a row does not have is a dash.
+        figures: (label, key of the row); a figure that a row does not have is a dash.
     """
     console = console or Console()
     row = rows[0]
     table = Table(title=f"{row['model']}, {row['device']}, commit {row['commit'] or 'unknown'}", title_justify="left")
-    for name, _ in figures:
-        table.add_column(name, justify="right")
-    for r in rows:
-        table.add_row(*("-" if r.get(key) is None else str(r[key]) for _, key in figures))
+    table.show_header = False
+    for _ in range(1 + len(rows)):
+        table.add_column(justify="right")
+    for label, key in figures:
+        table.add_row(label, *("-" if r.get(key) is None else str(r[key]) for r in rows))
     console.print(table)
     console.print(f"$ {row['command']}", highlight=False, soft_wrap=True)

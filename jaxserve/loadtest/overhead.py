@@ -29,9 +29,9 @@ Row = dict[str, Any]
 LATENCY_FIGURES = (
     ("way", "way"),
     ("TTFT ms", "ttft_ms"),
-    ("added", "added_ttft_ms"),
+    ("TTFT added", "added_ttft_ms"),
     ("ms a token", "tpot_ms"),
-    ("added", "added_tpot_ms"),
+    ("ms a token added", "added_tpot_ms"),
 )
 MESSAGE_FIGURES = (
     ("way", "way"),

@@ -23,9 +23,9 @@ FIGURES = (
     ("failed", "num_failed"),
     ("hit rate", "prefix_hit_rate"),
     ("TTFT ms p50", "ttft_p50_ms"),
-    ("p99", "ttft_p99_ms"),
+    ("TTFT ms p99", "ttft_p99_ms"),
     ("ITL ms p50", "itl_p50_ms"),
-    ("p99", "itl_p99_ms"),
+    ("ITL ms p99", "itl_p99_ms"),
     ("tokens/s", "output_tokens_per_s"),
     ("goodput /s", "goodput_requests_per_s"),
     ("good", "goodput_share"),
@@ -76,7 +76,7 @@ def run(
         load = f"poisson {request_rate:g}/s"
         asked = {"request_rate": request_rate, "num_requests": num_requests, "max_prompt": max_prompt}
         asked |= {"max_output": max_output, "seed": seed}
-    command = command_line("serve", model, asked | options)
+    command = command_line("serve", model, asked | options) + " --compare-prefix-cache" * compare_prefix_cache
     rows = []
     caches = (True, False) if compare_prefix_cache else (options.pop("prefix_caching", True),)
     for prefix_caching in caches:
