@@ -49,7 +49,7 @@ def make_scorer(
     def scorer(params: HeadParams, hidden: jax.Array, fields: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = decoder.from_last_stage(hidden[0].at[fields[0]].get(mode="clip"))  # [C, D]
         x = layers.norm(x, params.final_norm, params.final_norm_bias, config)
-        logits = decoder.logits(params.head, x, config)  # [C, V] f32
+        logits = decoder.gathered(decoder.logits(params.head, x, config), config)  # [C, V] f32
         chosen, top_ids, top = sampling.top_logprobs(logits, fields[1], jnp.ones_like(fields[1]), max_logprobs)
         return pack_outputs(fields[1], chosen, top_ids, top), jax.nn.log_softmax(logits, axis=1)
 

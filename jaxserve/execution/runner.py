@@ -19,7 +19,7 @@ from jaxserve.config import CacheConfig, LoraConfig, ModelConfig
 from jaxserve.constraint_io import ConstraintDims, new_slot, slot_buffer_size
 from jaxserve.execution.adapters import StageAdapters, adapters_shape, lower_write_slot, one_slot_shape
 from jaxserve.execution.compile_counter import CompileCounter
-from jaxserve.execution.constraints import Constraints, constraints_shape, load
+from jaxserve.execution.constraints import Constraints, constraints_shape, constraints_specs, load
 from jaxserve.execution.hidden import SCORE_ROWS, head_params, make_pooler, make_scorer
 from jaxserve.execution.kept import KeptPrograms
 from jaxserve.execution.step import (
@@ -30,6 +30,7 @@ from jaxserve.execution.step import (
     make_step,
     state_specs,
 )
+from jaxserve.execution.vocabulary import Vocabulary
 from jaxserve.model.params import named_leaves
 from jaxserve.parallel import specs
 from jaxserve.step_io import (
@@ -125,17 +126,18 @@ def lower_sampler(
     """The sampler of ``num_rows`` rows' logits, lowered; last tokens, packed outputs and, if it reads them, constraints
     donated."""
 
-    def shape(dtype: jnp.dtype | type, *size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, specs.REPLICATED))
+    def shape(dtype: jnp.dtype | type, *size: int, spec: PartitionSpec = specs.REPLICATED) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
 
     # Outputs to be written over are not read: an argument for the sake of its memory.
-    sampler = jax.jit(make_sampler(mesh, num_rows, dims, asked), donate_argnums=(0, 1, 2), keep_unused=True)
+    sampler = jax.jit(make_sampler(config, mesh, num_rows, dims, asked), donate_argnums=(0, 1, 2), keep_unused=True)
     constraint_dims = ConstraintDims.of(dims, config.vocab_size)
+    vocab = Vocabulary(config.vocab_size, mesh.shape["tensor"])
     return sampler.lower(
         state.last_tokens,
         held_shape(constraint_dims, mesh) if asked == "constrained" else None,
         shape(jnp.int32, *outputs_shape(num_rows, dims)),
-        shape(jnp.float32, num_rows, config.vocab_size),
+        shape(jnp.float32, num_rows, vocab.padded_size, spec=specs.LOGITS),
         state.inputs,
         shape(jnp.int32, num_rows, constraint_dims.num_words) if asked == "constrained" else None,
     )
@@ -143,14 +145,17 @@ def lower_sampler(
 
 def held_shape(dims: ConstraintDims, mesh: Mesh) -> Constraints:
     """``Constraints`` of sharded ``ShapeDtypeStruct``s."""
-    sharding = NamedSharding(mesh, specs.REPLICATED)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), constraints_shape(dims))
+
+    def sharded(s: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(sharded, constraints_shape(dims, mesh.shape["tensor"]), constraints_specs())
 
 
 def lower_load(dims: ConstraintDims, mesh: Mesh) -> jax.stages.Lowered:
     """``constraints.load``, lowered, the constraints donated."""
     held = held_shape(dims, mesh)
-    buffer = jax.ShapeDtypeStruct((slot_buffer_size(dims),), jnp.int32, sharding=held.seen.sharding)
+    buffer = jax.ShapeDtypeStruct((slot_buffer_size(dims),), jnp.int32, sharding=held.recent.sharding)
     function = jax.jit(
         partial(load, dims=dims), donate_argnums=(0,), out_shardings=jax.tree.map(lambda s: s.sharding, held)
     )
@@ -192,7 +197,7 @@ class Computed(NamedTuple):
     """A step between its two programs."""
 
     num_rows: int  # B
-    logits: jax.Array  # [B, V] f32
+    logits: jax.Array  # [B, V] f32, shared over the vocabulary
     inputs: jax.Array  # [NI] i32, of ``DeviceState``
 
 

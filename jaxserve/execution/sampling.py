@@ -2,7 +2,8 @@
 
 ``top_k`` and ``top_p`` are thresholds on the logits: each is found by bisection over the ordered bit patterns of f32,
 exact to the last tie, in at most 32 passes over ``[B, V]`` and in as many as the closest two logits need.
-Sampling adds Gumbel noise and takes the maximum; the noise depends on (seed, position) alone.
+Sampling adds Gumbel noise and takes the maximum; the noise depends on (seed, position) alone. Devices may share the
+vocabulary (``vocabulary.Vocabulary``): shapes are those of one device, ``VL`` columns of V.
 
 What a step's rows may ask (``step_io.Sampling``) is fixed when it is compiled: "any" tests at run time what is needed,
 which costs nothing on a CPU, but on a GPU a loop on the device makes the host wait.
@@ -13,7 +14,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 
+from jaxserve.execution.vocabulary import Vocabulary, whole
 from jaxserve.step_io import Sampling, StepInputs
 
 
@@ -23,12 +26,12 @@ def ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def largest_threshold(keys: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def largest_threshold(keys: jax.Array, enough: Callable[[jax.Array], jax.Array], vocab: Vocabulary) -> jax.Array:
     """For each row the largest key ``t`` [B] with ``enough(keys >= t)``, which must hold for ``t = 0`` and be monotone.
 
     Args:
-        keys: ``[B, V]`` uint32.
-        enough: from a kept mask ``[B, V]`` to ``[B]`` bool.
+        keys: ``[B, VL]`` uint32.
+        enough: from a kept mask ``[B, VL]`` to ``[B]`` bool.
     """
 
     def unresolved(carry):
@@ -41,10 +44,10 @@ def largest_threshold(keys: jax.Array, enough: Callable[[jax.Array], jax.Array])
         ok = enough(keys >= mid[:, None])
         low, high = jnp.where(ok, mid, low), jnp.where(ok, high, mid)
         # Nothing lies strictly between: every t in [low, high) keeps the same set.
-        return low, high, jnp.any((keys > low[:, None]) & (keys < high[:, None]), axis=1)
+        return low, high, vocab.any((keys > low[:, None]) & (keys < high[:, None]))
 
     low = jnp.zeros(keys.shape[0], jnp.uint32)
-    high = jnp.max(keys, axis=1) + 1
+    high = vocab.max(keys) + 1
     return lax.while_loop(unresolved, halve, (low, high, jnp.ones(keys.shape[0], bool)))[0]
 
 
@@ -52,56 +55,68 @@ def largest_threshold(keys: jax.Array, enough: Callable[[jax.Array], jax.Array])
 LOOKS_AT_ALL: tuple[Sampling, ...] = ("any", "constrained")
 
 
-def kept(scaled: jax.Array, inputs: StepInputs, asked: Sampling = "any") -> jax.Array:
-    """Mask [B, V] of what ``top_k``, ``top_p`` and ``min_p`` leave of the tempered logits ``scaled`` [B, V]."""
-    top = jnp.max(scaled, axis=1, keepdims=True)
-    weight = jnp.exp(scaled - top)  # [B, V], probabilities up to a factor
+def kept(scaled: jax.Array, inputs: StepInputs, asked: Sampling = "any", vocab: Vocabulary | None = None) -> jax.Array:
+    """Mask [B, VL] of what ``top_k``, ``top_p`` and ``min_p`` leave of the tempered logits ``scaled`` [B, VL]."""
+    vocab = vocab or whole(scaled)
+    top = vocab.max(scaled)[:, None]
+    weight = jnp.exp(scaled - top)  # [B, VL], probabilities up to a factor
     keep = weight >= inputs.min_p[:, None]
     if asked not in LOOKS_AT_ALL:
         return keep
 
     def with_thresholds() -> jax.Array:
         keys = ordered_bits(scaled)
-        k = jnp.where(inputs.top_k > 0, jnp.minimum(inputs.top_k, scaled.shape[1]), scaled.shape[1])  # [B]
-        in_top_k = keys >= largest_threshold(keys, lambda m: jnp.sum(m, axis=1) >= k)[:, None]
-        mass = inputs.top_p * jnp.sum(jnp.where(in_top_k, weight, 0), axis=1)  # [B]
+        k = jnp.where(inputs.top_k > 0, jnp.minimum(inputs.top_k, vocab.size), vocab.padded_size)  # [B]
+        in_top_k = keys >= largest_threshold(keys, lambda m: vocab.sum(m) >= k, vocab)[:, None]
+        mass = inputs.top_p * vocab.sum(jnp.where(in_top_k, weight, 0))  # [B]
 
         def enough(mask: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(mask & in_top_k, weight, 0), axis=1) >= mass
+            return vocab.sum(jnp.where(mask & in_top_k, weight, 0)) >= mass
 
         # top_p = 1 keeps all: a sum in another order must not drop the tail.
-        in_top_p = (keys >= largest_threshold(keys, enough)[:, None]) | (inputs.top_p >= 1)[:, None]
+        in_top_p = (keys >= largest_threshold(keys, enough, vocab)[:, None]) | (inputs.top_p >= 1)[:, None]
         return in_top_k & in_top_p
 
     used = jnp.any((inputs.top_k > 0) | (inputs.top_p < 1))
     return keep & lax.cond(used, with_thresholds, lambda: jnp.ones_like(keep))
 
 
-def gumbel(seed: jax.Array, position: jax.Array, size: int) -> jax.Array:
-    """Noise ``[B, size]`` that depends on each row's ``seed`` [B, 2] and ``position`` [B] only."""
+def gumbel(seed: jax.Array, position: jax.Array, vocab: Vocabulary) -> jax.Array:
+    """Noise ``[B, VL]`` that depends on each row's ``seed`` [B, 2] and ``position`` [B] only: this device's columns of
+    what one device draws for all."""
 
     def row(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(lax.bitcast_convert_type(seed, jnp.uint32), impl="threefry2x32")
-        return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
+        key = jax.random.fold_in(key, position)
+        if vocab.shards == 1:
+            return jax.random.gumbel(key, (vocab.size,), jnp.float32)
+        # jax.random's own steps from a counter, the id, to a number: it has no way to ask for a part of an array.
+        ids = (vocab.first_id() + jnp.arange(vocab.width)).astype(jnp.uint32)
+        high, low = jnp.split(threefry_2x32(jax.random.key_data(key), jnp.concatenate([jnp.zeros_like(ids), ids])), 2)
+        uniform = lax.bitcast_convert_type((high ^ low) >> 9 | jnp.uint32(0x3F800000), jnp.float32) - 1  # in [0, 1)
+        return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
 
     return jax.vmap(row)(seed, position)
 
 
-def sample(logits: jax.Array, inputs: StepInputs, asked: Sampling = "any") -> jax.Array:
-    """One token id ``[B]`` i32 a row from ``logits`` [B, V] f32, as the rows' parameters ask."""
+def sample(
+    logits: jax.Array, inputs: StepInputs, asked: Sampling = "any", vocab: Vocabulary | None = None
+) -> jax.Array:
+    """One token id ``[B]`` i32 a row from ``logits`` [B, VL] f32, as the rows' parameters ask."""
+    vocab = vocab or whole(logits)
     if asked == "greedy":
-        return jnp.argmax(logits, axis=1).astype(jnp.int32)
+        return vocab.argmax(logits)
     if asked in LOOKS_AT_ALL:
-        logits = without_suppressed(logits, inputs)
-    greedy = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        logits = without_suppressed(logits, inputs, vocab)
+    greedy = vocab.argmax(logits)
 
     def draw() -> jax.Array:
         random = inputs.temperature > 0
         # From the best logit down, so that a tiny temperature cannot overflow to inf - inf.
-        below = logits - jnp.max(logits, axis=1, keepdims=True)
+        below = logits - vocab.max(logits)[:, None]
         scaled = below / jnp.where(random, inputs.temperature, 1)[:, None]
-        noisy = scaled + gumbel(inputs.seed, inputs.kv_lens, logits.shape[1])
-        drawn = jnp.argmax(jnp.where(kept(scaled, inputs, asked), noisy, -jnp.inf), axis=1).astype(jnp.int32)
+        noisy = scaled + gumbel(inputs.seed, inputs.kv_lens, vocab)
+        drawn = vocab.argmax(jnp.where(kept(scaled, inputs, asked, vocab), noisy, -jnp.inf))
         return jnp.where(random, drawn, greedy)
 
     if asked == "random":
@@ -109,31 +124,37 @@ def sample(logits: jax.Array, inputs: StepInputs, asked: Sampling = "any") -> ja
     return lax.cond(jnp.any(inputs.temperature > 0), draw, lambda: greedy)
 
 
-def without_suppressed(logits: jax.Array, inputs: StepInputs) -> jax.Array:
-    """``logits`` [B, V] with -inf for the ``stop_ids`` of rows that are shorter than their ``min_len``."""
+def without_suppressed(logits: jax.Array, inputs: StepInputs, vocab: Vocabulary) -> jax.Array:
+    """``logits`` [B, VL] with -inf for the ``stop_ids`` of rows that are shorter than their ``min_len``."""
     rows = jnp.arange(logits.shape[0])[:, None]
     suppress = inputs.kv_lens < inputs.min_len  # [B]
 
     def suppressed() -> jax.Array:
-        ids = jnp.where((inputs.stop_ids >= 0) & suppress[:, None], inputs.stop_ids, logits.shape[1])  # [B, NS]
-        return logits.at[rows, ids].set(-jnp.inf, mode="drop")
+        columns = jnp.where(suppress[:, None], vocab.columns(inputs.stop_ids), vocab.width)  # [B, NS]
+        return logits.at[rows, columns].set(-jnp.inf, mode="drop")
 
     return lax.cond(jnp.any(suppress), suppressed, lambda: logits)
 
 
 def top_logprobs(
-    logits: jax.Array, tokens: jax.Array, num_logprobs: jax.Array, k: int, asked: Sampling = "any"
+    logits: jax.Array,
+    tokens: jax.Array,
+    num_logprobs: jax.Array,
+    k: int,
+    asked: Sampling = "any",
+    vocab: Vocabulary | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Raw log-probabilities: of ``tokens`` [B], and the ids and values [B, k] of the best.
+    """Raw log-probabilities of ``logits`` [B, VL]: of ``tokens`` [B], and the ids and values [B, k] of the best.
 
     The best are zeros unless some row's ``num_logprobs`` [B] is positive.
     """
-    norm = jax.nn.logsumexp(logits, axis=1, keepdims=True)  # [B, 1]
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1) - norm
-    b, k_all = logits.shape[0], min(k, logits.shape[1])
+    vocab = vocab or whole(logits)
+    norm = vocab.logsumexp(logits)[:, None]  # [B, 1]
+    chosen = vocab.at(logits, tokens) - norm[:, 0]
+    b, k_all = logits.shape[0], min(k, vocab.size)
 
     def best() -> tuple[jax.Array, jax.Array]:
-        values, ids = lax.top_k(logits, k_all)
+        values, ids = vocab.top_k(logits, k_all)
         pad = ((0, 0), (0, k - k_all))
         return jnp.pad(values - norm, pad, constant_values=-jnp.inf), jnp.pad(ids.astype(jnp.int32), pad)
 
@@ -141,4 +162,4 @@ def top_logprobs(
         return jnp.zeros((b, k), jnp.float32), jnp.zeros((b, k), jnp.int32)
 
     values, ids = lax.cond(jnp.any(num_logprobs > 0), best, none) if asked in LOOKS_AT_ALL else none()
-    return chosen[:, 0], ids, values
+    return chosen, ids, values

@@ -20,6 +20,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.execution import constraints, sampling
 from jaxserve.execution.adapters import StageAdapters
 from jaxserve.execution.constraints import Constraints
+from jaxserve.execution.vocabulary import Vocabulary
 from jaxserve.model import decoder, layers
 from jaxserve.model.array_spec import ArraySpec, is_spec
 from jaxserve.model.layers import AttentionContext, StaticContext
@@ -159,7 +160,7 @@ def make_step(
     adapter_specs: StageAdapters | None = None,
 ) -> Callable[..., tuple[DeviceState, jax.Array]]:
     """``step(params, state, adapters) -> (state, logits [B, V] f32)`` for one bucket, of the inputs that ``state``
-    holds.
+    holds; the logits are shared over the vocabulary, whose padding is -inf.
 
     ``config`` is of ``parallel.placed.placed_config``, ``params_specs`` the PartitionSpecs of the parameters as they
     were placed; None: those of ``stage_param_specs``. ``adapters`` are a ``StageAdapters`` of ``adapter_specs``, or
@@ -200,7 +201,7 @@ def make_step(
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
         x = layers.norm(x, params.final_norm, params.final_norm_bias, config)
         head = params.embed if params.head is None else params.head
-        logits = decoder.logits(head, x, config)  # [B, V] f32
+        logits = decoder.logits(head, x, config)  # [B, V / tensor] f32
 
         kv_pages = jax.tree.map(lambda x: x[None], kv_pages)
         state = dataclasses.replace(state, kv_pages=kv_pages, hidden=hidden)
@@ -212,7 +213,7 @@ def make_step(
         step,
         mesh=mesh,
         in_specs=(params_specs or stage_param_specs(config, num_stages), state, adapter_specs),
-        out_specs=(state, P()),
+        out_specs=(state, specs.LOGITS),
         check_vma=False,
     )
 
@@ -227,15 +228,17 @@ def pack_outputs(tokens: jax.Array, chosen: jax.Array, top_ids: jax.Array, top: 
 
 
 def make_sampler(
-    mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
+    config: ModelConfig, mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
 ) -> Callable[..., tuple[jax.Array, Constraints | None, jax.Array]]:
     """``sampler(last_tokens [R], held, packed [B, 2 + 2 * KL] i32, logits [B, V], inputs [NI], allowed [B, W]) ->
     (last_tokens, held, packed)``, the inputs those of the step that made the logits.
 
     Where ``asked`` is "constrained", ``held`` are the slots' constraints and ``allowed`` has a bit for each token that
     the row may sample as far as its structured output goes; else both are None. ``packed`` is for
-    ``step_io.unpack_outputs``; the one that is given is only memory to be written over. Every device computes the same.
+    ``step_io.unpack_outputs``; the one that is given is only memory to be written over. Logits
+    and what ``held`` has of each token are shared over the vocabulary: the devices exchange a few numbers a row.
     """
+    vocab = Vocabulary(config.vocab_size, mesh.shape["tensor"])
 
     def sampler(
         last_tokens: jax.Array,
@@ -246,14 +249,23 @@ def make_sampler(
         allowed: jax.Array | None,
     ) -> tuple[jax.Array, Constraints | None, jax.Array]:
         inputs = unpack(buffer, sampling_shapes(num_rows, dims))
-        changed = logits if held is None else constraints.constrain(logits, held, inputs)
-        changed = changed if allowed is None else constraints.allow(changed, allowed)
-        tokens = sampling.sample(changed, inputs, asked)  # [B]
+        changed = logits if held is None else constraints.constrain(logits, held, inputs, vocab)
+        changed = changed if allowed is None else constraints.allow(changed, allowed, vocab)
+        tokens = sampling.sample(changed, inputs, asked, vocab)  # [B]
         if held is not None:
-            held = constraints.record(held, tokens, inputs)
-        chosen, top_ids, top = sampling.top_logprobs(logits, tokens, inputs.num_logprobs, dims.max_logprobs, asked)
+            held = constraints.record(held, tokens, inputs, vocab)
+        chosen, top_ids, top = sampling.top_logprobs(
+            logits, tokens, inputs.num_logprobs, dims.max_logprobs, asked, vocab
+        )
         slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
         last_tokens = last_tokens.at[slots].set(tokens, mode="drop")
         return last_tokens, held, pack_outputs(tokens, chosen, top_ids, top)
 
-    return jax.shard_map(sampler, mesh=mesh, in_specs=(P(),) * 6, out_specs=(P(),) * 3, check_vma=False)
+    held_specs = constraints.constraints_specs() if asked == "constrained" else None
+    return jax.shard_map(
+        sampler,
+        mesh=mesh,
+        in_specs=(P(), held_specs, P(), specs.LOGITS, P(), P()),
+        out_specs=(P(), held_specs, P()),
+        check_vma=False,
+    )

@@ -28,7 +28,10 @@ def embed(table: jax.Array | QuantizedMatrix, token_ids: jax.Array, dtype: jnp.d
 
 
 def logits(head: jax.Array | QuantizedMatrix, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """f32 logits [B, V] of ``x`` [B, D], gathered from a vocabulary-sharded ``head`` [V / tensor, D]."""
+    """f32 logits [B, V / tensor] of ``x`` [B, D] and a vocabulary-sharded ``head`` [V / tensor, D].
+
+    Columns that the mesh pads V by are -inf.
+    """
     if isinstance(head, QuantizedMatrix):
         out = matmul(x, head, jnp.float32)
     else:
@@ -36,12 +39,21 @@ def logits(head: jax.Array | QuantizedMatrix, x: jax.Array, config: ModelConfig)
         out = lax.dot_general(
             x, head, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         )
-    if lax.axis_size("tensor") > 1:
-        out = lax.all_gather(out, "tensor", axis=1, tiled=True)
-    out = out[:, : config.vocab_size]  # a mesh may have padded V
     if config.logit_scale != 1:
         out = out * config.logit_scale
-    return out if config.logit_softcap is None else config.logit_softcap * jnp.tanh(out / config.logit_softcap)
+    if config.logit_softcap is not None:
+        out = config.logit_softcap * jnp.tanh(out / config.logit_softcap)
+    if out.shape[1] * lax.axis_size("tensor") == config.vocab_size:
+        return out
+    ids = lax.axis_index("tensor") * out.shape[1] + jnp.arange(out.shape[1])
+    return jnp.where(ids < config.vocab_size, out, -jnp.inf)
+
+
+def gathered(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """All logits [B, V] on every device, of ``logits`` [B, V / tensor]."""
+    if lax.axis_size("tensor") > 1:
+        logits = lax.all_gather(logits, "tensor", axis=1, tiled=True)
+    return logits[:, : config.vocab_size]
 
 
 def stage_layers(

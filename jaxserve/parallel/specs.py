@@ -14,6 +14,7 @@ MESH_AXIS = {
 }
 
 REPLICATED = P()
+LOGITS = P(None, "tensor")  # [B, V], and whatever else has a column for each token
 HIDDEN = P("stage")  # every stage's own output, [ST, TH, D]
 
 

@@ -1,0 +1,110 @@
+"""Reductions over a vocabulary that the devices of the tensor axis share: each has ``VL`` columns of ``[B, V]``.
+
+What is exchanged is a few numbers a row, never ``[B, V]``. Columns that pad V to a multiple of the devices are -inf
+wherever logits are meant, and the last.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+AXIS = "tensor"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The columns that a device has; with one shard they are all, and no mesh is needed."""
+
+    size: int  # V, without padding
+    shards: int = 1
+
+    @property
+    def padded_size(self) -> int:
+        return -(-self.size // self.shards) * self.shards
+
+    @property
+    def width(self) -> int:  # VL
+        return self.padded_size // self.shards
+
+    def first_id(self) -> jax.Array | int:
+        """The id of this device's first column."""
+        return 0 if self.shards == 1 else lax.axis_index(AXIS) * self.width
+
+    def columns(self, ids: jax.Array) -> jax.Array:
+        """Where this device has ``ids``; VL, which a scatter drops, for those that it has not."""
+        local = ids - self.first_id()
+        return jnp.where((local >= 0) & (local < self.width), local, self.width)
+
+    def padding(self) -> jax.Array | bool:
+        """[VL] bool, the columns that stand for no token."""
+        if self.padded_size == self.size:
+            return False
+        return self.first_id() + jnp.arange(self.width) >= self.size
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """[B] of ``x`` [B, VL]."""
+        return self._over_shards(lax.pmax, jnp.max(x, axis=1))
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """[B] of ``x`` [B, VL]."""
+        return self._over_shards(lax.psum, jnp.sum(x, axis=1))
+
+    def any(self, x: jax.Array) -> jax.Array:
+        """[B] bool of ``x`` [B, VL] bool."""
+        found = jnp.any(x, axis=1)
+        return found if self.shards == 1 else lax.pmax(found.astype(jnp.int32), AXIS) > 0
+
+    def argmax(self, x: jax.Array) -> jax.Array:
+        """[B] i32, the lowest id of those that have the largest of ``x`` [B, VL]; an id of the vocabulary always."""
+        local = jnp.argmax(x, axis=1).astype(jnp.int32)
+        if self.shards == 1:
+            return local
+        value = jnp.take_along_axis(x, local[:, None], axis=1)[:, 0]
+        is_best = value == lax.pmax(value, AXIS)
+        return lax.pmin(jnp.where(is_best, local + self.first_id(), self.size - 1), AXIS)
+
+    def at(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+        """[B], each row's value of ``x`` [B, VL] at its id of ``ids`` [B]."""
+        if self.shards == 1:
+            return jnp.take_along_axis(x, ids[:, None], axis=1)[:, 0]
+        column = self.columns(ids)
+        value = jnp.take_along_axis(x, jnp.minimum(column, self.width - 1)[:, None], axis=1)[:, 0]
+        return lax.psum(jnp.where(column < self.width, value, 0), AXIS)
+
+    def logsumexp(self, x: jax.Array) -> jax.Array:
+        """[B] of ``x`` [B, VL]."""
+        local = jax.nn.logsumexp(x, axis=1)
+        if self.shards == 1:
+            return local
+        top = lax.pmax(local, AXIS)
+        return top + jnp.log(lax.psum(jnp.exp(local - top), AXIS))
+
+    def top_k(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """Values and ids [B, min(k, V)] of the largest of ``x`` [B, VL], descending, of equals the lowest id first."""
+        values, ids = lax.top_k(x, min(k, self.width))
+        if self.shards == 1:
+            return values, ids
+        values, ids = (
+            lax.all_gather(a, AXIS, axis=1, tiled=True) for a in (values, (ids + self.first_id()).astype(jnp.int32))
+        )  # [B, shards * K], equals in the order of their ids
+        values, places = lax.top_k(values, min(k, self.size))
+        return values, jnp.take_along_axis(ids, places, axis=1)
+
+    def bits(self, words: jax.Array) -> jax.Array:
+        """[B, VL] bool, the bit (id % 32 of word id // 32) of ``words`` [B, W] i32 of each id; False of padding."""
+        if self.shards == 1:
+            bits = (words[:, :, None] >> jnp.arange(32)) & 1  # [B, W, 32]
+            return bits.reshape(words.shape[0], -1)[:, : self.size] == 1
+        ids = self.first_id() + jnp.arange(self.width)
+        word = words.at[:, ids >> 5].get(mode="fill", fill_value=0)  # [B, VL]
+        return ((word >> (ids & 31)) & 1 == 1) & (ids < self.size)
+
+    def _over_shards(self, reduce, x: jax.Array) -> jax.Array:
+        return x if self.shards == 1 else reduce(x, AXIS)
+
+
+def whole(x: jax.Array) -> Vocabulary:
+    """That of ``x`` [B, V], all of which is here."""
+    return Vocabulary(x.shape[1])
