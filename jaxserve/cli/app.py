@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import jaxserve
-from jaxserve.cli import converting, evaluating, local, measuring, remote, serving
+from jaxserve.cli import converting, evaluating, launching, local, measuring, remote, serving
 from jaxserve.cli.loading import INTERRUPTED
 
 BAD_INPUT, FAILURE = 2, 1
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(local.generate)
 app.command()(local.chat)
 app.command()(serving.serve)
+app.command()(launching.launch)
 app.add_typer(remote.app, name="client")
 app.command()(local.info)
 app.command()(converting.convert)

@@ -148,6 +148,7 @@ class AsyncEngine:
         self._observer = observer
         self._wake = threading.Condition()  # guards _state and _commands
         self._state: State = "loading"
+        self._has_ended = False
         self._commands: list[tuple[Callable[[EngineCore], Any], Future[Any]]] = []
         self._engine: EngineCore | None = None  # set once; used outside its thread only for facts and make_request
         self._stats: EngineStats | None = None
@@ -283,6 +284,14 @@ class AsyncEngine:
 
     # On any thread.
 
+    def fail(self, error: BaseException) -> None:
+        """Ends everything as if the engine's thread had ended by ``error``: it may never come back from the device."""
+        self._end(error)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._state in ("closed", "failed")
+
     def _post(self, command: Callable[[EngineCore], Any], when: Sequence[State] = ("ready",)) -> Future[Any]:
         """Has the engine thread run ``command(engine)``; fails at once unless the state is one of ``when``."""
         future: Future[Any] = _started_future()
@@ -321,20 +330,18 @@ class AsyncEngine:
             self._stats = engine.stats()
         except BaseException as error:  # whatever it is, it belongs to the caller of ready()
             self._end(error)
-            self._ready.set_exception(error)
             return
         self._engine = engine
         with self._wake:
             if self._state == "loading":
                 self._state = "ready"
-        if self._state == "ready":
-            self._ready.set_result(None)
-        else:
-            self._ready.set_exception(NotServingError("the engine was closed while it was loading"))
+                self._ready.set_result(None)
+            elif not self._ready.done():
+                self._ready.set_exception(NotServingError("the engine was closed while it was loading"))
         failure = None
         try:
             if not self._serve(engine):
-                return  # the watchdog has ended everything; the device is not to be touched again
+                return  # another thread has ended everything; the device is not to be touched again
         except BaseException as error:
             logger.exception("the engine failed")
             failure = error
@@ -343,7 +350,8 @@ class AsyncEngine:
         engine.close()
 
     def _serve(self, engine: EngineCore) -> bool:
-        """Returns when the engine was closed. False: a step took too long, and what it left is not this thread's."""
+        """Returns when the engine was closed. False: another thread has ended everything during a step, and what that
+        left is not this thread's."""
         next_stats = 0.0
         while (commands := self._next_commands(engine)) is not None:
             for command, future in commands:
@@ -358,10 +366,10 @@ class AsyncEngine:
                 try:
                     events = engine.step()
                 except BaseException:
-                    if self._watchdog.end():
+                    if self._watchdog.end() and not self._has_ended:
                         raise
                     return False
-                if not self._watchdog.end():
+                if not self._watchdog.end() or self._has_ended:
                     return False
             ended = any(event.finish_reason is not None for event in events)
             if (now := time.monotonic()) >= next_stats or ended or not engine.has_unfinished():
@@ -373,13 +381,13 @@ class AsyncEngine:
     def _next_commands(self, engine: EngineCore) -> list[tuple[Callable[[EngineCore], Any], Future[Any]]] | None:
         """Commands to run before the next step, sleeping while there is nothing to do. None: the engine was closed."""
         with self._wake:
-            while not self._commands and not engine.has_unfinished() and self._state != "closed":
+            while not self._commands and not engine.has_unfinished() and not self._is_over:
                 for waiter in self._idle_waiters:
                     waiter.set_result(None)
                 self._idle_waiters.clear()
                 self._wake.wait()
             commands, self._commands = self._commands, []
-            if self._state == "closed":
+            if self._is_over:
                 self._commands = commands  # _end refuses them
                 return None
             return commands
@@ -426,14 +434,20 @@ class AsyncEngine:
             engine.abort(request_id)
 
     def _end(self, failure: BaseException | None) -> None:
-        """Leaves nothing waiting: streams, commands and waiters all get an answer. By the engine thread, or by the
-        watchdog while that one is in a step."""
+        """Leaves nothing waiting: streams, commands and waiters all get an answer. By the engine thread, or by another
+        (the watchdog, ``fail``) while that one is in a step. Only the first end counts."""
         with self._wake:
+            if self._has_ended:
+                return
+            self._has_ended = True
             self._state = "closed" if failure is None else "failed"
             commands, self._commands = self._commands, []
+            if failure is not None and not self._ready.done():
+                self._ready.set_exception(failure)
+            self._wake.notify()
         for _, future in commands:
             future.set_exception(NotServingError(f"the engine is {self._state}"))
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):  # of another thread, when it was told to ``fail``
             error = NotServingError("the engine was closed") if failure is None else _failed(failure)
             try:
                 stream.loop.call_soon_threadsafe(stream.fail, error)

@@ -15,12 +15,14 @@ from jaxserve.engine import plan
 from jaxserve.engine.door import Door
 from jaxserve.engine.loop import StepLoop
 from jaxserve.engine.loras import Loras
+from jaxserve.engine.mirror import LeadingRunner
 from jaxserve.execution.dummy import DummyWeights, dummy_params
 from jaxserve.execution.kept import version_folder
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import Progress, Runner
 from jaxserve.execution.step import StageParams
 from jaxserve.model.params import Params, ParamSource, TreeSource, check_params, param_specs
+from jaxserve.multihost.cluster import Cluster
 from jaxserve.parallel.mesh import parallel_config
 from jaxserve.parallel.placed import placed_config
 from jaxserve.scheduler.batch import all_buckets
@@ -72,6 +74,7 @@ def build_parts(
     allocation: Literal["paged", "static"] = "paged",
     compilation_cache_dir: str | Path | None = None,
     on_progress: Progress | None = None,
+    cluster: Cluster | None = None,
 ) -> EngineParts:
     """All parts of an engine, its parameters placed and every step compiled.
 
@@ -105,6 +108,8 @@ def build_parts(
             persistent cache for this process; None leaves the process' own setting. Whoever can write there can run
             code here.
         on_progress: called with (stage, done, total) while loading, compiling and warming up.
+        cluster: the processes whose devices the mesh has, each of which calls this with the same model and options
+            (``cluster.joined``); followers then run a ``mirror.Replica``.
 
     Raises:
         ValueError: an option that does not fit the model or the memory, with both numbers.
@@ -117,6 +122,9 @@ def build_parts(
         _keep_compiled(keep_in)
     lora_modules = lora_modules or {}
     resolved = plan.resolve_mesh(mesh, model_config)
+    if cluster is not None:
+        cluster.begin_building()
+        plan.check_spans_processes(resolved, max_loras or len(lora_modules))
     jnp_dtype = plan.resolve_dtype(dtype, resolved)
     plan.check_cache_dtype(kv_cache_dtype, resolved)
     parallel = parallel_config(resolved)
@@ -149,6 +157,8 @@ def build_parts(
             lora,
             kv_cache_dtype,
         )
+    if cluster is not None:
+        num_pages = cluster.minimum(num_pages)
     cache_config = CacheConfig(
         num_pages=num_pages,
         page_size=page_size,
@@ -164,9 +174,25 @@ def build_parts(
     dims = plan.step_dims(scheduler_config, cache_config, samplings, lora)
     scheduler = Scheduler(cache_config, scheduler_config, dims)
     buckets = all_buckets(scheduler_config)
-    runner = Runner(
-        placed, arrays, cache_config, dims, buckets, resolved, jnp_dtype, samplings, on_progress, lora, keep_in
-    )  # fmt: skip
+    if cluster is not None:
+        keep_in = None  # a program of several processes has only this one's devices: JAX's own cache knows which it is
+    arguments = (
+        placed,
+        arrays,
+        cache_config,
+        dims,
+        buckets,
+        resolved,
+        jnp_dtype,
+        samplings,
+        on_progress,
+        lora,
+        keep_in,
+    )
+    leader = cluster if cluster is not None and cluster.process.leads else None
+    runner = Runner(*arguments) if leader is None else LeadingRunner(leader, *arguments)
+    if cluster is not None:
+        cluster.begin_serving()
     loras = Loras(lora, model_config, runner, scheduler, base_names)
     for name, path in lora_modules.items():
         loras.add(name, loras.read(path))

@@ -14,6 +14,7 @@ from jaxserve.engine.door import Prompt, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.loading import LoadFormat, opened_model
 from jaxserve.engine.loras import PlacedLora
+from jaxserve.engine.mirror import LeadingRunner
 from jaxserve.engine.output import completions_of, embedding_of
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.execution.runner import Progress
@@ -410,7 +411,10 @@ class Engine:
             ValueError: as ``update_params``.
         """
         with opened_model(name_or_path, skip_tokenizer_init=True) as model:
-            return self._placed(model.params)
+            placed = self._placed(model.params)
+        if isinstance(self.loop.runner, LeadingRunner):
+            self.loop.runner.have_loaded(name_or_path)
+        return placed
 
     def _placed(self, params: GivenParams) -> StageParams:
         runner = self.loop.runner

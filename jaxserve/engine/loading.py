@@ -1,5 +1,6 @@
 """From a name or a path to what an engine is built of: config, parameters, tokenizer, and what the model recommends."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from jaxserve.config import ModelConfig
 from jaxserve.execution.dummy import DummyWeights
 from jaxserve.model.params import ParamSource
 from jaxserve.text.tokenizer import Tokenizer
+
+READ_WHOLE = 1 << 20  # bytes of a file in a digest: of a larger one the header, which has the tensors
 
 LoadFormat = Literal["auto", "dummy"]
 
@@ -77,3 +80,28 @@ def opened_model(
             None if skip_tokenizer_init else checkpoint.tokenizer(),
             checkpoint.sampling_defaults if generation_config == "auto" else {},
         )
+
+
+def model_digest(name_or_path: str | Path, *, on_progress: Callable[[str, int, int], None] | None = None) -> str:
+    """Tells two models apart without reading their weights: of the names and sizes of the files, and of the contents
+    of those that are small enough to be read.
+
+    Raises:
+        CheckpointError: nothing is found under that name.
+    """
+    from jaxserve.checkpoint.resolve import resolve_model
+
+    path = resolve_model(name_or_path, on_progress=on_progress)
+    names = [path.name]
+    if path.is_dir():
+        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for name in names:
+        if name.startswith("."):  # notes of whoever downloaded it
+            continue
+        file = path if path.is_file() else path / name
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(READ_WHOLE))
+    return digest.hexdigest()[:16]

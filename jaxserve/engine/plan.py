@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -50,6 +51,17 @@ def resolve_mesh(mesh: Mesh | ParallelConfig | str | None, config: ModelConfig) 
         mesh = ParallelConfig()
     check_mesh(config, parallel_config(mesh) if isinstance(mesh, Mesh) else mesh)
     return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+
+
+def check_spans_processes(mesh: Mesh, max_loras: int) -> None:
+    """Raises ValueError where an engine of several processes cannot use the mesh, or have the adapters."""
+    if mesh.size != jax.device_count():
+        raise ValueError(
+            f"mesh stage={mesh.shape['stage']}, tensor={mesh.shape['tensor']} has {mesh.size} devices, the "
+            f"{jax.process_count()} processes have {jax.device_count()}: it must take all of them"
+        )
+    if max_loras:
+        raise ValueError(f"max_loras={max_loras}: an engine of several processes serves no adapters")
 
 
 def defaults(mesh: Mesh) -> dict:

@@ -33,6 +33,17 @@ READERS = 8  # threads at most; each holds one device's part of one parameter
 OUT_CONTIGUOUS = frozenset({"qkv", "attn_out", "gate_up", "down", "shared_gate_up", "shared_down", "head"})
 
 
+def put_everywhere(array: np.ndarray, replicated: NamedSharding) -> jax.Array:
+    """``array`` on every device of a mesh. Where other processes have some of them, each puts its own, the same.
+
+    Not by ``jax.device_put`` then, which compares the processes' arrays by a collective each time.
+    """
+    if replicated.is_fully_addressable:
+        return jax.device_put(array, replicated)
+    parts = [jax.device_put(array, device) for device in replicated.addressable_devices]
+    return jax.make_array_from_single_device_arrays(array.shape, replicated, parts)
+
+
 def stage_param_formats(config: ModelConfig, mesh: Mesh) -> StageParams:
     """Sharding of each parameter of a ``StageParams``, and its layout in memory where that is not the default.
 
@@ -77,7 +88,8 @@ def place_params(
     copies = copies_of_kv_heads(config, tensor)
     heads = ReplicatedHeads(source, config, copies)
     shapes, formats = stage_param_shapes(placed, num_stages, tensor), stage_param_formats(placed, mesh)
-    is_plain = num_stages == 1 and copies == 1  # a live array may stay on its devices
+    # A live array may stay on its devices.
+    is_plain = num_stages == 1 and copies == 1 and not mesh.is_multi_process
     done, lock = 0, threading.Lock()
 
     def place(name: str, spec: ArraySpec, place_as: Format | NamedSharding) -> jax.Array:

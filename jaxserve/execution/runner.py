@@ -22,6 +22,7 @@ from jaxserve.execution.compile_counter import CompileCounter
 from jaxserve.execution.constraints import Constraints, constraints_shape, constraints_specs, load
 from jaxserve.execution.hidden import SCORE_ROWS, head_params, make_pooler, make_scorer
 from jaxserve.execution.kept import KeptPrograms
+from jaxserve.execution.placement import put_everywhere
 from jaxserve.execution.step import (
     DeviceState,
     StageParams,
@@ -269,7 +270,7 @@ class Runner:
         if "constrained" in self._samplings:
             for num_rows in {b.num_rows for b in buckets}:
                 bits = np.full((num_rows, self._constraint_dims.num_words), -1, np.int32)
-                self._all_allowed[num_rows] = jax.device_put(bits, self._replicated)
+                self._all_allowed[num_rows] = put_everywhere(bits, self._replicated)
             self._held = _zeros(held_shape(self._constraint_dims, mesh))
             self._load = compile_step(lower_load(self._constraint_dims, mesh), mesh)
             self.load_constraints(new_slot(self._constraint_dims)[0])
@@ -375,7 +376,7 @@ class Runner:
             held = self._held
             bits = self._all_allowed[computed.num_rows]
             if allowed is not None:
-                bits = jax.device_put(allowed, self._replicated)
+                bits = put_everywhere(allowed, self._replicated)
         sampler = self._samplers[computed.num_rows, asked]
         free = self._free_outputs[computed.num_rows]
         packed = free.pop() if free else self._new_outputs(computed.num_rows)
@@ -395,7 +396,7 @@ class Runner:
         """
         fields = np.zeros((2, SCORE_ROWS), np.int32)
         fields[0, : len(places)], fields[1, : len(ids)] = places, ids
-        fields = jax.device_put(fields, self._replicated)
+        fields = put_everywhere(fields, self._replicated)
         return self._readers[lower_scorer](head_params(self._params), self._state.hidden, fields)
 
     def read_scores(
@@ -413,7 +414,7 @@ class Runner:
         Returns a handle for ``read_pooled``.
         """
         return self._readers[lower_pooler](
-            head_params(self._params), self._state.hidden, jax.device_put(rows, self._replicated)
+            head_params(self._params), self._state.hidden, put_everywhere(rows, self._replicated)
         )
 
     def read_pooled(self, handle: jax.Array) -> np.ndarray:
@@ -422,7 +423,7 @@ class Runner:
 
     def load_constraints(self, buffer: np.ndarray) -> None:
         """A slot's constraints (``constraint_io.pack_slot``), for the steps dispatched from now on."""
-        self._held = self._load(self._held, jax.device_put(buffer, self._replicated))
+        self._held = self._load(self._held, put_everywhere(buffer, self._replicated))
 
     def read(self, handle: jax.Array) -> StepOutputs:
         """Waits for a dispatched step and copies its outputs to the host, once for each handle."""
@@ -431,7 +432,7 @@ class Runner:
         return outputs
 
     def _new_outputs(self, num_rows: int) -> jax.Array:
-        return jax.device_put(np.zeros(outputs_shape(num_rows, self.dims), np.int32), self._replicated)
+        return put_everywhere(np.zeros(outputs_shape(num_rows, self.dims), np.int32), self._replicated)
 
     def update_params(self, params: StageParams) -> None:
         """Other weights from the next dispatch on; steps dispatched before keep theirs. Nothing is compiled.
@@ -452,7 +453,7 @@ class Runner:
 
     def write_adapter(self, one: StageAdapters, slot: int) -> None:
         """An adapter (``adapters.place_adapter``) into ``slot``, for the steps dispatched from now on."""
-        number = jax.device_put(np.int32(slot), self._replicated)
+        number = put_everywhere(np.asarray(slot, np.int32), self._replicated)
         self._adapters = self._write_slot(self._adapters, one, number)
 
     def close(self) -> None:

@@ -26,7 +26,24 @@ def parse_mesh(text: str) -> ParallelConfig:
 
 
 def check_mesh(config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises ValueError, with both numbers, where the model does not divide over the mesh.
+    """Raises ValueError, with both numbers and what would fit, where the model does not divide over the mesh."""
+    misfit = _misfit(config, parallel)
+    if misfit is not None:
+        num_devices = parallel.stage * parallel.tensor
+        fitting = [f"stage={p.stage},tensor={p.tensor}" for p in fitting_meshes(config, num_devices)]
+        raise ValueError(f"{misfit}; of {num_devices} devices {' or '.join(fitting) or 'no mesh'} would fit")
+
+
+def fitting_meshes(config: ModelConfig, num_devices: int) -> list[ParallelConfig]:
+    """All meshes of so many devices over which the model divides, the most ``tensor`` first."""
+    meshes = [
+        ParallelConfig(stage=n, tensor=num_devices // n) for n in range(1, num_devices + 1) if not num_devices % n
+    ]
+    return [mesh for mesh in meshes if _misfit(config, mesh) is None]
+
+
+def _misfit(config: ModelConfig, parallel: ParallelConfig) -> str | None:
+    """What does not divide over the mesh, with both numbers.
 
     Kv heads fewer than ``tensor`` are given to several devices each, which share out their query heads.
     """
@@ -43,7 +60,8 @@ def check_mesh(config: ModelConfig, parallel: ParallelConfig) -> None:
         sizes.append(("moe.shared_intermediate_size", moe.shared_intermediate_size, "tensor", parallel.tensor))
     for name, size, axis, ways in sizes:
         if size % ways:
-            raise ValueError(f"{name}={size} is not divisible by {axis}={ways}")
+            return f"{name}={size} is not divisible by {axis}={ways}"
+    return None
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:

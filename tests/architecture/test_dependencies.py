@@ -19,6 +19,7 @@ IMPORT_NAMES = {
     "huggingface-hub": "huggingface_hub",
     "prometheus-client": "prometheus_client",
     "protobuf": "google",
+    "pyyaml": "yaml",
 }  # distribution -> top-level module, where they differ
 
 LOADED_BY_OTHERS = {"websockets"}  # by uvicorn, which does not ask for it

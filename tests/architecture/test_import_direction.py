@@ -11,6 +11,7 @@ ROOMS = {
     "jaxserve.text": "host wing",
     "jaxserve.cache.pool": "host wing",
     "jaxserve.scheduler": "host wing",
+    "jaxserve.multihost": "host wing",
     "jaxserve.cache.pages": "device wing",
     "jaxserve.parallel": "device wing",
     "jaxserve.model": "device wing",

@@ -1,0 +1,37 @@
+"""Engines over the devices of several processes say what one process with one device says."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.multihost.conftest import free_port, processes
+from tests.multihost.worker import build, work
+
+
+@cache
+def expected() -> dict[str, Any]:
+    with build() as engine:
+        return work(engine)
+
+
+START_S = 280.0  # a busy machine compiles slowly
+
+
+# Two processes have one half of every layer each, then half of the layers each; four have quarters of layers, too.
+@pytest.mark.timeout(START_S + 20)
+@pytest.mark.parametrize(("count", "meshes"), [(2, "tensor=4;stage=2,tensor=2"), (4, "stage=2,tensor=4")])
+def test_several_processes_say_the_same(count: int, meshes: str, tmp_path: Path):
+    out, port = tmp_path / "found.json", free_port()
+    commands = [["tests.multihost.worker", *map(str, (i, count, port, meshes, out))] for i in range(count)]
+    with processes(*commands) as started:
+        assert expected()["preempted"]
+        assert expected()["cached"][0] > 0
+        ends = [(process.communicate(timeout=START_S)[0], process.returncode) for process in started]
+    assert [status for _, status in ends] == [0] * count, ends
+    found = json.loads(out.read_text())
+    assert set(found) == set(meshes.split(";"))
+    for mesh, said in found.items():
+        assert said == expected(), mesh

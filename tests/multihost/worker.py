@@ -1,0 +1,89 @@
+"""One process of a cluster that serves the tiny model.
+
+    python -m tests.multihost.worker INDEX COUNT PORT MESHES OUT
+
+builds an engine for each mesh of MESHES (";" between them), has it do ``work`` and, where it leads, writes what came.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.joining import follow, joined, leave_cluster
+from jaxserve.model.params import init_params
+from jaxserve.multihost.cluster import Timeouts
+from jaxserve.multihost.process import Process
+from jaxserve.request import SamplingParams
+from tests import tiny
+
+CONFIG = replace(tiny.CONFIG, num_layers=2)
+# Pages for 120 tokens: four long sequences do not fit together, so that some are preempted. Few shapes to compile.
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 96,
+    "max_num_seqs": 4,
+    "num_pages": 30,
+    "page_size": 4,
+    "prefill_sizes": (16,),
+    "decode_sizes": (4,),
+    "max_prefill_rows": 1,
+    "samplings": ("constrained",),
+}
+TOKEN = b"secret"
+
+
+def build(**options: Any) -> Engine:
+    params = init_params(CONFIG, jax.random.key(7))
+    return Engine.from_params(CONFIG, params, tiny.tokenizer(), **(OPTIONS | options))
+
+
+def work(engine: Engine) -> dict[str, Any]:
+    """What comes of mixed requests: shared prefixes, preemption, sampling, penalties, scores, an abort, embedding."""
+    shared = list(range(2, 34))
+    prompts = [*tiny.prompts(4, seed=3), shared, shared]
+    params = [
+        SamplingParams(max_tokens=40, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=24, temperature=1, seed=5, top_k=20, ignore_eos=True),
+        SamplingParams(max_tokens=12, temperature=0, repetition_penalty=1.5),
+        SamplingParams(max_tokens=33, temperature=0.7, seed=9, logprobs=2, ignore_eos=True),
+        SamplingParams(max_tokens=40, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=20, temperature=0, prompt_logprobs=1, logit_bias={40: 3.0}),
+    ]
+    together = engine.generate(prompts, params)
+    stream = engine.stream(prompts[0], params[0])
+    begun = [next(stream).token_id for _ in range(2)]
+    del stream  # aborts it
+    again = engine.generate(prompts[4:], params[4])
+    (embedding,) = engine.embed([shared])
+    scores = [best.logprob for best in together[5].prompt_logprobs or () if best is not None]
+    stats = engine.stats()
+    return {
+        "tokens": [c.token_ids for c in together + again] + [begun],
+        "cached": [c.cached_tokens for c in again],
+        "numbers": [round(float(x), 3) for x in (*embedding.values, *scores)],
+        "preempted": stats.num_preemptions > 0,
+        "recompilations": stats.recompilations_after_ready,
+    }
+
+
+def main(index: int, count: int, port: int, meshes: str, out: Path) -> None:
+    process = Process(index, count, f"127.0.0.1:{port}")
+    cluster = joined(process, {"mesh": meshes}, TOKEN, Timeouts(start_s=60, heartbeat_s=20))
+    found = {}
+    for mesh in meshes.split(";"):
+        with build(mesh=mesh, cluster=cluster) as engine:
+            if process.leads:
+                found[mesh] = work(engine)
+            else:
+                follow(engine, cluster)
+    leave_cluster(cluster)
+    if process.leads:
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
