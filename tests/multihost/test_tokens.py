@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from tests.multihost.conftest import free_port, processes
-from tests.multihost.worker import build, work
+from tests.multihost.worker import Checkpoint, build, work
 
 
 @cache
 def expected() -> dict[str, Any]:
-    with build() as engine:
-        return work(engine)
+    checkpoint = Checkpoint()
+    with build(checkpoint) as engine:
+        return work(engine) | {"bytes": sum(checkpoint.sizes)}
 
 
 START_S = 280.0  # a busy machine compiles slowly
@@ -33,5 +34,12 @@ def test_several_processes_say_the_same(count: int, meshes: str, tmp_path: Path)
     assert [status for _, status in ends] == [0] * count, ends
     found = json.loads(out.read_text())
     assert set(found) == set(meshes.split(";"))
+    whole = expected()["bytes"]
     for mesh, said in found.items():
-        assert said == expected(), mesh
+        assert said | {"bytes": whole} == expected(), mesh
+        # Each read what its devices hold, and that is little more than its share: norms are everywhere, and with stages
+        # the embedding is.
+        for index in range(count):
+            sizes = json.loads((tmp_path / f"sizes{index}.json").read_text())[mesh]
+            assert 0.98 * sizes["own"] <= sizes["read"] <= sizes["own"]  # the vocabulary is padded by zeros
+            assert sizes["read"] < (0.52 if mesh == "tensor=4" else 0.8) * whole

@@ -3,6 +3,7 @@
     python -m tests.multihost.worker INDEX COUNT PORT MESHES OUT
 
 builds an engine for each mesh of MESHES (";" between them), has it do ``work`` and, where it leads, writes what came.
+Each writes beside it how much it read of the checkpoint.
 """
 
 import json
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.joining import follow, joined, leave_cluster
-from jaxserve.model.params import init_params
+from jaxserve.model.params import TreeSource, init_params
 from jaxserve.multihost.cluster import Timeouts
 from jaxserve.multihost.process import Process
 from jaxserve.request import SamplingParams
@@ -36,9 +38,27 @@ OPTIONS: dict[str, Any] = {
 TOKEN = b"secret"
 
 
-def build(**options: Any) -> Engine:
-    params = init_params(CONFIG, jax.random.key(7))
-    return Engine.from_params(CONFIG, params, tiny.tokenizer(), **(OPTIONS | options))
+class Checkpoint:
+    """A ``ParamSource`` that counts what is read of it."""
+
+    def __init__(self):
+        self.sizes: list[int] = []  # bytes; readers are threads
+        self._source = TreeSource(init_params(CONFIG, jax.random.key(7)), CONFIG)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        part = self._source.read(name, index)
+        self.sizes.append(part.nbytes)
+        return part
+
+
+def build(checkpoint: Checkpoint, **options: Any) -> Engine:
+    return Engine.from_params(CONFIG, checkpoint, tiny.tokenizer(), **(OPTIONS | options))
+
+
+def own_bytes(engine: Engine) -> int:
+    """Of the parameters' parts that this process' devices have, each counted once."""
+    leaves = jax.tree.leaves(engine.loop.runner._params)
+    return sum(sum({str(s.index): s.data.nbytes for s in leaf.addressable_shards}.values()) for leaf in leaves)
 
 
 def work(engine: Engine) -> dict[str, Any]:
@@ -73,14 +93,17 @@ def work(engine: Engine) -> dict[str, Any]:
 def main(index: int, count: int, port: int, meshes: str, out: Path) -> None:
     process = Process(index, count, f"127.0.0.1:{port}")
     cluster = joined(process, {"mesh": meshes}, TOKEN, Timeouts(start_s=60, heartbeat_s=20))
-    found = {}
+    found, sizes = {}, {}
     for mesh in meshes.split(";"):
-        with build(mesh=mesh, cluster=cluster) as engine:
+        checkpoint = Checkpoint()
+        with build(checkpoint, mesh=mesh, cluster=cluster) as engine:
+            sizes[mesh] = {"read": sum(checkpoint.sizes), "own": own_bytes(engine)}
             if process.leads:
                 found[mesh] = work(engine)
             else:
                 follow(engine, cluster)
     leave_cluster(cluster)
+    out.with_name(f"sizes{index}.json").write_text(json.dumps(sizes))
     if process.leads:
         out.write_text(json.dumps(found))
 
