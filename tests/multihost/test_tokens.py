@@ -41,5 +41,6 @@ def test_several_processes_say_the_same(count: int, meshes: str, tmp_path: Path)
         # the embedding is.
         for index in range(count):
             sizes = json.loads((tmp_path / f"sizes{index}.json").read_text())[mesh]
-            assert 0.98 * sizes["own"] <= sizes["read"] <= sizes["own"]  # the vocabulary is padded by zeros
+            # The vocabulary is padded by zeros; a norm that is on all devices of a stage is read for each.
+            assert 0.98 * sizes["own"] <= sizes["read"] <= 1.01 * sizes["own"]
             assert sizes["read"] < (0.52 if mesh == "tensor=4" else 0.8) * whole
