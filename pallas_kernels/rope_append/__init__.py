@@ -1,4 +1,4 @@
-"""What lies between the product that makes queries, keys and values and attention: rotation, and append to the pages."""
+"""From the product that makes queries, keys and values to attention: norm and rotation, and the append to the pages."""
 
 import jax
 

@@ -7,6 +7,7 @@ in two loads of the same layout: nothing moves between threads but the sums of s
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -22,6 +23,23 @@ mgpu: Any = mosaic
 _LANES, _WARPS = 32, 4  # of a warpgroup
 _VECTOR = 8  # elements of 16 bits that a thread moves at once, at most
 _MAX_ELEMENTS = 256  # of a token that a thread may hold: more than this and registers spill
+
+
+def needs(
+    *,
+    k_heads: int,
+    group: int,
+    head_dim: int,
+    rotary_dims: Collection[int],
+    interleaved: bool,
+    dtype: Any,
+    kv_dtype: Any,
+) -> frozenset[str] | None:
+    """What these shapes need of the kernel, in the words of ``dispatch.MOSAIC_GPU_CHECKED``; None where it does not
+    take them. ``rotary_dims`` are those of all layers, 0 where nothing turns; ``interleaved`` if any layer's pairs are.
+    """
+    refused = [refusal(k_heads, group, head_dim, r, dtype, kv_dtype, interleaved) for r in rotary_dims]
+    return None if any(refused) else frozenset({"rope_append", f"rope_append head_dim {head_dim}"})
 
 
 def refusal(
