@@ -32,6 +32,7 @@ from jaxserve.execution.step import (
     state_specs,
 )
 from jaxserve.execution.vocabulary import Vocabulary
+from jaxserve.model import layers
 from jaxserve.model.params import named_leaves
 from jaxserve.parallel import specs
 from jaxserve.step_io import (
@@ -102,6 +103,7 @@ def lower_step(
         sinks=config.attn_sinks,
         value_dim=config.mla and config.mla.kv_lora_rank,
     )
+    tensor = mesh.shape["tensor"]
     step = make_step(
         config,
         mesh,
@@ -109,6 +111,7 @@ def lower_step(
         dims,
         attention=dispatch.best(device, hopper=hopper),
         grouped_matmul=dispatch.best_grouped_matmul(device),
+        rope_append=dispatch.best(device, hopper=layers.rope_append_needs(config, tensor, state.kv_pages[0].dtype)),
         params_specs=jax.tree.map(lambda x: x.sharding.spec, params),
         adapter_specs=jax.tree.map(lambda x: x.sharding.spec, adapters),
     )

@@ -156,6 +156,7 @@ def make_step(
     *,
     attention: Implementation,
     grouped_matmul: Implementation,
+    rope_append: Implementation,
     params_specs: StageParams | None = None,
     adapter_specs: StageAdapters | None = None,
 ) -> Callable[..., tuple[DeviceState, jax.Array]]:
@@ -166,7 +167,7 @@ def make_step(
     were placed; None: those of ``stage_param_specs``. ``adapters`` are a ``StageAdapters`` of ``adapter_specs``, or
     both are None: no token of the step has one.
     """
-    static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul)
+    static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul, rope_append)
 
     def step(params: StageParams, state: DeviceState, adapters: StageAdapters | None) -> tuple[DeviceState, jax.Array]:
         inputs = unpack(state.inputs, input_shapes(bucket, dims))

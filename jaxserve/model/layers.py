@@ -3,7 +3,7 @@
 Shapes are those of one device: K and N count its own heads, F its own columns.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jaxserve.model.lora import Lora
 from jaxserve.model.params import LayerParams
 from jaxserve.model.rope import apply_rope
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import paged_attention, query_rows
+from pallas_kernels.rope_append import gpu as hopper_rope_append
+from pallas_kernels.rope_append import rope_append
 
 
 class StaticContext(NamedTuple):
@@ -28,6 +30,7 @@ class StaticContext(NamedTuple):
     num_decode_rows: int  # BD
     attention: Implementation  # of the paged attention kernel
     grouped_matmul: Implementation  # of the experts' product
+    rope_append: Implementation  # of norm, rotation and append; "reference" is what XLA makes of ``rotated``
 
 
 class LayerKind(NamedTuple):
@@ -50,6 +53,27 @@ class AttentionContext(NamedTuple):
 
 def layer_kind(config: ModelConfig, layer: int) -> LayerKind:
     return LayerKind(config.window(layer), config.rope(layer), config.is_moe(layer))
+
+
+def rope_append_needs(config: ModelConfig, tensor: int, cache_dtype: jnp.dtype) -> frozenset[str] | None:
+    """The variants that all layers need of the Hopper kernel that norms, rotates and appends, on each of ``tensor``
+    devices; None if there is one that it does not take.
+
+    ``cache_dtype`` is that of the pages: what is computed has it too, or they are quantized and not taken.
+    """
+    if config.mla is not None or config.qk_norm == "full":
+        return None
+    indices = {config.rope(layer) for layer in range(config.num_layers)}
+    ropes = [None if i is None else config.ropes[i] for i in indices]
+    return hopper_rope_append.needs(
+        k_heads=config.num_kv_heads // tensor,
+        group=config.num_heads // config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary_dims=[0 if rope is None else rope.rotary_dim or config.head_dim for rope in ropes],
+        interleaved=any(rope is not None and rope.interleaved for rope in ropes),
+        dtype=cache_dtype,
+        kv_dtype=cache_dtype,
+    )
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig, eps: float | None = None) -> jax.Array:
@@ -97,6 +121,55 @@ def attention(
     qkv = linear(x, p.qkv.reshape(k * width * h, d), bias).reshape(t, k, width, h)
     if lora is not None:
         qkv = qkv + adapters.qkv_update(lora, x)
+    in_rows = None  # queries of a kv head, where they lie in rows of their own
+    if static.rope_append == "reference":
+        q, kv_pages = rotated(p, kv_pages, qkv, ctx, config, kind)
+    else:
+        # Where all are decode rows, the queries are laid out as attention reads them.
+        q_rows = query_rows(group, static.attention) if ctx.prefill_cu_q_lens.shape[0] == 1 else None
+        in_rows = None if q_rows is None else group
+        q, kv_pages = rope_append(
+            qkv,
+            None if kind.rope is None else jax.tree.map(lambda x: x[:, 0], ctx.ropes[kind.rope]),
+            kv_pages,
+            ctx.kv_write_index,
+            p.q_norm,
+            p.k_norm,
+            norm_eps=config.norm_eps,
+            norm_offset=config.norm_offset,
+            q_rows=q_rows,
+            implementation=static.rope_append,
+        )
+    values, scales = pages.values_and_scales(kv_pages)
+    out = paged_attention(
+        q,
+        values,
+        ctx.page_table,
+        ctx.kv_lens,
+        ctx.prefill_cu_q_lens,
+        num_decode_rows=static.num_decode_rows,
+        sm_scale=h**-0.5 if config.attn_scale is None else config.attn_scale,
+        group=in_rows,
+        window=kind.window,
+        softcap=config.attn_softcap,
+        sinks=None if p.sinks is None else p.sinks.reshape(-1),
+        kv_scales=scales,
+        implementation=static.attention,
+    )  # [T, N, H]
+    return attention_output(p, out, lora), kv_pages
+
+
+def rotated(
+    p: LayerParams,
+    kv_pages: Any,
+    qkv: jax.Array,
+    ctx: AttentionContext,
+    config: ModelConfig,
+    kind: LayerKind,
+) -> tuple[jax.Array, Any]:
+    """Queries [T, N, H] of ``qkv`` [T, K, G + 2, H], normed and turned, and the pages with its keys and values."""
+    t, k, width, h = qkv.shape
+    group = width - 2
     q, key = qkv[:, :, :group], qkv[:, :, group]  # [T, K, G, H], [T, K, H]
     if config.qk_norm == "head":
         q, key = rms_norm(q, p.q_norm, config), rms_norm(key, p.k_norm, config)
@@ -108,23 +181,7 @@ def attention(
         q = apply_rope(q, ctx.ropes[kind.rope], interleaved=interleaved)
         key = apply_rope(key, ctx.ropes[kind.rope], interleaved=interleaved)
     kv = jnp.stack([key, qkv[:, :, group + 1]], axis=2)  # [T, K, 2, H]
-    kv_pages = pages.append(kv_pages, kv, ctx.kv_write_index)
-    values, scales = pages.values_and_scales(kv_pages)
-    out = paged_attention(
-        q,
-        values,
-        ctx.page_table,
-        ctx.kv_lens,
-        ctx.prefill_cu_q_lens,
-        num_decode_rows=static.num_decode_rows,
-        sm_scale=h**-0.5 if config.attn_scale is None else config.attn_scale,
-        window=kind.window,
-        softcap=config.attn_softcap,
-        sinks=None if p.sinks is None else p.sinks.reshape(-1),
-        kv_scales=scales,
-        implementation=static.attention,
-    )  # [T, N, H]
-    return attention_output(p, out, lora), kv_pages
+    return q, pages.append(kv_pages, kv, ctx.kv_write_index)
 
 
 def attention_output(p: LayerParams, out: jax.Array, lora: Lora | None) -> jax.Array:

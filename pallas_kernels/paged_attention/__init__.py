@@ -8,6 +8,12 @@ from pallas_kernels.paged_attention import gpu, reference
 _IMPLEMENTATIONS = {"reference": reference.paged_attention, "mosaic_gpu": gpu.paged_attention}
 
 
+def query_rows(group: int, implementation: dispatch.Implementation | None) -> int | None:
+    """QR, the rows that a kv head of ``group`` queries has best where a batch has only decode rows; None: ``[T, N, H]``
+    is as good."""
+    return gpu.query_rows(group) if implementation == "mosaic_gpu" else None
+
+
 def paged_attention(
     q: jax.Array,
     kv_pages: jax.Array,
@@ -17,6 +23,7 @@ def paged_attention(
     *,
     num_decode_rows: int,
     sm_scale: float,
+    group: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
@@ -33,7 +40,7 @@ def paged_attention(
     ``0 .. kv_len - n + i``.
 
     Args:
-        q: ``[T, N, H]``.
+        q: ``[T, N, H]``; with ``group`` ``[T, K, QR, H]``.
         kv_pages: ``[NP, K, 2, PS, H]``; K and V of one page and head adjacent. With ``value_dim`` it is
             ``[NP, K, 1, PS, H]``. Contents of pages, or parts of pages, that no row reaches may be anything, NaN
             included.
@@ -42,6 +49,8 @@ def paged_attention(
         prefill_cu_q_lens: ``[BP + 1]`` int32, ascending.
         num_decode_rows: BD.
         sm_scale: factor on the scores before the softmax.
+        group: queries of a kv head, the first of the QR rows it then has in ``q``: the others may hold anything, NaN
+            included (``query_rows``). None: ``q`` has only queries.
         window: keys that a query sees, its own included, counted back from it (sliding window); None: all.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2); None: they stay.
         sinks: ``[N]``; a logit of each head that takes part in the softmax and has no value (GPT-OSS); None: no sinks.
@@ -58,8 +67,11 @@ def paged_attention(
     Raises:
         ValueError: shapes that do not fit each other, with both numbers.
     """
-    num_tokens, num_heads, head_dim = q.shape
     _, num_kv_heads, planes, _, kv_head_dim = kv_pages.shape
+    if group is not None and (q.ndim != 4 or q.shape[1] != num_kv_heads or not 0 < group <= q.shape[2]):
+        raise ValueError(f"group={group}: q {q.shape} must be [T, K={num_kv_heads}, QR, H] with at least as many rows")
+    num_tokens, *_, head_dim = q.shape
+    num_heads = q.shape[1] if group is None else num_kv_heads * group
     num_rows, num_prefill_rows = page_table.shape[0], prefill_cu_q_lens.shape[0] - 1
     want_planes = 2 if value_dim is None else 1
     if planes != want_planes or kv_head_dim != head_dim:
@@ -89,6 +101,7 @@ def paged_attention(
         prefill_cu_q_lens,
         num_decode_rows=num_decode_rows,
         sm_scale=sm_scale,
+        group=group,
         window=window,
         softcap=softcap,
         sinks=sinks,

@@ -34,6 +34,11 @@ def needs(
     )
 
 
+def query_rows(group: int) -> int:
+    """As ``pallas_kernels.paged_attention.query_rows``."""
+    return gpu_decode.query_rows(group)
+
+
 def paged_attention(
     q: jax.Array,  # [T, N, H]
     kv_pages: jax.Array,  # [NP, K, 2, PS, H]
@@ -43,6 +48,7 @@ def paged_attention(
     *,
     num_decode_rows: int,
     sm_scale: float,
+    group: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
@@ -57,8 +63,12 @@ def paged_attention(
     variant: dict[str, Any] = {"sm_scale": sm_scale, "window": window, "softcap": softcap, "sinks": sinks}
     bd = num_decode_rows
     decoded = chunks = None
+    if page_table.shape[0] > bd and group is not None:
+        q, group = reference.queries(q, group), None
     if bd:
-        decoded = gpu_decode.decode_attention(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], **variant)  # [BD, N, H]
+        decoded = gpu_decode.decode_attention(
+            q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], group=group, **variant
+        )  # [BD, N, H]
     if page_table.shape[0] > bd:
         chunks = gpu_prefill.prefill_attention(
             q, kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, **variant

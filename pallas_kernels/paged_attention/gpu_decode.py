@@ -67,11 +67,20 @@ def refusal(
     return None
 
 
+def query_rows(group: int) -> int:
+    """Rows of ``group`` queries: the copy engine moves multiples of 8 of a swizzled tile.
+
+    What the rows behind them hold reaches no other row: products, softmax, parts and their combination go row by row,
+    and only the first ``group`` are stored.
+    """
+    return -(-group // 8) * 8
+
+
 def _loop(upper: Any, body: Any, init: Any) -> Any:
     return lax.fori_loop(jnp.int32(0), upper, body, init)
 
 
-@functools.partial(jax.jit, static_argnames=("sm_scale", "window", "softcap", "tuning", "interpret"))
+@functools.partial(jax.jit, static_argnames=("sm_scale", "group", "window", "softcap", "tuning", "interpret"))
 def decode_attention(
     q: jax.Array,
     kv_pages: jax.Array,
@@ -79,6 +88,7 @@ def decode_attention(
     kv_lens: jax.Array,
     *,
     sm_scale: float,
+    group: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
@@ -88,30 +98,34 @@ def decode_attention(
     """Attention of one query a row; arguments as of ``paged_attention``, all rows being decode rows.
 
     Args:
-        q: ``[B, N, H]`` bfloat16; H is one of ``HEAD_DIMS``, at most 64 query heads a kv head.
+        q: ``[B, N, H]`` bfloat16; H is one of ``HEAD_DIMS``, at most 64 query heads a kv head. With ``group``
+            ``[B, K, query_rows(group), H]``, which spares a copy.
         kv_pages: ``[NP, K, 2, PS, H]`` bfloat16; PS is a multiple of 8 that divides the tile (64), or a multiple of it.
         page_table: ``[B, MP]`` int32.
         kv_lens: ``[B]`` int32; 0 gives zeros.
-        window, softcap, sinks: as of ``paged_attention``.
+        group, window, softcap, sinks: as of ``paged_attention``.
         tuning: None takes the defaults.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
     Returns:
         ``[B, N, H]``.
     """
-    b, n, h = q.shape
+    b, *_, h = q.shape
     t = tuning or default_tuning(h)
     k_heads, page_size = kv_pages.shape[1], kv_pages.shape[3]
-    group = n // k_heads
+    is_in_rows = group is not None
+    group = group if group is not None else q.shape[1] // k_heads
+    n, q_rows = k_heads * group, query_rows(group)
     if why := refusal(h, page_size, group, q.dtype, kv_pages.dtype, t):
         raise ValueError(why)
     # The same in every layer of a step that has the same window: XLA keeps one.
     plan = gpu_split.make_plan(kv_lens, page_table, page_size, k_heads, t, window)
     if sinks is not None:  # [K, 64], in units of log2
         sinks = jnp.pad(sinks.astype(jnp.float32).reshape(k_heads, group) * _LOG2E, ((0, 0), (0, _ROWS - group)))
-    # The copy engine moves multiples of 8 rows of a swizzled tile. XLA writes the padding with what produces q.
-    q_rows = -(-group // 8) * 8
-    q = jnp.pad(q.reshape(b, k_heads, group, h), ((0, 0), (0, 0), (0, q_rows - group), (0, 0)))
+    if is_in_rows and q.shape[2] != q_rows:
+        raise ValueError(f"q {q.shape} must have {q_rows} rows for {group} queries a kv head")
+    if not is_in_rows:  # XLA writes the padding with what produces q
+        q = jnp.pad(q.reshape(b, k_heads, group, h), ((0, 0), (0, 0), (0, q_rows - group), (0, 0)))
     out, parts, lse = _attend(
         q, kv_pages, page_table, kv_lens, plan, sinks, group, sm_scale, window, softcap, t, interpret
     )

@@ -26,6 +26,7 @@ def paged_attention(
     *,
     num_decode_rows: int,
     sm_scale: float,
+    group: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,  # [N]
@@ -33,6 +34,7 @@ def paged_attention(
     kv_scales: jax.Array | None = None,  # [NP, K, 2, PS]
 ) -> jax.Array:  # [T, N, H], or [T, N, value_dim]
     """See ``pallas_kernels.paged_attention.paged_attention``."""
+    q = queries(q, group)
     attend = functools.partial(
         _attend,
         kv_pages=kv_pages,
@@ -50,6 +52,11 @@ def paged_attention(
     if page_table.shape[0] > bd:
         chunks = _attend_chunks(attend, q, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens)  # [T, N, H]
     return merged(decoded, chunks, prefill_cu_q_lens)
+
+
+def queries(q: jax.Array, group: int | None) -> jax.Array:
+    """``[T, N, H]`` of queries that lie in rows, ``group`` a kv head, as ``paged_attention`` takes them."""
+    return q if group is None else q[:, :, :group].reshape(q.shape[0], -1, q.shape[-1])
 
 
 def merged(decoded: jax.Array | None, chunks: jax.Array | None, cu_q_lens: jax.Array) -> jax.Array:

@@ -35,6 +35,17 @@ class ProductCase(NamedTuple):
     spilled_bytes: int = 0
 
 
+class AppendCase(NamedTuple):
+    """Rotation and append of 16 tokens."""
+
+    num_kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    rotary_dim: int = 128
+    norms: bool = False
+    q_rows: int | None = 8
+
+
 class StepCase(NamedTuple):
     """One bucket's step."""
 
@@ -42,6 +53,7 @@ class StepCase(NamedTuple):
     bucket: Bucket
     captures_collectives: bool = False  # compiled with an option that the engine does not set
     max_loras: int = 0  # adapters that its tokens may have
+    rope_append: bool = False  # rotation and append by their own kernel, whether or not dispatch has it
 
 
 CHUNK_TOKENS = 512  # TP of a prefill kernel
@@ -95,6 +107,18 @@ PRODUCTS = {
     "int8-dequantized": ProductCase(1024, bits=8),
 }
 
+APPENDS = {
+    "append": AppendCase(),
+    "append-for-prompts": AppendCase(q_rows=None),
+    "append-1-head": AppendCase(num_kv_heads=1, group=8),
+    "append-8-heads-of-64": AppendCase(group=8, head_dim=64, rotary_dim=64),
+    "append-3-heads-of-64": AppendCase(num_kv_heads=3, group=3, head_dim=64, rotary_dim=64),
+    "append-heads-of-256-norms": AppendCase(num_kv_heads=8, group=2, head_dim=256, rotary_dim=256, norms=True),
+    "append-heads-of-96": AppendCase(num_kv_heads=32, group=1, head_dim=96, rotary_dim=96),
+    "append-part-turns-norms": AppendCase(num_kv_heads=4, group=8, rotary_dim=64, norms=True),
+    "append-nothing-turns": AppendCase(rotary_dim=0),
+}
+
 MODEL = "llama-3.1-8b"
 NUM_LAYERS = 2  # layers are unrolled and all alike: two show what happens inside one and between two
 DECODE, PREFILL, MIXED = Bucket(32, 0, 0), Bucket(0, 512, 16), Bucket(32, 512, 16)
@@ -104,5 +128,9 @@ STEPS = {
     for name, bucket in (("decode", DECODE), ("prefill", PREFILL), ("mixed", MIXED))
 }
 STEPS["tensor-1-decode-loras"] = StepCase(1, DECODE, max_loras=4)
+STEPS |= {
+    f"tensor-{tensor}-{name}-append": StepCase(tensor, bucket, rope_append=True)
+    for tensor, name, bucket in ((1, "decode", DECODE), (1, "mixed", MIXED), (2, "decode", DECODE))
+}
 STEPS["tensor-1-one-row"] = StepCase(1, Bucket(1, 0, 0))
 STEPS["tensor-2-decode-collectives-captured"] = StepCase(2, DECODE, captures_collectives=True)

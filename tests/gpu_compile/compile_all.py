@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,19 +30,23 @@ from jaxserve.model.params import named_leaves
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.parallel.placed import placed_config
 from jaxserve.step_io import StepDims
+from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import gpu_product
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
 from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
 from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
 from pallas_kernels.paged_attention.gpu_split import Tuning
+from pallas_kernels.rope_append.gpu import rope_append
 from tests.gpu_compile import hlo, hopper
 from tests.gpu_compile.cases import (
+    APPENDS,
     CHUNK_TOKENS,
     KERNELS,
     MODEL,
     NUM_LAYERS,
     PRODUCTS,
     STEPS,
+    AppendCase,
     KernelCase,
     ProductCase,
     StepCase,
@@ -114,6 +119,32 @@ def compile_product(case: ProductCase) -> dict[str, Any]:
     return assembled(with_output(lambda: multiply.lower(*arguments).compile())[1])
 
 
+def compile_append(case: AppendCase) -> dict[str, Any]:
+    sharding = jax.sharding.SingleDeviceSharding(hopper.devices(1)[0])
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    tokens, k, h = 16, case.num_kv_heads, case.head_dim
+    table = shape((tokens, case.rotary_dim // 2), jnp.float32)
+    norm = shape((h,), jnp.bfloat16) if case.norms else None
+    arguments = [
+        shape((tokens, k, case.group + 2, h), jnp.bfloat16),
+        (table, table) if case.rotary_dim else None,
+        shape((NUM_PAGES, k, 2, PAGE_SIZE, h), jnp.bfloat16),
+        shape((tokens,), jnp.int32),
+        norm,
+        norm,
+    ]
+    append = functools.partial(rope_append, norm_eps=1e-5, norm_offset=1.0, q_rows=case.q_rows)
+    lowered = jax.jit(lambda *x: append(*x), donate_argnums=2).lower(*arguments)
+    compiled, log = with_output(lowered.compile)
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return assembled(log) | {
+        "alias_bytes": analysis.alias_size_in_bytes,
+        "temp_bytes": analysis.temp_size_in_bytes,
+        "cache_bytes": NUM_PAGES * k * 2 * PAGE_SIZE * h * 2,
+    }
+
+
 def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     mesh = make_mesh(ParallelConfig(tensor=case.tensor), hopper.devices(case.tensor))
     config = placed_config(replace(read_shape(MODEL), num_layers=NUM_LAYERS), case.tensor, MAX_MODEL_LEN)
@@ -138,7 +169,11 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     adapters = None
     if case.max_loras:
         adapters = adapters_shape(config, LoraConfig(max_loras=case.max_loras), mesh, jnp.dtype("bfloat16"))
-    lowered = lower_step(config, params, state, dims, case.bucket, mesh, adapters)
+    checked = {name for name in dispatch.MOSAIC_GPU_CHECKED if not name.startswith("rope_append")}
+    if case.rope_append:
+        checked |= {"rope_append", f"rope_append head_dim {config.head_dim}"}
+    with mock.patch.object(dispatch, "MOSAIC_GPU_CHECKED", frozenset(checked)):
+        lowered = lower_step(config, params, state, dims, case.bucket, mesh, adapters)
     lowered_at = time.perf_counter()
     if case.captures_collectives:
         options = {"xla_gpu_enable_command_buffer": f"{CAPTURED},COLLECTIVES"}
@@ -181,7 +216,7 @@ def main() -> None:
     out, dump, *names = sys.argv[1:]
     report = {}
     for name in names:
-        case = (KERNELS | PRODUCTS | STEPS)[name]
+        case = (KERNELS | PRODUCTS | APPENDS | STEPS)[name]
         for path in Path(dump).glob("*"):  # what XLA dumped of the case before
             path.unlink()
         start = time.perf_counter()
@@ -191,6 +226,8 @@ def main() -> None:
                     report[name] = compile_kernel(case)
                 case ProductCase():
                     report[name] = compile_product(case)
+                case AppendCase():
+                    report[name] = compile_append(case)
                 case StepCase():
                     report[name] = compile_bucket(case, Path(dump))
         except Exception as e:  # belongs to this case's tests, not to all others'

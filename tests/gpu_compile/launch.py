@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.gpu_compile.cases import KERNELS, PRODUCTS, STEPS
+from tests.gpu_compile.cases import APPENDS, KERNELS, PRODUCTS, STEPS
 
 ROOT = Path(__file__).parents[2]
 WHEELS = Path(sys.prefix) / "cuda-compile"
@@ -37,7 +37,7 @@ def compile_report(names: Sequence[str] = (), *, show: bool = False) -> dict[str
 
     Two processes share the cases: most of the compiling uses one core.
     """
-    names = names or [*KERNELS, *PRODUCTS, *STEPS]
+    names = names or [*KERNELS, *PRODUCTS, *APPENDS, *STEPS]
     shares = [share for share in (names[0::2], names[1::2]) if share]
     with ThreadPoolExecutor(len(shares)) as pool:
         reports = list(pool.map(lambda share: _compile(share, show), shares))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from jaxserve.checkpoint.shapes import read_shape
-from tests.gpu_compile.cases import KERNELS, MODEL, NUM_LAYERS, PREFILL_SPILLS, PRODUCTS, STEPS
+from tests.gpu_compile.cases import APPENDS, KERNELS, MODEL, NUM_LAYERS, PREFILL_SPILLS, PRODUCTS, STEPS
 
 pytestmark = pytest.mark.timeout(500)  # the first to ask for the report waits for all of it
 
@@ -46,8 +46,17 @@ def test_product_is_one_kernel_that_fits_in_registers(name, report):
     assert found["spilled_bytes"][0] <= PRODUCTS[name].spilled_bytes
 
 
+@pytest.mark.parametrize("name", APPENDS)
+def test_append_fits_in_registers_and_is_in_place(name, report):
+    found = report[name]
+    assert "error" not in found, found["error"]
+    assert found["spilled_bytes"] == [0]
+    assert found["alias_bytes"] == found["cache_bytes"] > found["temp_bytes"]
+
+
 def test_step_lowers_and_compiles_each_kernel_once(case, step):
     kernels = 2 * (case.bucket.decode_rows > 0) + (case.bucket.prefill_tokens > 0)  # decode has one that combines
+    kernels += case.rope_append
     assert step["kernels_lowered"] == len(step["registers"]) == kernels
     assert step["kernels_called"] == kernels * NUM_LAYERS
     assert max(step["spilled_bytes"]) <= (PREFILL_SPILLS if case.bucket.prefill_tokens else 0)
@@ -55,8 +64,9 @@ def test_step_lowers_and_compiles_each_kernel_once(case, step):
 
 def test_step_updates_the_cache_in_place(case, step):
     assert step["alias_bytes"] >= NUM_LAYERS * step["layer_cache_bytes"]
-    assert len(step["cache_sized"]) == NUM_LAYERS  # the scatter of each layer's new keys and values
-    assert all("scatter" in what for what, _ in step["cache_sized"])
+    assert len(step["cache_sized"]) == NUM_LAYERS  # what writes each layer's new keys and values
+    writes = "custom-call" if case.rope_append else "scatter"
+    assert all(writes in what for what, _ in step["cache_sized"])
     assert step["temp_bytes"] < step["layer_cache_bytes"]
 
 

@@ -63,6 +63,24 @@ def test_decode_kernel(lens, tuning, shape):
     assert not races_found()
 
 
+def test_decode_kernel_of_queries_in_rows_whatever_is_behind_them():
+    """Items that are whole and split, three queries of 64 in eight rows: a part has one row that is nobody's."""
+    inputs, want = case(0, [1, 300, 64], [], page_size=16, num_heads=6, num_kv_heads=2, head_dim=64, pad_rows=0,
+                        dtype=jnp.bfloat16)  # fmt: skip
+    q = inputs["q"].astype(jnp.bfloat16).reshape(3, 2, 3, 64)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 5), (0, 0)), constant_values=jnp.nan)
+    arguments = [inputs["kv_pages"].astype(jnp.bfloat16), inputs["page_table"], inputs["kv_lens"]]
+    tuning = Tuning(num_sms=3, streams_per_sm=2, ring=2, min_tiles=1)
+    out = decode_attention(q, *arguments, group=3, **variant(inputs), tuning=tuning, interpret=INTERPRET)
+    np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), want, atol=TOLERANCE)
+    out = paged_attention(**(inputs | {"q": q, "kv_pages": arguments[0]}), group=3)  # the reference
+    np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), want, atol=TOLERANCE)
+    with pytest.raises(ValueError, match="must have 8 rows for 3 queries"):
+        decode_attention(q[:, :, :4], *arguments, group=3, **variant(inputs))
+    with pytest.raises(ValueError, match="group=9: q .3, 2, 8, 64. must be"):
+        paged_attention(**(inputs | {"q": q}), group=9)
+
+
 DECODE_VARIANTS: dict[str, tuple[Any, Tuning, dict[str, Any], dict[str, Any]]] = {
     # Window edges at a tile's, at a page's and inside; rows shorter than the window; items whole and split; sinks in
     # both kernels, one of them far above all scores.
