@@ -77,8 +77,9 @@ def test_decode_kernel_of_queries_in_rows_whatever_is_behind_them():
     np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), want, atol=TOLERANCE)
     with pytest.raises(ValueError, match="must have 8 rows for 3 queries"):
         decode_attention(q[:, :, :4], *arguments, group=3, **variant(inputs))
+    wrong: dict[str, Any] = inputs | {"q": q, "group": 9}
     with pytest.raises(ValueError, match=r"group=9: q .3, 2, 8, 64. must be"):
-        paged_attention(**(inputs | {"q": q}), group=9)
+        paged_attention(**wrong)
 
 
 DECODE_VARIANTS: dict[str, tuple[Any, Tuning, dict[str, Any], dict[str, Any]]] = {
