@@ -64,7 +64,7 @@ class Peer:
 
     def __init__(self, name: str, connection: Connection, timeouts: Timeouts, on_lost: Callable[[str], None]):
         self.name = name
-        self.silence_s = timeouts.building_s  # after which it is taken for dead, from the next frame on
+        self.silence_s = timeouts.building_s  # after which it is taken for dead
         self._connection, self._timeouts, self._on_lost = connection, timeouts, on_lost
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._ended = threading.Event()
@@ -104,7 +104,7 @@ class Peer:
     def _listen(self) -> None:
         try:
             while True:
-                frame = self._connection.receive(self.silence_s)
+                frame = self._connection.receive(lambda: self.silence_s)
                 if frame.kind == "bye.":
                     self.end()
                 if frame.kind != "beat":

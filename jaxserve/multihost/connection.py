@@ -13,13 +13,15 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 MAGIC = "jaxserve-multihost-1"
 MAX_HEADER, MAX_PAYLOAD = 1 << 20, 1 << 30  # bytes
+LOOK_AGAIN_S = 0.5  # at a timeout that may have changed
 _PREFIX = struct.Struct("!4sII")  # kind, bytes of the header, bytes of the arrays
 
 
@@ -65,8 +67,9 @@ class Connection:
         except OSError as error:
             raise Lost(f"the connection broke: {error.strerror or error}") from None
 
-    def receive(self, timeout_s: float) -> Frame:
-        """The next frame. Raises ``Lost`` at the end, or where nothing comes for ``timeout_s``."""
+    def receive(self, timeout_s: float | Callable[[], float]) -> Frame:
+        """The next frame. Raises ``Lost`` at the end, or where nothing comes for ``timeout_s``, which may change while
+        this waits."""
         kind, header_size, payload_size = _PREFIX.unpack(self._bytes(_PREFIX.size, timeout_s))
         if header_size > MAX_HEADER or payload_size > MAX_PAYLOAD:
             raise Lost(f"a frame of {header_size} + {payload_size} bytes, at most {MAX_HEADER} + {MAX_PAYLOAD}")
@@ -83,19 +86,25 @@ class Connection:
         except (ValueError, TypeError, AttributeError) as error:
             raise Lost(f"a frame that cannot be read: {error}") from None
 
-    def _bytes(self, size: int, timeout_s: float) -> bytearray:
+    def _bytes(self, size: int, timeout_s: float | Callable[[], float]) -> bytearray:
         data = bytearray(size)
         view, got = memoryview(data), 0
+        since = time.monotonic()
         while got < size:
+            limit_s = timeout_s() if callable(timeout_s) else timeout_s
+            left_s = since + limit_s - time.monotonic()
             try:
-                if not self._poll.poll(timeout_s * 1000):
-                    raise Lost(f"nothing came for {timeout_s:g} s")
+                if not self._poll.poll(max(0.0, min(left_s, LOOK_AGAIN_S)) * 1000):
+                    if left_s <= LOOK_AGAIN_S:
+                        raise Lost(f"nothing came for {limit_s:g} s")
+                    continue
                 count = self._socket.recv_into(view[got:])
             except OSError as error:
                 raise Lost(f"the connection broke: {error.strerror or error}") from None
             if count == 0:
                 raise Lost("the connection was closed")
             got += count
+            since = time.monotonic()
         return data
 
     def close(self) -> None:
