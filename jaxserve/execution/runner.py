@@ -133,8 +133,7 @@ def lower_sampler(
     def shape(dtype: jnp.dtype | type, *size: int, spec: PartitionSpec = specs.REPLICATED) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
 
-    # Outputs to be written over are not read: an argument for the sake of its memory.
-    sampler = jax.jit(make_sampler(config, mesh, num_rows, dims, asked), donate_argnums=(0, 1, 2), keep_unused=True)
+    sampler = jax.jit(make_sampler(config, mesh, num_rows, dims, asked), donate_argnums=(0, 1, 2))
     constraint_dims = ConstraintDims.of(dims, config.vocab_size)
     vocab = Vocabulary(config.vocab_size, mesh.shape["tensor"])
     return sampler.lower(

@@ -260,7 +260,10 @@ def make_sampler(
         )
         slots = jnp.where(inputs.does_sample == 1, inputs.slot_ids, dims.num_slots)  # [B]
         last_tokens = last_tokens.at[slots].set(tokens, mode="drop")
-        return last_tokens, held, pack_outputs(tokens, chosen, top_ids, top)
+        # All of it is written over, which XLA sees. (As an argument that nothing reads it would need ``keep_unused``,
+        # with which JAX 0.11 never frees the program.)
+        packed = lax.dynamic_update_slice(packed, pack_outputs(tokens, chosen, top_ids, top), (0, 0))
+        return last_tokens, held, packed
 
     held_specs = constraints.constraints_specs() if asked == "constrained" else None
     return jax.shard_map(

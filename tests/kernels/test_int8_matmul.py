@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.int8_matmul import Int8Matrix, dequantize, int8_matmul, round_tokens
-from tests.kernels.test_int4_matmul import tokens
+from tests.kernels.test_int4_matmul import SUM_ERROR, tokens
 
 NAMES = ("implementation", "activations", "activation_group")
 compiled = jax.jit(int8_matmul, static_argnames=NAMES)
@@ -37,7 +37,7 @@ def test_products_are_those_of_the_dequantized_matrix(group, has_bias, dtype, im
     exact = np.concatenate([values for _, values in parts])
     w = Int8Matrix(*(None if x[0] is None else np.concatenate(x) for x in zip(*(w for w, _ in parts))))
     x = tokens(256)
-    for given_dtype, error in ((jnp.float32, 3e-6), (jnp.bfloat16, 2**-7)):
+    for given_dtype, error in ((jnp.float32, SUM_ERROR), (jnp.bfloat16, 2**-7)):
         given = jnp.asarray(x, given_dtype)
         got = compiled(given, w, implementation=implementation)
         assert got.dtype == given_dtype
