@@ -15,6 +15,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    # Tiny models are compiled for longer than they run: LLVM's optimizations, which are not ours, would cost the run a
+    # third of its time. Tests of real models and of what ships to GPUs (tests/real_model, gpu_compile) have them.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

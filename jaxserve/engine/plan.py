@@ -12,7 +12,7 @@ from jaxserve.cache.pages import page_bytes
 from jaxserve.config import CacheConfig, CacheDtype, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.execution.adapters import adapters_shape, bytes_a_device, one_slot_shape
 from jaxserve.execution.hidden import score_workspace_bytes
-from jaxserve.execution.runner import compile_step, lower_sampler, lower_step, state_shape
+from jaxserve.execution.lowering import compile_step, lower_sampler, lower_step, state_shape
 from jaxserve.execution.sampling import LOOKS_AT_ALL
 from jaxserve.execution.step import StageParams
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh

@@ -294,10 +294,13 @@ def test_a_closed_engine_leaves_no_arrays_and_no_programs():
         return len(jax.live_arrays()), len(jax.devices()[0].client.live_executables())
 
     tiny.params()
+    gc.collect()
     before = len(jax.live_arrays())
-    first = left()  # and what JAX compiles once, for operations outside of steps
-    assert first[0] == before
-    assert left() == first
+    arrays, programs = left()  # also those that JAX compiles once, for operations outside of steps
+    assert arrays == before
+    arrays, programs_again = left()
+    assert arrays == before
+    assert programs_again <= programs
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, RopeConfig
+from jaxserve.execution.lowering import lower_step, state_shape
 from jaxserve.execution.placement import place_params
-from jaxserve.execution.runner import lower_step, state_shape
 from jaxserve.model import layers
 from jaxserve.model.params import TreeSource, init_params
 from jaxserve.parallel.mesh import make_mesh

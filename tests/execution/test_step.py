@@ -9,8 +9,8 @@ import pytest
 from jaxserve.cache.pages import page_bytes
 from jaxserve.config import CacheConfig, CacheDtype, ParallelConfig
 from jaxserve.execution.compile_counter import CompileCounter
+from jaxserve.execution.lowering import lower_step, state_shape
 from jaxserve.execution.placement import place_params
-from jaxserve.execution.runner import lower_step, state_shape
 from jaxserve.model.params import TreeSource
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.step_io import Bucket, StepDims, buffer_size

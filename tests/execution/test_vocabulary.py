@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.config import CacheConfig, ParallelConfig
 from jaxserve.constraint_io import ConstraintDims, new_slot, set_bits
 from jaxserve.execution import constraints, sampling
+from jaxserve.execution.lowering import lower_sampler, lower_step, state_shape
 from jaxserve.execution.placement import place_params
-from jaxserve.execution.runner import lower_sampler, lower_step, state_shape
 from jaxserve.execution.step import make_sampler
 from jaxserve.execution.vocabulary import Vocabulary
 from jaxserve.model.params import TreeSource

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jaxserve.checkpoint.shapes import read_shape
 from jaxserve.config import CacheConfig, LoraConfig, ParallelConfig
 from jaxserve.execution.adapters import adapters_shape
+from jaxserve.execution.lowering import compile_step, lower_step, state_shape
 from jaxserve.execution.placement import stage_param_formats
-from jaxserve.execution.runner import compile_step, lower_step, state_shape
 from jaxserve.execution.step import stage_param_shapes
 from jaxserve.model.params import named_leaves
 from jaxserve.parallel.mesh import make_mesh

@@ -52,6 +52,7 @@ def _compile(names: Sequence[str], show: bool) -> dict[str, dict[str, Any]]:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(WHEELS)]),
             "JAX_PLATFORMS": "cpu",  # the plugin is to compile, not to look for a device
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from a cache is not compiled
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",  # what ships
             "MOSAIC_GPU_DUMP_PTXAS": "1",
             # Level 0: choosing the fastest of several kernels needs a device to time them on.
             "XLA_FLAGS": f"--xla_gpu_autotune_level=0 --xla_dump_to={dump}",

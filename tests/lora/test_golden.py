@@ -13,8 +13,8 @@ from jaxserve.checkpoint.hf.adapter import read_adapter
 from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.execution.adapters import adapters_shape, one_slot_shape, place_adapter, write_slot
+from jaxserve.execution.lowering import lower_step, state_shape
 from jaxserve.execution.placement import place_params
-from jaxserve.execution.runner import lower_step, state_shape
 from jaxserve.model.array_spec import is_spec
 from jaxserve.model.lora import Adapter
 from jaxserve.model.params import Params, TreeSource, named_leaves, param_specs
