@@ -18,6 +18,8 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 SHOWN_ON_FAILURE=+1 # every finding
 with_progress "$VENV/pyright.log" .venv/bin/pyright --pythonpath .venv/bin/python
 say "pytest"
-# A file's tests share engines, so a file goes to one process. One that crashes ends the run: with a new one in its place
-# the run would wait for ever for the tests of the first.
-exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0 ${required:+"$required"} "$@"
+# A file's tests share engines, so a file goes to one process; in the order of their names, as files of few tests that
+# take long would else be left to the end, and to one process. One that crashes ends the run: with a new one in its
+# place the run would wait for ever for the tests of the first.
+ONE_PROCESS_A_FILE=(--dist loadfile --no-loadscope-reorder --max-worker-restart 0)
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "${ONE_PROCESS_A_FILE[@]}" ${required:+"$required"} "$@"

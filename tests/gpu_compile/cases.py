@@ -125,8 +125,10 @@ DECODE, PREFILL, MIXED = Bucket(32, 0, 0), Bucket(0, 512, 16), Bucket(32, 512, 1
 STEPS = {
     f"tensor-{tensor}-{name}": StepCase(tensor, bucket)
     for tensor in (1, 2, 4)
-    for name, bucket in (("decode", DECODE), ("prefill", PREFILL), ("mixed", MIXED))
+    for name, bucket in (("decode", DECODE), ("mixed", MIXED))
 }
+STEPS["tensor-1-prefill"] = StepCase(1, PREFILL)
+STEPS["tensor-8-decode"] = StepCase(8, DECODE)  # a whole host
 STEPS["tensor-1-decode-loras"] = StepCase(1, DECODE, max_loras=4)
 STEPS |= {
     f"tensor-{tensor}-{name}-append": StepCase(tensor, bucket, rope_append=True)
