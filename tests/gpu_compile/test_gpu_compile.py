@@ -85,7 +85,9 @@ def test_step_has_no_large_temporaries(case, step):
     ffn = 4 * tokens * 2 * config.intermediate_size // case.tensor
     residuals = 4 * tokens * 4 * config.hidden_size
     split_rows = 2**21  # where decode attention's streams leave the parts of a row that several of them have
-    assert step["temp_bytes"] <= ffn + residuals + split_rows
+    # The eighth of the head is so narrow that XLA makes the product in four parts, in f32.
+    head_parts = 4 * 4 * tokens * config.vocab_size // case.tensor if case.tensor == 8 else 0
+    assert step["temp_bytes"] <= ffn + residuals + split_rows + head_parts
 
 
 def test_step_has_no_loop(case, step):
