@@ -5,13 +5,14 @@ import hmac
 import ipaddress
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
+from jaxserve.server.interceptors import Continuation, same_form
 from jaxserve.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Continuation,
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
@@ -105,16 +106,7 @@ def _refusing(handler: Any) -> Any:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token of this server is needed: authorization")
         raise AssertionError
 
-    if handler is None:  # no such method
-        return None
-    makers = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    make = makers[handler.request_streaming, handler.response_streaming]
-    return make(refuse, handler.request_deserializer, handler.response_serializer)
+    return None if handler is None else same_form(handler, refuse)  # None: no such method
 
 
 def http_context(options: ServerOptions) -> ssl.SSLContext | None:

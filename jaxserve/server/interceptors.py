@@ -1,0 +1,61 @@
+"""What every gRPC call goes through before a service has it."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]]
+
+_OURS = "/jaxserve."
+_MALFORMED = object()  # in place of a message
+
+
+def same_form(handler: Any, behaviour: Callable[..., Any], deserialize: Callable[[bytes], Any] | None = None) -> Any:
+    """``behaviour`` as a handler whose requests and responses are one or a stream as those of ``handler`` are."""
+    makers = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    make = makers[handler.request_streaming, handler.response_streaming]
+    return make(behaviour, deserialize or handler.request_deserializer, handler.response_serializer)
+
+
+class MalformedInterceptor(grpc.aio.ServerInterceptor):
+    """INVALID_ARGUMENT for bytes that are no message: gRPC itself says UNKNOWN, and logs a traceback for each."""
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler:
+        handler: Any = await continuation(handler_call_details)  # None: no such method
+        details: Any = handler_call_details
+        if not (handler and details.method.startswith(_OURS)):
+            return handler
+
+        def deserialize(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError:
+                return _MALFORMED
+
+        async def check(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if request is _MALFORMED:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request's bytes are no message of its type")
+            return request
+
+        async def checked(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async for request in requests:
+                yield await check(request, context)
+
+        async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            """Our services' methods are coroutines in every form: they write what they stream."""
+            if handler.request_streaming:
+                return await handler.stream_stream(checked(request, context), context)
+            behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
+            return await behaviour(await check(request, context), context)
+
+        return same_form(handler, handle, deserialize)
