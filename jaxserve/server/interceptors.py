@@ -1,6 +1,8 @@
 """What every gRPC call goes through before a service has it."""
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -9,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]]
 
-_OURS = "/jaxserve."
+_COUNTS = {False: "unary", True: "stream"}
 _MALFORMED = object()  # in place of a message
 
 
@@ -30,11 +32,12 @@ class MalformedInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler:
+    ) -> Any:  # a handler, or None
         handler: Any = await continuation(handler_call_details)  # None: no such method
-        details: Any = handler_call_details
-        if not (handler and details.method.startswith(_OURS)):
-            return handler
+        if handler is None:
+            return None
+        form = f"{_COUNTS[handler.request_streaming]}_{_COUNTS[handler.response_streaming]}"
+        behaviour = getattr(handler, form)
 
         def deserialize(data: bytes) -> Any:
             try:
@@ -51,11 +54,16 @@ class MalformedInterceptor(grpc.aio.ServerInterceptor):
             async for request in requests:
                 yield await check(request, context)
 
-        async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            """Our services' methods are coroutines in every form: they write what they stream."""
-            if handler.request_streaming:
-                return await handler.stream_stream(checked(request, context), context)
-            behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
-            return await behaviour(await check(request, context), context)
+        async def given(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            return checked(request, context) if handler.request_streaming else await check(request, context)
 
-        return same_form(handler, handle, deserialize)
+        async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            return await behaviour(await given(request, context), context)
+
+        async def generate(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with aclosing(behaviour(await given(request, context), context)) as responses:
+                async for response in responses:
+                    yield response
+
+        # Our methods are coroutines, which write what they stream; that of reflection is a generator.
+        return same_form(handler, generate if inspect.isasyncgenfunction(behaviour) else handle, deserialize)

@@ -10,18 +10,22 @@ import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from jaxserve.server.v1 import inference_pb2 as pb
 from tests.server.conftest import TIMEOUT_S, serving
 from tests.server.fake_engine import FakeEngine, byte_tokenizer, expected_text
 
 Code = grpc.StatusCode
-# A message that is nothing but unknown fields is a good request to drain, so that one is not asked here.
+# A message that is nothing but unknown fields is a good request to drain, so that one is not asked here; nor to watch
+# health, which has no end.
 METHODS = {
     f"{service.name}.{method.name}": method
-    for service in pb.DESCRIPTOR.services_by_name.values()
+    for file in (pb, health_pb2, reflection_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
-    if method.name != "Drain"
+    if method.name not in ("Drain", "Watch")
 }
 # What a request can be told; DEADLINE_EXCEEDED by its own time limit.
 CLIENTS_FAULT = {
