@@ -15,8 +15,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    # Tiny models are compiled for longer than they run: LLVM's optimizations, which are not ours, would cost the run a
-    # third of its time. Tests of real models and of what ships to GPUs (tests/real_model, gpu_compile) have them.
+    # Tiny models are compiled for longer than they run: LLVM's optimizations, which are not ours, are left out. Tests
+    # of real models, on GPUs and of what ships to GPUs have them (tests/real_model, below, tests/gpu_compile).
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
@@ -26,3 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, not skip, where the CUDA compiler for tests/gpu_compile is not installed",
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(item.get_closest_marker("gpu") for item in session.items):  # those that are left to run
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", False)
