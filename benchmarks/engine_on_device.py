@@ -100,6 +100,7 @@ def arguments() -> argparse.Namespace:
         default=float("inf"),
         help="seconds since the start after which no measurement begins; profiles are still taken",
     )
+    parser.add_argument("--checked", action="append", default=[], help="a kernel to be used, too, that is not yet")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, required=True)
@@ -255,6 +256,7 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     use_options(args.option)
+    dispatch.MOSAIC_GPU_CHECKED |= set(args.checked)
 
     def write(name: str, value: Any) -> None:
         (args.out / name).write_text(json.dumps(value, indent=1) + "\n")
