@@ -8,7 +8,10 @@ With ``--dry`` either runs on a CPU in the interpreter, at a few small shapes: t
 
 import argparse
 import functools
+import re
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import profiler
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks import profile_summary
 from benchmarks.kernels import measure
 from jaxserve.cache import pages
 from jaxserve.model.rope import apply_rope
@@ -74,7 +77,12 @@ def arguments(case: Case, seed: int) -> tuple[Any, ...]:
 
 def excess(case: Case, seed: int, interpret: Any) -> float:
     """The largest error as a share of what rounding allows, in the queries and in the pages near the end; inf where a
-    page is changed that should not be."""
+    page is changed that should not be.
+
+    Both compute in float32 and round once: where they differ by the order of float32's operations, a sum that lies
+    beside the middle of two bfloat16 is rounded to either, a step of at most 2**-7 of the value. That may happen to one
+    element of some hundreds, not to many.
+    """
     qkv, tables, index, norms = arguments(case, seed)
     options = {"norm_eps": 1e-5, "q_rows": case.q_rows}
     shape = (case.num_pages, case.k_heads, 2, case.page_size, case.head_dim)
@@ -94,9 +102,11 @@ def excess(case: Case, seed: int, interpret: Any) -> float:
     worst = 0.0
     for got, wanted in ((q, want_q), (written[case.num_pages - used :], want)):
         a, b = (np.asarray(x.astype(jnp.float32)) for x in (got, wanted))
-        bound = 2.0**-7 * (np.abs(b) + 1) if case.norms else 2.0**-8 * np.abs(b) + 2.0**-10
+        bound = 2.0**-7 * (np.abs(b) + 1) if case.norms else 2.0**-7 * np.abs(b) + 2.0**-20
         share = np.abs(a - b) / bound
         worst = max(worst, float(np.max(share)) if not np.isnan(share).any() else float("inf"))
+        if not case.norms:
+            worst = max(worst, 200 * float(np.mean(a != b)))
     return float("inf") if changed else worst
 
 
@@ -154,12 +164,15 @@ def time_variant(f: Callable[..., Any], case: Case, layers: int, dry: bool) -> t
     if dry:
         jax.block_until_ready(again())
         return 0.0, {}
-    seconds = measure.seconds(again) / layers
-    _, kernels = profiler.measure(again, aggregate=False)()
-    alone: dict[str, float] = {}
-    for name, ms in kernels or ():
-        alone[name] = alone.get(name, 0.0) + ms * 1e3 / layers
-    return seconds, alone
+    seconds = measure.seconds(again)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([again() for _ in range(4)])
+        intervals = max(profile_summary.kernels(Path(folder)).values(), key=len)
+    alone = Counter[str]()
+    for interval in intervals:
+        alone[re.sub(r"[._]\d+$", "", interval.name)] += interval.duration_ns / 1e3 / (4 * layers)
+    return seconds / layers, dict(alone)
 
 
 def run_times(args: argparse.Namespace) -> None:
