@@ -299,6 +299,7 @@ class Request:
     deadline: float | None = None  # time.monotonic() seconds
     arrival: float = 0.0  # time.monotonic() seconds
     client: str = ""  # who asks: the waiting queue is fair among these
+    trace_context: tuple[tuple[str, str], ...] = ()  # headers of W3C trace context: whose span this belongs to
     bad_sequences: tuple[tuple[int, ...], ...] = ()  # the params' bad_words as tokens, none empty
     choice: int = 0  # of the params' n completions the one that this is
     group_id: str | None = None  # request_id of the request whose choice this is; None where n is 1

@@ -13,6 +13,7 @@ from jaxserve.cli.options import EngineOptions, Model, flatten_options
 from jaxserve.cli.terminal import ProgressDisplay, note
 from jaxserve.server.logs import set_up
 from jaxserve.server.options import DEFAULT_HOST, DEFAULT_PORT, ServerOptions, ToolCallParser
+from jaxserve.server.trace_context import check_extra
 
 LogFormat = Literal["text", "json"]
 
@@ -51,6 +52,12 @@ class ServingOptions:
     step_timeout: Annotated[
         float, typer.Option(help="Seconds of one step, after which the device counts as failed; 0: no limit.")
     ] = ServerOptions.step_timeout_s
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="OpenTelemetry collector, http://HOST:4317, for a span of each request. (extra: otel)"
+        ),
+    ] = None
     log_format: Annotated[LogFormat, typer.Option(help="json: a line for every request, too.")] = "text"
     port_file: Annotated[Path | None, typer.Option(help="Written with the gRPC port once it is bound.")] = None
     weights_from: Annotated[
@@ -91,8 +98,6 @@ def run_server(
     for name in engine.keywords().get("lora_modules", ()):  # a mistake is told before anything is bound
         if name in names:
             raise ValueError(f"lora_modules: {name!r} is what HTTP requests call the model")
-    with ProgressDisplay() as progress:  # of a download, if there is one
-        resolve_model(model, on_progress=progress)
     options = ServerOptions(
         host=host,
         port=serving.grpc_port,
@@ -110,11 +115,16 @@ def run_server(
         max_message_bytes=serving.max_message_bytes,
         request_timeout_s=serving.request_timeout,
         step_timeout_s=serving.step_timeout,
+        otlp_traces_endpoint=serving.otlp_traces_endpoint,
         weight_folders=tuple(serving.weights_from or ()),
         lora_folders=tuple(serving.loras_from or ()),
         drain_timeout_s=serving.drain_timeout,
         slow_reader_timeout_s=serving.slow_reader_timeout,
     )
+    if options.otlp_traces_endpoint is not None:
+        check_extra()
+    with ProgressDisplay() as progress:  # of a download, if there is one
+        resolve_model(model, on_progress=progress)
 
     def on_bound(server: "Server") -> None:
         http = "" if serving.http_port is None else f", http on {host}:{server.http_port}"

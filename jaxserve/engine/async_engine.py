@@ -129,6 +129,7 @@ class AsyncEngine:
         step_timeout_s: a step that takes longer ends everything as if the device had failed; 0 is no limit. Building
             the engine and giving it other weights are no steps.
         observer: called with (request, event) once for every event, on the loop that streams the request.
+        on_failure: called there with (request, error) when a request's stream raises what this class says it may.
     """
 
     def __init__(
@@ -140,12 +141,14 @@ class AsyncEngine:
         max_requests_per_client: int | None = None,
         step_timeout_s: float = 0.0,
         observer: Callable[[Request, TokenEvent], None] | None = None,
+        on_failure: Callable[[Request, Exception], None] | None = None,
     ):
         self._factory = engine_factory
         self._slow_reader_timeout_s = slow_reader_timeout_s
         self._max_concurrent_requests = max_concurrent_requests
         self._max_requests_per_client = max_requests_per_client
         self._observer = observer
+        self._on_failure = on_failure
         self._wake = threading.Condition()  # guards _state and _commands
         self._state: State = "loading"
         self._has_ended = False
@@ -202,6 +205,10 @@ class AsyncEngine:
             await asyncio.wrap_future(self._post(partial(self._add, stream)))
             while not stream.at_end:
                 yield await stream.take()
+        except Exception as error:
+            if self._on_failure is not None:
+                self._on_failure(request, error)
+            raise
         finally:
             stream.close()
 

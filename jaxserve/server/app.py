@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -34,7 +35,11 @@ from jaxserve.server.options import ServerOptions
 from jaxserve.server.recent import RecentLatencies
 from jaxserve.server.security import ApiKeys, TokenInterceptor, grpc_credentials, http_context, warn_if_open
 from jaxserve.server.service import InferenceService
+from jaxserve.server.trace_context import check_extra
 from jaxserve.server.v1 import inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from jaxserve.server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ class Server:
         self._factory = engine_factory
         self._engine: AsyncEngine | None = None
         self._metrics_server: WSGIServer | None = None
+        self._tracer: RequestTracer | None = None
 
     @property
     def engine(self) -> AsyncEngine:
@@ -81,9 +87,11 @@ class Server:
 
         Raises:
             ServeError: a port cannot be bound.
-            ValueError: a file of tokens or of TLS cannot be used; names it.
+            ValueError: a file of tokens or of TLS cannot be used, or spans are asked for and not installed; names it.
         """
         options = self.options
+        if options.otlp_traces_endpoint is not None:
+            check_extra()
         keys = None if options.api_keys_file is None else ApiKeys.from_file(options.api_keys_file)
         context, credentials = http_context(options), grpc_credentials(options)
         warn_if_open(options)
@@ -128,11 +136,19 @@ class Server:
             self.metrics_port = self._metrics_server.server_port
         listening = None if options.http_port is None else listening_socket(options.host, options.http_port)
         log, recent = RequestLog(), RecentLatencies()
+        if options.otlp_traces_endpoint is not None:
+            # Not with the others: it is an extra, and its imports cost a start time and memory.
+            from jaxserve.server.tracing import RequestTracer, otlp_exporter
+
+            self._tracer = RequestTracer(otlp_exporter(options.otlp_traces_endpoint), self._model_name)
+        tracer = self._tracer
 
         def observe(request: Request, event: TokenEvent) -> None:
             metrics.observe(request, event)
             log.observe(request, event)
             recent.observe(request, event)
+            if tracer is not None:
+                tracer.observe(request, event)
 
         # Last of what can fail: its thread cannot be interrupted while it loads.
         self._engine = AsyncEngine(
@@ -142,6 +158,7 @@ class Server:
             max_requests_per_client=options.max_requests_per_client,
             step_timeout_s=options.step_timeout_s,
             observer=observe,
+            on_failure=None if tracer is None else tracer.observe_failure,
         )
         self._service = InferenceService(self.engine, options)
         if listening is not None:
@@ -189,10 +206,16 @@ class Server:
         if self._http is not None:
             await self._http.stop(STOP_GRACE_S)
         await self._grpc.stop(STOP_GRACE_S)
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.shutdown)
             self._metrics_server.server_close()
         return ended
+
+    def _model_name(self) -> str:
+        """What answers call the model."""
+        return (*self.options.served_model_names, self.engine.engine.model_name)[0]
 
     async def _idle(self) -> None:
         """Returns when no request is open."""

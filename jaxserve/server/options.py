@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from jaxserve.server.trace_context import check_endpoint
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50051
 DEFAULT_TARGET = f"{DEFAULT_HOST}:{DEFAULT_PORT}"  # where a client looks for a server that was told nothing
@@ -41,6 +43,8 @@ class ServerOptions:
         max_output_tokens: a request for more is refused, one that does not say gets so many at most.
         step_timeout_s: a step of the engine that takes longer counts as a failed device: running requests fail, and
             ``app.serve`` raises; 0 is no limit. Loading, compiling and warming up are no steps.
+        otlp_traces_endpoint: URL of a collector that gets a span of OpenTelemetry for each request over OTLP gRPC:
+            ``http://HOST:PORT``, or for TLS ``https://``; None makes no spans. Needs the extra ``otel``.
         request_timeout_s: a request that takes longer, its time in the queue included, is ended as by its deadline.
     """
 
@@ -66,6 +70,7 @@ class ServerOptions:
     max_output_tokens: int | None = None
     request_timeout_s: float | None = None
     step_timeout_s: float = 300.0
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -108,6 +113,8 @@ class ServerOptions:
                 f"metrics_port={self.metrics_port} asks for no token, api_keys_file={self.api_keys_file} does: scrape "
                 "/metrics of the HTTP port"
             )
+        if self.otlp_traces_endpoint is not None:
+            check_endpoint(self.otlp_traces_endpoint)
         if any(not name for name in self.served_model_names):
             raise ValueError(f"served_model_names={self.served_model_names!r} has an empty name")
         if self.tool_call_parser not in get_args(ToolCallParser):

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from jaxserve.server.clients import CLIENT_HEADER, address_of_peer, client_name
 from jaxserve.server.limits import limited_deadline, make_request, remaining_deadline
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
+from jaxserve.server.trace_context import trace_context
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 
@@ -64,7 +65,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         started = False
         try:
             # Tokenizing may take long, and the event loop has other streams to serve.
-            engine_request = await asyncio.to_thread(self._read_request, request, deadline, self._client(context))
+            engine_request = await asyncio.to_thread(self._read_request, request, deadline, self._caller(context))
             async with aclosing(self._engine.stream_batches(engine_request)) as batches:
                 async for events in batches:
                     if not started:  # by themselves: grpc would send them again after a first write given up
@@ -89,11 +90,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else time.monotonic() + remaining_s
 
-        client = self._client(context)
+        caller = self._caller(context)
 
         async def read(message: pb.GenerateRequest) -> Request:
             limited = limited_deadline(self._options, deadline)
-            return await asyncio.to_thread(self._read_request, message, limited, client)
+            return await asyncio.to_thread(self._read_request, message, limited, caller)
 
         async def write(chunk: pb.BatchChunk) -> None:
             await self._write(context, chunk)
@@ -116,7 +117,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._count_open(context)
         deadline = remaining_deadline(self._options, context.time_remaining())
         try:
-            engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline, self._client(context))
+            engine_request = await asyncio.to_thread(self._read_embed_request, request, deadline, self._caller(context))
             embedding = await self._engine.embed(engine_request)
         except RequestEndedError as error:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if error.reason == "deadline" else grpc.StatusCode.ABORTED
@@ -186,14 +187,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if self._num_open == 0:
             self.idle.set()
 
-    def _client(self, context: grpc.aio.ServicerContext) -> str:
+    def _caller(self, context: grpc.aio.ServicerContext) -> dict[str, Any]:
+        """The fields of a request that say who asks."""
         metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
         address = address_of_peer(context.peer())
-        return client_name(self._options, metadata.get("authorization"), metadata.get(CLIENT_HEADER), address)
+        return {
+            "client": client_name(self._options, metadata.get("authorization"), metadata.get(CLIENT_HEADER), address),
+            "trace_context": trace_context(self._options.otlp_traces_endpoint, metadata.get),
+        }
 
     # In a thread: these may take long.
 
-    def _read_request(self, message: pb.GenerateRequest, deadline: float | None, client: str) -> Request:
+    def _read_request(self, message: pb.GenerateRequest, deadline: float | None, caller: Mapping[str, Any]) -> Request:
         engine = self._engine.engine
         params = codec.read_sampling(message.sampling, engine.sampling_defaults)
         prompt = codec.read_prompt(message)
@@ -213,16 +218,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             deadline=deadline,
             lora=message.lora if message.HasField("lora") else None,
         )
-        return replace(engine_request, client=client)
+        return replace(engine_request, **caller)
 
-    def _read_embed_request(self, message: pb.EmbedRequest, deadline: float | None, client: str) -> Request:
+    def _read_embed_request(
+        self, message: pb.EmbedRequest, deadline: float | None, caller: Mapping[str, Any]
+    ) -> Request:
         prompt = codec.read_prompt(message)
         assert not isinstance(prompt, list)
         if isinstance(prompt, str):
             check_bytes("prompt", prompt, self._options.max_prompt_bytes)
         options = codec.read_embed_options(message)
         request = self._engine.engine.make_embedding_request(prompt, deadline=deadline, **options)
-        return replace(request, client=client)
+        return replace(request, **caller)
 
     def _tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         engine = self._engine.engine

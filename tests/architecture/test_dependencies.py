@@ -17,6 +17,8 @@ IMPORT_NAMES = {
     "grpcio-health-checking": "grpc_health",
     "grpcio-reflection": "grpc_reflection",
     "huggingface-hub": "huggingface_hub",
+    "opentelemetry-exporter-otlp-proto-grpc": "opentelemetry",
+    "opentelemetry-sdk": "opentelemetry",
     "prometheus-client": "prometheus_client",
     "protobuf": "google",
     "pyyaml": "yaml",
@@ -76,11 +78,21 @@ def with_requirements(names: Iterable[str]) -> set[str]:
 
 def test_imports_and_declared_dependencies_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [canonicalize_name(Requirement(text).name) for text in project["dependencies"]]
+    texts = project["dependencies"] + project["optional-dependencies"]["otel"]
+    names = [canonicalize_name(Requirement(text).name) for text in texts]
     declared = {IMPORT_NAMES.get(name, name) for name in names} - LOADED_BY_OTHERS
     known = modules()
     imported = {target.split(".")[0] for name in known for target in imports_of(name, known)}
     assert imported - set(sys.stdlib_module_names) - set(PACKAGES) == declared
+
+
+def test_what_an_extra_installs_is_imported_by_one_module():
+    """And that one by the server alone, when spans are asked for (tests/server/test_tracing.py)."""
+    known = modules()
+    tracing = "jaxserve.server.tracing"
+    imported = {name: set(imports_of(name, known)) for name in known}
+    assert [name for name in known if any(t.startswith("opentelemetry.") for t in imported[name])] == [tracing]
+    assert [name for name in known if tracing in imported[name]] == ["jaxserve.server.app"]
 
 
 def test_constraints_pin_every_dependency():

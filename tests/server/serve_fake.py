@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--fail-at-step", type=int)
     parser.add_argument("--hang-at-step", type=int)
     parser.add_argument("--step-timeout", type=float, default=0.0)
+    parser.add_argument("--otlp-traces-endpoint")
     args = parser.parse_args()
 
     class Engine(FakeEngine):
@@ -47,6 +48,7 @@ def main() -> None:
         metrics_port=args.metrics_port,
         drain_timeout_s=args.drain_timeout,
         step_timeout_s=args.step_timeout,
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
     try:
         asyncio.run(

@@ -1,6 +1,7 @@
 """What ``ServerOptions`` refuses, and that a refused server loads nothing."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,30 @@ REFUSED: list[tuple[str, Any]] = [
     ("max_prompt_bytes", 0),
     ("max_message_bytes", 0),
     ("max_message_bytes", 2**31),
+    ("otlp_traces_endpoint", "127.0.0.1:4317"),
+    ("otlp_traces_endpoint", "ftp://127.0.0.1:4317"),
+    ("otlp_traces_endpoint", "http://:4317"),
+    ("otlp_traces_endpoint", "http://127.0.0.1"),
+    ("otlp_traces_endpoint", "http://127.0.0.1:0"),
+    ("otlp_traces_endpoint", "http://127.0.0.1:65536"),
+    ("otlp_traces_endpoint", "http://127.0.0.1:many"),
+    ("otlp_traces_endpoint", "http://127.0.0.1:4318/v1/traces"),
+    ("otlp_traces_endpoint", "http://[::1"),
 ]
 
 
 @pytest.mark.parametrize(("field", "value"), REFUSED)
 def test_out_of_range_names_the_field_and_the_value(field, value):
     shown = repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else value
-    with pytest.raises(ValueError, match=f"^{field}={shown} "):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{field}={shown}')} "):
         ServerOptions(**dict[str, Any]({field: value}))
 
 
 def test_the_ends_of_the_ranges_are_taken():
     ServerOptions(port=0, metrics_port=0, drain_timeout_s=0, max_prompt_bytes=1, max_message_bytes=1)
     ServerOptions(port=65535, metrics_port=None, slow_reader_timeout_s=1e-3, max_message_bytes=2**31 - 1)
+    for url in ("http://collector:4317", "grpc://127.0.0.1:65535/", "https://[::1]:1"):
+        ServerOptions(otlp_traces_endpoint=url)
     assert f"{ServerOptions().host}:{ServerOptions().port}" == DEFAULT_TARGET
 
 

@@ -40,7 +40,9 @@ class Generation:
 
     def __init__(self, backend: Backend, requests: Sequence[Request], http: HTTPConnection):
         self.engine = backend.async_engine
-        self.requests = [replace(request, client=http.state.client) for request in requests]
+        self.requests = [
+            replace(request, client=http.state.client, trace_context=http.state.trace_context) for request in requests
+        ]
         self._pieces = _merged(self.engine, self.requests)
         self._first: Piece | None = None
 

@@ -14,6 +14,7 @@ from jaxserve.server.clients import CLIENT_HEADER, client_name
 from jaxserve.server.http.errors import BODY_TOO_SLOW, TOO_LARGE, UNAUTHORIZED, HTTPError, response_of
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.security import ApiKeys
+from jaxserve.server.trace_context import trace_context
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -50,6 +51,9 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["client"] = self._client(scope)
+        scope["state"]["trace_context"] = trace_context(
+            self._options.otlp_traces_endpoint, lambda name: _header(scope, name.encode()).decode("latin-1")
+        )
         if scope["type"] == "websocket":
             await self._connect(scope, receive, send)
             return
