@@ -24,7 +24,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 
-from benchmarks.engine_on_device import TINY, add_options, say, sizes, use_options
+from benchmarks.engine_on_device import add_options, say, sizes, use_options
+from benchmarks.greedy_tokens import TINY
 from benchmarks.profile_summary import planes_of
 from jaxserve.checkpoint.shapes import read_shape
 from jaxserve.config import CacheConfig

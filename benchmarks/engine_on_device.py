@@ -32,12 +32,12 @@ import jax.numpy as jnp  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from benchmarks import profile_summary  # noqa: E402
+from benchmarks.greedy_tokens import TINY, check  # noqa: E402
 from jaxserve.bench import offline  # noqa: E402
 from jaxserve.bench.ceilings import measure_ceilings  # noqa: E402
 from jaxserve.bench.engine import Record, StartTimes  # noqa: E402
 from jaxserve.bench.report import print_engine  # noqa: E402
 from jaxserve.checkpoint.shapes import read_shape  # noqa: E402
-from jaxserve.config import ModelConfig  # noqa: E402
 from jaxserve.engine.engine import Engine  # noqa: E402
 from jaxserve.engine.step_times import StepTimes  # noqa: E402
 from jaxserve.execution import runner  # noqa: E402
@@ -46,17 +46,6 @@ from jaxserve.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
 from jaxserve.request import SamplingParams  # noqa: E402
 from jaxserve.step_io import Bucket  # noqa: E402
 from pallas_kernels import dispatch  # noqa: E402
-
-TINY = ModelConfig(  # shapes that the kernels take
-    vocab_size=2048,
-    hidden_size=512,
-    intermediate_size=1024,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=128,
-    max_position_embeddings=8192,
-)
 
 
 def say(text: str) -> None:
@@ -107,53 +96,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# Right first.
-
-
-def check(mesh_text: str) -> dict[str, Any]:
-    """Greedy tokens of a small random model by the kernel selected here on a mesh, by the reference on one device."""
-    prompts = [[(7 * i + 13 * n) % TINY.vocab_size for i in range(n)] for n in (1, 15, 16, 17, 64, 129, 300, 777)]
-    asked = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
-
-    def completions(mesh_text: str) -> list[Any]:
-        mesh = make_mesh(parse_mesh(mesh_text))
-        params = dummy_params(TINY, mesh, jnp.dtype(jnp.bfloat16))
-        with Engine(
-            TINY, params, mesh=mesh, dtype="bfloat16", max_model_len=1024, num_pages=1024, max_num_seqs=8,
-            decode_sizes=(8,), prefill_sizes=(512,), samplings=("greedy",), prefix_caching=False,
-        ) as engine:  # fmt: skip
-            return engine.generate(prompts, asked)
-
-    chosen: list[str] = []
-    best = dispatch.best
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        chosen.append(best(*args, **kwargs))
-        return chosen[-1]
-
-    with mock.patch.object(dispatch, "best", noted):
-        found = completions(mesh_text)
-    with mock.patch.object(dispatch, "best", lambda *_, **__: "reference"):
-        wanted = completions("")
-    equal, largest = 0, 0.0
-    for f, w in zip(found, wanted, strict=True):
-        for a, b in zip(f.logprobs, w.logprobs, strict=True):
-            largest = max(largest, abs(a.logprob - b.logprob))  # where tokens part, they must have been as likely
-            if a.token_id != b.token_id:
-                break
-            equal += 1
-    total = 24 * len(prompts)
-    ok = largest < 0.1 and equal > 0.5 * total
-    return {
-        "ok": bool(ok),
-        "implementation": sorted(set(chosen)),
-        "equal_tokens": equal,
-        "tokens": total,
-        "largest_logprob_difference": largest,
-    }
-
-
-# Then the start, in its parts.
+# The start, in its parts.
 
 
 @contextmanager

@@ -15,10 +15,9 @@ def is_hopper(device: Any) -> bool:
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
 
 
-# Variants of the Hopper kernels that have passed `python -m benchmarks.kernels.paged_decode check` and
-# `prefill_attention check` on a device (benchmarks/notes/paged_attention_gpu.md). Those that have not yet: head_dim 96
-# and 256. A change of a variant takes it out until it has passed again.
-# The quantized products have passed `int4_matmul check` (benchmarks/notes/int4_matmul_gpu.md).
+# Variants of the Hopper kernels that have been right on a device (benchmarks/notes/paged_attention_gpu.md and
+# int4_matmul_gpu.md). `scripts/test_gpu.sh` checks all there are, those that are not here yet too: head_dim 96 and 256,
+# and "rope_append". A change of a variant takes it out until it has passed again.
 MOSAIC_GPU_CHECKED = frozenset({
     "head_dim 64", "head_dim 128", "page_size 16", "page_size 32", "page_size 64", "page_size 128",
     "window", "softcap", "sinks", "int4_matmul", "int8_matmul",

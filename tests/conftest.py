@@ -33,3 +33,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         import jax
 
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip(f"needs a GPU, and jax runs on {jax.devices()[0].device_kind}")

@@ -267,13 +267,3 @@ def test_hopper_gets_the_kernel_once_it_has_been_checked_there(monkeypatch):
     assert dispatch.best(hopper, hopper=None) == "reference"
     assert dispatch.best(ampere, hopper=frozenset({"head_dim 64"})) == "reference"
     assert dispatch.best(jax.devices("cpu")[0], hopper=frozenset({"head_dim 64"})) == "reference"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [16, 32, 64])
-def test_decode_kernel_on_the_device(page_size):
-    lens = [1, page_size, page_size + 1, 700, 63, 64, 65, 5000, 4096]
-    inputs, want = case(3, lens, [(20, 90)], page_size=page_size, num_heads=8, num_kv_heads=2, head_dim=128)
-    half = {k: inputs[k].astype(jnp.bfloat16) for k in ("q", "kv_pages")}
-    out = paged_attention(**(inputs | half), implementation="mosaic_gpu")
-    np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=0.03)
