@@ -1,10 +1,13 @@
-"""Bytes that no client of ours would send, to every method: each call ends with a status that says whose fault it was,
-nothing is logged as the server's error, and it goes on serving."""
+"""Bytes that no client of ours would send, to every method, alone and among good messages of one stream: each call ends
+with a status that says whose fault it was, nothing is left of it or logged as the server's error, and others go on.
+"""
 
 import asyncio
+import gc
 import logging
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc
 import pytest
@@ -14,9 +17,10 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from jaxserve.server.client import batch_request
 from jaxserve.server.v1 import inference_pb2 as pb
-from tests.server.conftest import TIMEOUT_S, serving
-from tests.server.fake_engine import FakeEngine, byte_tokenizer, expected_text
+from tests.server.conftest import TIMEOUT_S, endless_engine, serving
+from tests.server.fake_engine import FakeEngine, byte_tokenizer, expected_text, expected_tokens
 
 Code = grpc.StatusCode
 METHODS = {
@@ -38,6 +42,38 @@ MESSAGES = {
     "TokenizeRequest": pb.TokenizeRequest(text="abc"),
     "DetokenizeRequest": pb.DetokenizeRequest(token_ids=[65, 66, 67]),
 }
+LIMIT = 2000  # bytes of a message, where one is too large
+GARBAGE = (b"\xff", b"\x0b" * 1000, b"\x0a\xff\xff\xff\xff\x0f", batch_request("x", "abc").SerializeToString()[:-1])
+
+
+def path_of(method: MethodDescriptor) -> str:
+    assert method.containing_service is not None
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+async def answered(channel: grpc.aio.Channel, method: MethodDescriptor, data: bytes) -> tuple[Code, str]:
+    """How a call with this one message ends: the status and its text."""
+    path = path_of(method)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            if method.client_streaming:
+                stream = channel.stream_stream(path)(iter([data]))
+            elif method.server_streaming:
+                stream = channel.unary_stream(path)(data)
+            else:
+                await channel.unary_unary(path)(data)
+                return Code.OK, ""
+            async for _ in stream:
+                pass
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    return Code.OK, ""
+
+
+def is_quiet(caplog: pytest.LogCaptureFixture, level: int = logging.ERROR) -> bool:
+    """Nothing of ``level`` was logged, by asyncio of tasks whose exception nobody took neither."""
+    gc.collect()
+    return not [record for record in caplog.records if record.levelno >= level]
 
 
 def attempts(method: MethodDescriptor, r: random.Random) -> Iterator[bytes]:
@@ -61,26 +97,8 @@ def attempts(method: MethodDescriptor, r: random.Random) -> Iterator[bytes]:
 async def test_bytes_are_answered_or_refused(name: str, caplog: pytest.LogCaptureFixture):
     method, r = METHODS[name], random.Random(name)
     engine = FakeEngine(tokenizer=byte_tokenizer(), max_model_len=64)
-    path = f"/{method.containing_service.full_name}/{method.name}"
     parse = GetMessageClass(method.input_type).FromString
     async with serving(engine) as s, grpc.aio.insecure_channel(s.target) as channel:
-
-        async def status(data: bytes) -> Code:
-            try:
-                async with asyncio.timeout(TIMEOUT_S):
-                    if method.client_streaming:
-                        stream = channel.stream_stream(path)(iter([data]))
-                    elif method.server_streaming:
-                        stream = channel.unary_stream(path)(data)
-                    else:
-                        await channel.unary_unary(path)(data)
-                        return Code.OK
-                    async for _ in stream:
-                        pass
-            except grpc.aio.AioRpcError as error:
-                return error.code()
-            return Code.OK
-
         seen = set()
         for data in attempts(method, r):
             try:
@@ -90,7 +108,7 @@ async def test_bytes_are_answered_or_refused(name: str, caplog: pytest.LogCaptur
                 allowed = {Code.OK, *CLIENTS_FAULT}
             except DecodeError:
                 allowed = {Code.UNIMPLEMENTED if name == "Health.List" else Code.INVALID_ARGUMENT}
-            found = await status(data)
+            found, _ = await answered(channel, method, data)
             assert found in allowed, (data.hex(), found)
             seen.add(found)
         if name == "Health.List":  # not there
@@ -98,6 +116,141 @@ async def test_bytes_are_answered_or_refused(name: str, caplog: pytest.LogCaptur
         else:
             assert Code.INVALID_ARGUMENT in seen
             assert len(seen) > 1 or method.name in ONLY_MALFORMED
-        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert is_quiet(caplog)
         assert await s.is_idle()
         assert "".join([c.text async for c in s.client.generate("ab", max_tokens=9)]) == expected_text("ab", 9)
+
+
+async def test_too_large_a_message_is_refused_with_both_sizes(caplog: pytest.LogCaptureFixture):
+    async with serving(max_message_bytes=LIMIT) as s, grpc.aio.insecure_channel(s.target) as channel:
+        sizes = (LIMIT, LIMIT + 1, 100 * LIMIT)
+        calls = [(name, method, size) for name, method in METHODS.items() for size in sizes if name != "Health.List"]
+        # At once: gRPC takes a tenth of a second to say so.
+        ends = await asyncio.gather(*(answered(channel, method, b"\xff" * size) for _, method, size in calls))
+        for (name, _, size), (code, told) in zip(calls, ends):
+            if size == LIMIT:
+                assert code == Code.INVALID_ARGUMENT, (name, told)
+            else:
+                assert code == Code.RESOURCE_EXHAUSTED, (name, told)
+                assert str(size) in told and str(LIMIT) in told, (name, told)
+        assert is_quiet(caplog, logging.WARNING) and not s.engine.requests
+        prompt = "a" * (LIMIT - 100)
+        [failure] = [m async for m in s.client.generate_batch([batch_request("x", prompt)])]
+        assert "max_model_len" in str(failure)  # another limit: the message was taken
+
+
+def num_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+ENDS = {
+    "half-close": Code.OK,
+    "leave": Code.CANCELLED,
+    "malformed": Code.INVALID_ARGUMENT,
+    "nameless": Code.INVALID_ARGUMENT,
+    "oversize": Code.RESOURCE_EXHAUSTED,
+}
+
+
+async def one_stream(channel: grpc.aio.Channel, own: str, end: str) -> Code:
+    """Good and refused requests on one stream in any order, then what ends it. All that it answers is checked, and its
+    status returned.
+
+    Args:
+        own: names its requests, and chooses them.
+    """
+    r = random.Random(own)
+    good: dict[str, tuple[str, int]] = {}  # prompt and number of tokens by id
+    bad: dict[str, Code] = {}
+    num_after = r.choice([0, 3])
+    lets_go = asyncio.Event()
+
+    def message(i: int) -> bytes:
+        kind = r.choice(["good", "good", "long", "hot", "empty", "twin"])
+        name, prompt = f"{own} {kind} {i}", "abc"[: r.randint(1, 3)] * r.randint(1, 9)
+        if kind in ("good", "long"):
+            good[name] = prompt, r.randint(1, 9) if kind == "good" or end == "half-close" else 10**5
+            return batch_request(name, prompt, max_tokens=good[name][1]).SerializeToString()
+        if kind == "twin":
+            bad["survivor"] = Code.ALREADY_EXISTS
+            return batch_request("survivor", prompt).SerializeToString()
+        bad[name] = Code.INVALID_ARGUMENT
+        if kind == "empty":
+            return batch_request(name, token_ids=[]).SerializeToString()
+        return batch_request(name, prompt, temperature=-1.0).SerializeToString()
+
+    async def messages() -> AsyncIterator[bytes]:
+        for i in range(r.randint(0, 8)):
+            yield message(i)
+            await asyncio.sleep(r.choice([0, 0, 0.001, 0.004]))
+        if end == "half-close":
+            return
+        if end == "leave":
+            lets_go.set()
+            await asyncio.sleep(TIMEOUT_S)
+        elif end == "malformed":
+            yield r.choice(GARBAGE)
+        elif end == "oversize":
+            yield batch_request("large", "a" * r.choice([LIMIT, 50 * LIMIT])).SerializeToString()
+        else:
+            yield pb.GenerateRequest(text="nobody's").SerializeToString()
+        for i in range(num_after):
+            yield batch_request(f"{own} after {i}", "abc", max_tokens=3).SerializeToString()
+
+    call = channel.stream_stream(
+        "/jaxserve.v1.Inference/GenerateBatch", response_deserializer=pb.BatchChunk.FromString
+    )(messages())
+    if end == "leave":
+        asyncio.get_running_loop().create_task(lets_go.wait()).add_done_callback(lambda _: call.cancel())
+    tokens: dict[str, list[int]] = {}
+    told: dict[str, Code] = {}
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            async for answer in call:
+                if answer.HasField("failure"):
+                    told[answer.failure.request_id] = next(c for c in Code if c.value[0] == answer.failure.code)
+                else:
+                    tokens.setdefault(answer.chunk.request_id, []).extend(answer.chunk.token_ids)
+    except (grpc.aio.AioRpcError, asyncio.CancelledError):
+        assert end != "half-close"
+    for name, found in tokens.items():
+        prompt, num_tokens = good[name]  # KeyError: of a message after the one that ended the call
+        assert found == expected_tokens(prompt, num_tokens)[: len(found)], name
+    assert told.items() <= bad.items()
+    if end == "half-close":
+        assert told == bad
+        assert {name: len(found) for name, found in tokens.items()} == {name: n for name, (_, n) in good.items()}
+    code, details = await call.code(), await call.details()
+    if code == Code.INTERNAL:  # of the client's own gRPC, where it was about to write as the call ended
+        assert details == "Internal error from Core" and end != "half-close"
+    else:
+        assert code == ENDS[end], details
+    return code
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_one_message_ends_a_stream_and_nothing_of_it_stays(end: str, caplog: pytest.LogCaptureFixture):
+    async with (
+        serving(endless_engine(), max_message_bytes=LIMIT) as s,
+        grpc.aio.insecure_channel(s.target) as channel,
+    ):
+        survivor = s.client.generate("abc", request_id="survivor")
+        text = (await anext(survivor)).text
+        await one_stream(channel, "first", "half-close")  # what the first call opens may stay
+        tasks_before, files_before = len(asyncio.all_tasks()), num_files()
+        for i in range(3):
+            codes = await asyncio.gather(*(one_stream(channel, f"{end} {i} {j}", end) for j in range(8)))
+            assert ENDS[end] in codes
+        await until(lambda: (stats := s.server.engine.stats()) is not None and stats.num_running == 1)
+        await until(lambda: len(asyncio.all_tasks()) <= tasks_before and num_files() <= files_before)
+        text += (await anext(survivor)).text
+        assert text == expected_text("abc", len(text))  # of one stream's failures others see nothing
+        await survivor.aclose()
+        assert await s.is_idle()
+        assert is_quiet(caplog, logging.WARNING)
