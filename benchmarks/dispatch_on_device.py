@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from benchmarks.engine_on_device import add_options, say, sizes, use_options
 from benchmarks.greedy_tokens import TINY
-from benchmarks.profile_summary import planes_of
+from jaxserve.bench.profile_summary import planes_of
 from jaxserve.checkpoint.shapes import read_shape
 from jaxserve.config import CacheConfig
 from jaxserve.execution import runner

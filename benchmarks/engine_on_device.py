@@ -31,9 +31,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from benchmarks import profile_summary  # noqa: E402
 from benchmarks.greedy_tokens import TINY, check  # noqa: E402
-from jaxserve.bench import offline  # noqa: E402
+from jaxserve.bench import offline, profile_summary  # noqa: E402
 from jaxserve.bench.ceilings import measure_ceilings  # noqa: E402
 from jaxserve.bench.engine import Record, StartTimes  # noqa: E402
 from jaxserve.bench.report import print_engine  # noqa: E402

@@ -47,14 +47,14 @@ def driver_version() -> str | None:
     return done.stdout.split("\n")[0].strip() or None
 
 
-def command_line(benchmark: str, model: str, options: dict[str, Any]) -> str:
+def command_line(benchmark: str, model: str | None, options: dict[str, Any]) -> str:
     """The command line that asks for these options. No path: the file's name stands for it, and a cache is no part."""
     words = [
         f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
         for name, value in options.items()
         if name != "compilation_cache_dir"
     ]
-    return shlex.join(["jaxserve", "bench", benchmark, Path(model).name, *words])
+    return shlex.join(["jaxserve", "bench", benchmark, *([] if model is None else [Path(model).name]), *words])
 
 
 def source_commit() -> str | None:

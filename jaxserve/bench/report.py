@@ -104,20 +104,24 @@ ENGINE_COMMON = (
 )
 
 
-def print_engine(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """The rows of ``bench.engine.run``: a table for each workload, and what they were measured on and how."""
-    console = console or Console()
-    row = rows[0]
+def _about(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """What a row with ``ceilings`` was measured on."""
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     driver = f", driver {row['driver']}" if row["driver"] else ""
     ceilings = row["ceilings"]
-    lines = (
-        f"{row['model']}, {row['dtype']}, {row['device']}{driver}",
+    return (
+        f"{name}, {row['dtype']}, {row['device']}{driver}",
         f"{versions}, commit {row['commit'] or 'unknown'}",
         f"measured ceilings: {ceilings['read_gb_per_s']:,.0f} GB/s of reading, {ceilings['tflop_per_s']:,.2f} TFLOP/s "
         f"in {ceilings['dtype']}",
     )
-    for line in lines:
+
+
+def print_engine(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """The rows of ``bench.engine.run``: a table for each workload, and what they were measured on and how."""
+    console = console or Console()
+    row = rows[0]
+    for line in _about(row, row["model"]):
         console.print(line, highlight=False, soft_wrap=True)
     for start in (r for r in rows if r["workload"] == "start"):
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in start["stages_s"].items())
@@ -135,6 +139,44 @@ def print_engine(rows: Sequence[Mapping[str, Any]], console: Console | None = No
             table.add_row(*("-" if r[key] is None else format(r[key], form) for _, key, form in present))
         console.print(table)
     console.print(f"$ {row['command']}", highlight=False, soft_wrap=True)
+
+
+# What a row is of, and in what words.
+KERNEL_ABOUT = {"matrix": "matrix", "rows": "rows", "tokens": "tokens", "keys": "keys", "window": "a window"}
+KERNEL_FIGURES = (
+    ("us", "us", ".1f"),
+    ("% roof", "roofline_percent", ".1f"),
+    ("GB/s", "gb_per_s", ",.0f"),
+    ("TFLOP/s", "tflop_per_s", ",.2f"),
+)
+
+
+def print_kernels(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """The rows of ``bench.kernels.run``: a table for each kernel, and what they were measured on and how. What the
+    device's engine would choose has a star; "times as fast" is as the reference."""
+    console = console or Console()
+    for line in _about(rows[0], rows[0]["shapes"]):
+        console.print(line, highlight=False, soft_wrap=True)
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        table = Table(title=kernel, title_justify="left")
+        table.add_column("of", no_wrap=True)
+        table.add_column("by", no_wrap=True)
+        for label in ("us", "times as fast", *(label for label, _, _ in KERNEL_FIGURES[1:])):
+            table.add_column(label, justify="right")
+        reference_us: dict[str, float] = {}
+        for row in (r for r in rows if r["kernel"] == kernel):
+            of = ", ".join(f"{row[name]} {word}" for name, word in KERNEL_ABOUT.items() if row.get(name) is not None)
+            by = row["implementation"] + (" *" if row["selected"] else "")
+            if "error" in row:
+                table.add_row(of, by, row["error"])
+                continue
+            if row["implementation"] == "reference":
+                reference_us[of] = row["us"]
+            ratio = f"{reference_us[of] / row['us']:.2f}" if of in reference_us else "-"
+            us, *others = (format(row[key], form) for _, key, form in KERNEL_FIGURES)
+            table.add_row(of, by, us, ratio, *others)
+        console.print(table)
+    console.print(f"$ {rows[0]['command']}", highlight=False, soft_wrap=True)
 
 
 def print_rows(

@@ -132,7 +132,7 @@ class Roofline:
                 end = row.start + row.num_new_tokens
                 first = 0 if window is None else max(0, row.start - window + 1)
                 moved += num_layers * per_layer * (end - first)
-                flops += num_layers * per_pair * _pairs(row.start, row.num_new_tokens, window)
+                flops += num_layers * per_pair * attention_pairs(row.start, row.num_new_tokens, window)
         return Work(moved, flops)
 
     def _dims_per_pair(self) -> int:
@@ -143,9 +143,7 @@ class Roofline:
 
     def floor_s(self, work: Work) -> float:
         """The least seconds that ``work`` of one step takes."""
-        reading = work.bytes / (self.ceilings.read_gb_per_s * 1e9)
-        calculating = work.flops / (self.ceilings.tflop_per_s * 1e12)
-        return max(reading, calculating) / self.num_devices
+        return floor_s(work, self.ceilings) / self.num_devices
 
     def of_steps(self, steps: Sequence[Sequence[Row]], duration_s: float) -> dict[str, float]:
         """What a run's figures say of the ceilings: its steps' rows, and the seconds they took together."""
@@ -158,9 +156,14 @@ class Roofline:
         }
 
 
-def _pairs(start: int, num_new: int, window: int | None) -> int:
+def floor_s(work: Work, ceilings: Ceilings) -> float:
+    """The least seconds that ``work`` takes one device."""
+    return max(work.bytes / (ceilings.read_gb_per_s * 1e9), work.flops / (ceilings.tflop_per_s * 1e12))
+
+
+def attention_pairs(start: int, num_new: int, window: int | None) -> int:
     """Keys seen, summed over the queries at ``start .. start + num_new - 1``, each seeing itself and what is before."""
     if window is None:
         return num_new * start + num_new * (num_new + 1) // 2
     whole = min(num_new, max(0, window - 1 - start))  # queries that see everything before them
-    return _pairs(start, whole, None) + (num_new - whole) * window
+    return attention_pairs(start, whole, None) + (num_new - whole) * window

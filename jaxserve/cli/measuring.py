@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxserve.cli.loading import leaving_at_interrupt, select_platform
-from jaxserve.cli.options import EngineOptions, Json, Model, flatten_options, parse_sizes
+from jaxserve.cli.options import EngineOptions, Json, Model, Platform, flatten_options, parse_sizes
 from jaxserve.cli.terminal import ProgressDisplay, write_answer
 
 app = typer.Typer(help="Measure, from one run, and print a table or JSON.")
@@ -89,6 +89,43 @@ class OfflineOptions:
         return values
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions:
+    """What to measure of kernels. Unset is left to the benchmark's default."""
+
+    shapes: Annotated[
+        str | None, typer.Option(help="A known shape, a config.json or its folder. (default: llama-3.1-8b)")
+    ] = None
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            help='Some of "int4_matmul,int8_matmul,grouped_matmul,decode_attention,prefill_attention,rope_append". '
+            "(default: all)"
+        ),
+    ] = None
+    batches: Annotated[
+        str | None, typer.Option(help='Tokens of products and appends, rows of decode attention, as "1,16".')
+    ] = None
+    context: Annotated[int | None, typer.Option(help="Keys of a decode row.")] = None
+    prompt_lens: Annotated[str | None, typer.Option(help='Of prefill attention, as "512,2048".')] = None
+    page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None
+    tuning: Annotated[
+        str | None, typer.Option(help='Of Hopper\'s kernels, timed beside their own, as "ring=3,launch_early=true".')
+    ] = None
+    repeats: Annotated[int | None, typer.Option(help="Rounds, of which the median counts.")] = None
+    output: Annotated[Path | None, typer.Option(help="Write everything to this file as JSON, too.")] = None
+
+    def keywords(self) -> dict[str, Any]:
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        for name in ("batches", "prompt_lens"):
+            if name in values:
+                values[name] = parse_sizes(name, values[name])
+        if "kernels" in values:
+            values["kernels"] = tuple(values["kernels"].split(","))
+        return values
+
+
 @app.command()
 @flatten_options
 def batching(model: Model, workload: WorkloadOptions, engine: EngineOptions, as_json: Json = False) -> None:
@@ -128,6 +165,29 @@ def engine(model: Model, offline: OfflineOptions, engine: EngineOptions, as_json
         rows = run(model, on_progress=progress, on_row=on_row, **keywords)
     if not as_json:
         print_engine(rows)
+
+
+@app.command()
+@flatten_options
+def kernels(options: KernelOptions, platform: Platform = None, as_json: Json = False) -> None:
+    """Each kernel against its reference and what XLA has of its own, in the shapes of a model's layers, each beside
+    what the device can do at best. --json prints a line for each measurement, as it is made."""
+    with ProgressDisplay() as progress, leaving_at_interrupt(progress):
+        progress("import jax", 0, None)
+        select_platform(platform)
+        from jaxserve.bench.kernels import parse_tuning, run
+        from jaxserve.bench.report import print_kernels
+
+        keywords = options.keywords()
+        if "tuning" in keywords:
+            keywords["tuning"] = parse_tuning(keywords["tuning"])
+        on_row = (lambda row: write_answer(json.dumps(row) + "\n")) if as_json else None
+        rows = run(on_progress=progress, on_row=on_row, **keywords)
+    if not as_json:
+        print_kernels(rows)
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(rows)} measurements failed, the first: {failed[0]['error']}")
 
 
 @app.command()

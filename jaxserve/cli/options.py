@@ -23,6 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
 Lora = Annotated[str | None, typer.Option(help="Name of a loaded adapter. (default: the base model)")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print time to first token and tokens/s on stderr.")]
+Platform = Annotated[str | None, typer.Option(help="cpu, cuda or tpu. (default: the best there is)")]
 
 
 FIELD_OF_OPTION = {
@@ -153,7 +154,7 @@ class EngineOptions:
         typer.Option(help="auto: as stored, GGUF dequantized; none: dequantized; gguf, gptq, awq, ...: as stored."),
     ] = None
     compilation_cache_dir: Annotated[Path | None, typer.Option(help="Keep compiled steps here between starts.")] = None
-    platform: Annotated[str | None, typer.Option(help="cpu, cuda or tpu. (default: the best there is)")] = None
+    platform: Platform = None
 
     def keywords(self) -> dict[str, Any]:
         """The engine keywords that were set."""

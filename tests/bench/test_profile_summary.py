@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.profile_summary import Interval, kernels, lines, summary
+from jaxserve.bench.profile_summary import Interval, kernels, lines, summary
 
 
 def test_busy_idle_and_names():

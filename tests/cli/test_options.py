@@ -90,7 +90,8 @@ def test_flattened_options_are_parsed():
 
 @pytest.mark.parametrize(
     "command",
-    ["", "generate", "chat", "serve", "info", "bench", "bench batching", "bench engine", "eval perplexity", "client"]
+    ["", "generate", "chat", "serve", "info", "eval perplexity", "client"]
+    + ["bench", "bench batching", "bench engine", "bench kernels"]
     + [f"client {name}" for name in ("generate", "chat", "abort", "health", "info", "tokenize")],
 )
 def test_every_command_has_help(command: str):

@@ -31,6 +31,11 @@ def kernels(folder: Path) -> dict[str, list[Interval]]:
     return {"/host:CPU": [x for line in host for x in _intervals(line) if not x.name.startswith("ThunkExecutor")]}
 
 
+def without_number(name: str) -> str:
+    """``fusion_3`` and ``fusion.7`` are ``fusion``."""
+    return re.sub(r"[._]\d+$", "", name)
+
+
 def _is_stream(line: str) -> bool:
     """A GPU's streams, a TPU's operations: other lines of the plane repeat the same time by module or source."""
     return line.startswith("Stream") or line == "XLA Ops"
@@ -60,7 +65,7 @@ def summary(intervals: Sequence[Interval], step_s: float) -> dict[str, Any]:
     num_steps = span / (step_s * 1e9)
     by_name: dict[str, list[float]] = {}
     for x in ordered:
-        by_name.setdefault(re.sub(r"[._]\d+$", "", x.name), []).append(x.duration_ns)
+        by_name.setdefault(without_number(x.name), []).append(x.duration_ns)
     names = sorted(by_name, key=lambda name: -sum(by_name[name]))
     limits = (2_000, 10_000, 50_000, float("inf"))
     return {

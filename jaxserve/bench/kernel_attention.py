@@ -1,0 +1,201 @@
+"""Attention of a layer's shapes and what comes before it, rotation and append, and the ways to compute them."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.bench.ceilings import random_normal
+from jaxserve.bench.kernel_cases import Case, Setting, Way, on_hopper
+from jaxserve.bench.kernel_inputs import attention_inputs, rope_append_inputs
+from jaxserve.bench.roofline import Work, attention_pairs
+from pallas_kernels import dispatch
+from pallas_kernels import paged_attention as attention
+from pallas_kernels import rope_append as rope
+from pallas_kernels.paged_attention import gpu as hopper_attention
+from pallas_kernels.paged_attention import gpu_decode, gpu_prefill
+from pallas_kernels.rope_append import gpu as hopper_rope
+
+
+def attention_program(
+    setting: Setting,
+    variant: dict[str, Any],
+    decode_lens: Sequence[int],
+    chunks: Sequence[tuple[int, int]],
+    num_calls: int,
+    attend: Callable[..., jax.Array],
+) -> Callable[[], Any]:
+    """Calls of ``attend`` with the keywords of ``paged_attention``; the output of each is the queries of the next."""
+    config = setting.config
+    x = attention_inputs(
+        decode_lens,
+        chunks,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=setting.page_size,
+        dtype=setting.dtype,
+    )
+    q, kv = x.pop("q"), x.pop("kv_pages")
+    fixed = {name: x.pop(name) for name in ("num_decode_rows", "sm_scale")} | variant
+    held = [kv, *(random_normal(i, kv.shape, setting.dtype) for i in range(1, num_calls))]
+
+    @jax.jit
+    def chain(q: jax.Array, held: list[jax.Array], x: dict[str, jax.Array]) -> jax.Array:
+        for kv_pages in held:
+            q = attend(q=q, kv_pages=kv_pages, **x, **fixed)
+        return q
+
+    return functools.partial(chain, q, held, x)
+
+
+def attention_cases(
+    setting: Setting, kernel: str, batches: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]]
+) -> Iterator[Case]:
+    """For each of the model's windows and each of ``batches``, (decode rows' keys, chunks)."""
+    for window in dict.fromkeys(setting.config.window(i) for i in range(setting.config.num_layers)):
+        for decode_lens, chunks in batches:
+            yield attention_case(setting, kernel, window, decode_lens, chunks)
+
+
+def attention_case(
+    setting: Setting,
+    kernel: str,
+    window: int | None,
+    decode_lens: Sequence[int],
+    chunks: Sequence[tuple[int, int]],
+) -> Case:
+    config, dtype = setting.config, setting.dtype
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    needs = hopper_attention.needs(
+        head_dim=h, page_size=setting.page_size, group=n // k, dtype=dtype, windows=(window,),
+        softcap=config.attn_softcap, sinks=config.attn_sinks,
+    )  # fmt: skip
+    variant: dict[str, Any] = {"window": window, "softcap": config.attn_softcap}
+    if config.attn_sinks:
+        variant["sinks"] = random_normal(98, (n,), jnp.float32)
+    rows = [(length - 1, 1) for length in decode_lens] + [(keys - new, new) for new, keys in chunks]
+    pairs = sum(attention_pairs(start, new, window) for start, new in rows)
+    seen = sum(start + new - (max(0, start - window + 1) if window else 0) for start, new in rows)
+    tokens, kv_bytes = sum(new for _, new in rows), seen * k * h * 2 * dtype.itemsize
+    work = Work(kv_bytes + 2 * tokens * n * h * dtype.itemsize, 4.0 * n * h * pairs)
+    num_calls = setting.num_copies(kv_bytes)
+
+    selected = dispatch.best(jax.devices()[0], hopper=needs)
+    names: list[Any] = ["reference"] + (["mosaic_gpu"] if on_hopper() and needs is not None else [])
+    attends: dict[str, Callable[..., jax.Array]] = {
+        name: functools.partial(attention.paged_attention, implementation=name) for name in names
+    }
+    if "mosaic_gpu" in names and (attend := tuned_attention(setting, not chunks)):
+        attends["mosaic_gpu, tuned"] = attend
+    program = functools.partial(attention_program, setting, variant, decode_lens, chunks, num_calls)
+    ways = [
+        Way(name, name == selected, work, functools.partial(program, attend), num_calls)
+        for name, attend in attends.items()
+    ]
+    plain = window is None and config.attn_softcap is None and not config.attn_sinks
+    if plain and jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and h <= 128:
+        ways.append(dense_attention(setting, decode_lens, chunks, work, num_calls))
+    about = {"rows": len(rows), "keys": sum(start + new for start, new in rows), "tokens": tokens, "window": window}
+    return Case(kernel, about, ways)
+
+
+def tuned_attention(setting: Setting, decode: bool) -> Callable[..., jax.Array] | None:
+    """Hopper's kernel with ``Setting.tuning``, for keywords of ``paged_attention``; None if it has no such field."""
+    module = gpu_decode if decode else gpu_prefill
+    tuning = setting.tuned(module.default_tuning(setting.config.head_dim))
+    if tuning is None:
+        return None
+
+    def attend(*, prefill_cu_q_lens: jax.Array, num_decode_rows: int, **keywords: Any) -> jax.Array:
+        if decode:
+            return gpu_decode.decode_attention(**keywords, tuning=tuning)
+        return gpu_prefill.prefill_attention(**keywords, cu_q_lens=prefill_cu_q_lens, tuning=tuning)
+
+    return attend
+
+
+def dense_attention(
+    setting: Setting, decode_lens: Sequence[int], chunks: Sequence[tuple[int, int]], work: Work, calls: int
+) -> Way:
+    """cuDNN's, of keys and values that lie one after another, without pages; rows have the same lengths."""
+    config, dtype = setting.config, setting.dtype
+    rows = [(1, length) for length in decode_lens] + list(chunks)
+    new, keys = rows[0]
+
+    def build() -> Callable[[], Any]:
+        def normal(seed: int, tokens: int, heads: int) -> jax.Array:
+            return random_normal(seed, (len(rows), tokens, heads, config.head_dim), dtype)
+
+        held = [tuple(normal(2 * i + j, keys, config.num_kv_heads) for j in (0, 1)) for i in range(calls)]
+
+        @jax.jit
+        def chain(q: jax.Array, held: list[tuple[jax.Array, ...]]) -> jax.Array:
+            for k, v in held:
+                q = jax.nn.dot_product_attention(q, k, v, is_causal=new > 1, implementation="cudnn")
+            return q
+
+        return functools.partial(chain, normal(99, new, config.num_heads), held)
+
+    return Way("cudnn, no pages", False, work, build, calls)
+
+
+def decode_cases(setting: Setting) -> Iterator[Case]:
+    return attention_cases(setting, "decode_attention", [([setting.context] * b, ()) for b in setting.batches])
+
+
+def prefill_cases(setting: Setting) -> Iterator[Case]:
+    return attention_cases(setting, "prefill_attention", [((), [(n, n)]) for n in setting.prompt_lens])
+
+
+def rope_append_cases(setting: Setting) -> Iterator[Case]:
+    config, dtype = setting.config, setting.dtype
+    k, h, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
+    turning = None if config.rope(0) is None else config.ropes[config.rope(0) or 0]
+    rotary_dim = 0 if turning is None else turning.rotary_dim or h
+    interleaved, norms = turning is not None and turning.interleaved, config.qk_norm == "head"
+    needs = hopper_rope.needs(
+        k_heads=k, group=group, head_dim=h, rotary_dims=[rotary_dim], interleaved=interleaved, dtype=dtype,
+        kv_dtype=dtype,
+    )  # fmt: skip
+    selected = dispatch.best(jax.devices()[0], hopper=needs)
+    names: list[Any] = ["reference"] + (["mosaic_gpu"] if on_hopper() and needs is not None else [])
+    for tokens in setting.batches:
+        moved = 2 * tokens * k * (group + 2) * h * dtype.itemsize + tokens * rotary_dim * 4
+        work = Work(moved, 3.0 * tokens * k * (group + 1) * rotary_dim)
+        num_pages = -(-(4 * tokens + 1) // setting.page_size) + 1
+        calls = setting.num_copies(moved)
+
+        def build(name: Any, tokens: int = tokens, num_pages: int = num_pages, calls: int = calls) -> Any:
+            x = rope_append_inputs(
+                tokens, num_kv_heads=k, group=group, head_dim=h, rotary_dim=rotary_dim, num_pages=num_pages,
+                page_size=setting.page_size, norms=norms, dtype=dtype,
+            )  # fmt: skip
+            qkvs = [random_normal(i, x["qkv"].shape, dtype) for i in range(calls)]
+            del x["qkv"]
+            held = [jnp.zeros((num_pages, k, 2, setting.page_size, h), dtype) for _ in range(calls)]
+            # Where all are decode rows, queries are laid out as attention reads them.
+            options = {"q_rows": attention.query_rows(group, name), "norm_eps": config.norm_eps}
+            options |= {"norm_offset": config.norm_offset, "interleaved": interleaved, "implementation": name}
+
+            @functools.partial(jax.jit, donate_argnums=1)
+            def chain(qkvs: list[jax.Array], held: list[jax.Array], x: dict[str, Any]) -> Any:
+                index, qs, out = x["write_index"], [], []
+                for qkv, kv_pages in zip(qkvs, held, strict=True):
+                    q, kv_pages = rope.rope_append(qkv, kv_pages=kv_pages, **(x | {"write_index": index}), **options)
+                    # Always zero, which XLA cannot know: the next call waits for this one's pages.
+                    index = index + jnp.minimum(jnp.abs(kv_pages[0, 0, 0, 0, 0]).astype(jnp.int32), 0)
+                    qs, out = [*qs, q], [*out, kv_pages]
+                return qs, out
+
+            def run() -> Any:
+                nonlocal held
+                qs, held = chain(qkvs, held, x)
+                return qs
+
+            return run
+
+        ways = [Way(name, name == selected, work, functools.partial(build, name), calls) for name in names]
+        yield Case("rope_append", {"tokens": tokens}, ways)
