@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -96,6 +97,9 @@ class EngineCore(Protocol):
     def close(self) -> None: ...
 
 
+Command = tuple[Callable[[EngineCore], Any], Future[Any]]  # and its result
+
+
 class NotServingError(RuntimeError):
     """The engine is loading, draining, closed or failed: it takes no request."""
 
@@ -152,9 +156,10 @@ class AsyncEngine:
         self._wake = threading.Condition()  # guards _state and _commands
         self._state: State = "loading"
         self._has_ended = False
-        self._commands: list[tuple[Callable[[EngineCore], Any], Future[Any]]] = []
+        self._commands: deque[Command] = deque()
         self._engine: EngineCore | None = None  # set once; used outside its thread only for facts and make_request
         self._stats: EngineStats | None = None
+        self._next_stats = 0.0  # engine thread only: when they are taken again
         self._watchdog = Watchdog(step_timeout_s, self._end)
         self._streams: dict[str, EventStream] = {}  # engine thread only; an entry lives as long as the engine's request
         self._idle_waiters: list[Future[None]] = []  # engine thread only
@@ -359,33 +364,36 @@ class AsyncEngine:
     def _serve(self, engine: EngineCore) -> bool:
         """Returns when the engine was closed. False: another thread has ended everything during a step, and what that
         left is not this thread's."""
-        next_stats = 0.0
         while (commands := self._next_commands(engine)) is not None:
-            for command, future in commands:
-                try:
-                    future.set_result(command(engine))
-                except Exception as error:
-                    future.set_exception(error)
-            # A command may have left only a last event to give: has_unfinished() need not count that as work.
-            events: list[TokenEvent] = []
-            if commands or engine.has_unfinished():
-                self._watchdog.begin()
-                try:
-                    events = engine.step()
-                except BaseException:
-                    if self._watchdog.end() and not self._has_ended:
-                        raise
-                    return False
-                if not self._watchdog.end() or self._has_ended:
-                    return False
-            ended = any(event.finish_reason is not None for event in events)
-            if (now := time.monotonic()) >= next_stats or ended or not engine.has_unfinished():
-                self._stats = engine.stats()  # before the events: who has seen the last one finds exact figures
-                next_stats = now + STATS_INTERVAL_S
-            self._publish(engine, events)
+            if not self._turn(engine, commands):
+                return False
         return True
 
-    def _next_commands(self, engine: EngineCore) -> list[tuple[Callable[[EngineCore], Any], Future[Any]]] | None:
+    def _turn(self, engine: EngineCore, commands: deque[Command]) -> bool:
+        """Runs the commands, then a step if there is one to do. False: see ``_serve``."""
+        is_asked = bool(commands)
+        while commands:  # taken out: whoever keeps one's error keeps this frame, too, which would keep all of them
+            _answer(engine, *commands.popleft())
+        # A command may have left only a last event to give: has_unfinished() need not count that as work.
+        events: list[TokenEvent] = []
+        if is_asked or engine.has_unfinished():
+            self._watchdog.begin()
+            try:
+                events = engine.step()
+            except BaseException:
+                if self._watchdog.end() and not self._has_ended:
+                    raise
+                return False
+            if not self._watchdog.end() or self._has_ended:
+                return False
+        ended = any(event.finish_reason is not None for event in events)
+        if (now := time.monotonic()) >= self._next_stats or ended or not engine.has_unfinished():
+            self._stats = engine.stats()  # before the events: who has seen the last one finds exact figures
+            self._next_stats = now + STATS_INTERVAL_S
+        self._publish(engine, events)
+        return True
+
+    def _next_commands(self, engine: EngineCore) -> deque[Command] | None:
         """Commands to run before the next step, sleeping while there is nothing to do. None: the engine was closed."""
         with self._wake:
             while not self._commands and not engine.has_unfinished() and not self._is_over:
@@ -393,7 +401,7 @@ class AsyncEngine:
                     waiter.set_result(None)
                 self._idle_waiters.clear()
                 self._wake.wait()
-            commands, self._commands = self._commands, []
+            commands, self._commands = self._commands, deque()
             if self._is_over:
                 self._commands = commands  # _end refuses them
                 return None
@@ -448,7 +456,7 @@ class AsyncEngine:
                 return
             self._has_ended = True
             self._state = "closed" if failure is None else "failed"
-            commands, self._commands = self._commands, []
+            commands, self._commands = self._commands, deque()
             if failure is not None and not self._ready.done():
                 self._ready.set_exception(failure)
             self._wake.notify()
@@ -467,6 +475,13 @@ class AsyncEngine:
             self._stopped.set_result(None)
         else:
             self._stopped.set_exception(_failed(failure))
+
+
+def _answer(engine: EngineCore, command: Callable[[EngineCore], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(command(engine))
+    except Exception as error:
+        future.set_exception(error)
 
 
 def _failed(cause: BaseException) -> EngineFailedError:

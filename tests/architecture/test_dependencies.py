@@ -24,8 +24,6 @@ IMPORT_NAMES = {
     "pyyaml": "yaml",
 }  # distribution -> top-level module, where they differ
 
-LOADED_BY_OTHERS = {"websockets"}  # by uvicorn, which does not ask for it
-
 GPU_MACHINE = [
     "jax",
     "flax",
@@ -80,7 +78,7 @@ def test_imports_and_declared_dependencies_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     texts = project["dependencies"] + project["optional-dependencies"]["otel"]
     names = [canonicalize_name(Requirement(text).name) for text in texts]
-    declared = {IMPORT_NAMES.get(name, name) for name in names} - LOADED_BY_OTHERS
+    declared = {IMPORT_NAMES.get(name, name) for name in names}
     known = modules()
     imported = {target.split(".")[0] for name in known for target in imports_of(name, known)}
     assert imported - set(sys.stdlib_module_names) - set(PACKAGES) == declared
