@@ -1,22 +1,25 @@
 """Attention of a layer's shapes and what comes before it, rotation and append, and the ways to compute them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxserve.bench.ceilings import random_normal
 from jaxserve.bench.kernel_cases import Case, Setting, Way, on_hopper
 from jaxserve.bench.kernel_inputs import attention_inputs, rope_append_inputs
 from jaxserve.bench.roofline import Work, attention_pairs
+from jaxserve.model import layers
 from pallas_kernels import dispatch
 from pallas_kernels import paged_attention as attention
 from pallas_kernels import rope_append as rope
 from pallas_kernels.paged_attention import gpu as hopper_attention
 from pallas_kernels.paged_attention import gpu_decode, gpu_prefill
-from pallas_kernels.rope_append import gpu as hopper_rope
 
 
 def attention_program(
@@ -96,7 +99,7 @@ def attention_case(
         for name, attend in attends.items()
     ]
     plain = window is None and config.attn_softcap is None and not config.attn_sinks
-    if plain and jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and h <= 128:
+    if plain and len(set(rows)) == 1 and jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and h <= 128:
         ways.append(dense_attention(setting, decode_lens, chunks, work, num_calls))
     about = {"rows": len(rows), "keys": sum(start + new for start, new in rows), "tokens": tokens, "window": window}
     return Case(kernel, about, ways)
@@ -143,59 +146,103 @@ def dense_attention(
 
 
 def decode_cases(setting: Setting) -> Iterator[Case]:
-    return attention_cases(setting, "decode_attention", [([setting.context] * b, ()) for b in setting.batches])
+    """Rows of the same length; and, as many as there are at most, of very different ones."""
+    lens = [[setting.context] * rows for rows in setting.batches]
+    if max(setting.batches) > 1:
+        lens.append(uneven(max(setting.batches), setting.context))
+    return attention_cases(setting, "decode_attention", [(x, ()) for x in lens])
+
+
+def uneven(num_rows: int, mean: int) -> list[int]:
+    """Log-normal lengths, and one row that is 16 times as long."""
+    drawn = np.random.default_rng(0).lognormal(np.log(mean), 1.2, num_rows - 1)
+    return [16 * mean, *np.clip(drawn.astype(int), 1, 8 * mean).tolist()]
 
 
 def prefill_cases(setting: Setting) -> Iterator[Case]:
-    return attention_cases(setting, "prefill_attention", [((), [(n, n)]) for n in setting.prompt_lens])
+    """Whole prompts, and the last quarter of the longest."""
+    longest = max(setting.prompt_lens)
+    chunks = [(n, n) for n in setting.prompt_lens] + [(max(1, longest // 4), longest)]
+    return attention_cases(setting, "prefill_attention", [((), [chunk]) for chunk in chunks])
+
+
+# Rotation and append.
+
+RopeAppend = Callable[..., tuple[jax.Array, jax.Array]]  # of the keywords of ``rope_append_inputs``, and ``kv_pages``
+
+
+def rope_append_program(
+    setting: Setting, shape: dict[str, Any], num_calls: int, norms: bool, rope_append: RopeAppend
+) -> Callable[[], Any]:
+    """Calls of ``rope_append`` on pages of their own, which are donated. ``shape``: of ``rope_append_inputs``."""
+    x = rope_append_inputs(**shape, page_size=setting.page_size, norms=norms, dtype=setting.dtype)
+    qkvs = [random_normal(i, x["qkv"].shape, setting.dtype) for i in range(num_calls)]
+    del x["qkv"]
+    pages_shape = (shape["num_pages"], shape["num_kv_heads"], 2, setting.page_size, shape["head_dim"])
+    held = [jnp.zeros(pages_shape, setting.dtype) for _ in range(num_calls)]
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def chain(qkvs: list[jax.Array], held: list[jax.Array], x: dict[str, Any]) -> Any:
+        index, qs, out = x["write_index"], [], []
+        for qkv, kv_pages in zip(qkvs, held, strict=True):
+            q, kv_pages = rope_append(qkv=qkv, kv_pages=kv_pages, **(x | {"write_index": index}))
+            # Always zero, which XLA cannot know: the next call waits for this one's pages.
+            index = index + jnp.minimum(jnp.abs(kv_pages[0, 0, 0, 0, 0]).astype(jnp.int32), 0)
+            qs, out = [*qs, q], [*out, kv_pages]
+        return qs, out
+
+    def run() -> Any:
+        nonlocal held
+        qs, held = chain(qkvs, held, x)
+        return qs
+
+    return run
 
 
 def rope_append_cases(setting: Setting) -> Iterator[Case]:
+    """``xla`` is what a layer does where no kernel is selected. A norm over all heads at once is left out."""
     config, dtype = setting.config, setting.dtype
+    if config.qk_norm == "full":
+        config = dataclasses.replace(config, qk_norm="none")
     k, h, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
-    turning = None if config.rope(0) is None else config.ropes[config.rope(0) or 0]
+    kind = layers.layer_kind(config, 0)
+    turning = None if kind.rope is None else config.ropes[kind.rope]
     rotary_dim = 0 if turning is None else turning.rotary_dim or h
-    interleaved, norms = turning is not None and turning.interleaved, config.qk_norm == "head"
-    needs = hopper_rope.needs(
-        k_heads=k, group=group, head_dim=h, rotary_dims=[rotary_dim], interleaved=interleaved, dtype=dtype,
-        kv_dtype=dtype,
-    )  # fmt: skip
-    selected = dispatch.best(jax.devices()[0], hopper=needs)
+    norms = config.qk_norm == "head"
+    needs = layers.rope_append_needs(config, 1, dtype)
     names: list[Any] = ["reference"] + (["mosaic_gpu"] if on_hopper() and needs is not None else [])
+    # Of decode rows: queries are laid out as attention's kernel reads them.
+    q_rows = attention.query_rows(group, names[-1])
+    fixed: dict[str, Any] = {"norm_eps": config.norm_eps, "norm_offset": config.norm_offset, "q_rows": q_rows}
+    fixed["interleaved"] = turning is not None and turning.interleaved
+
+    def by_xla(
+        qkv: jax.Array, tables: Any, kv_pages: jax.Array, write_index: jax.Array, q_norm: Any, k_norm: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        weights: Any = SimpleNamespace(q_norm=q_norm, k_norm=k_norm)
+        rope = None if tables is None else (tables[0][:, None], tables[1][:, None])
+        ropes: Any = tuple(rope for _ in config.ropes)
+        unused: Any = None
+        context = layers.AttentionContext(ropes, write_index, unused, unused, unused)
+        q, kv_pages = layers.rotated(weights, kv_pages, qkv, context, config, kind)
+        if q_rows is not None:
+            q = jnp.pad(q.reshape(-1, k, group, h), ((0, 0), (0, 0), (0, q_rows - group), (0, 0)))
+        return q, kv_pages
+
+    chosen = dispatch.best(jax.devices()[0], hopper=needs)
+    calls: dict[str, RopeAppend] = {
+        name: functools.partial(rope.rope_append, implementation=name, **fixed) for name in names
+    }
+    calls["xla"] = by_xla
     for tokens in setting.batches:
         moved = 2 * tokens * k * (group + 2) * h * dtype.itemsize + tokens * rotary_dim * 4
-        work = Work(moved, 3.0 * tokens * k * (group + 1) * rotary_dim)
+        work, num_calls = Work(moved, 3.0 * tokens * k * (group + 1) * rotary_dim), setting.num_copies(moved)
         num_pages = -(-(4 * tokens + 1) // setting.page_size) + 1
-        calls = setting.num_copies(moved)
-
-        def build(name: Any, tokens: int = tokens, num_pages: int = num_pages, calls: int = calls) -> Any:
-            x = rope_append_inputs(
-                tokens, num_kv_heads=k, group=group, head_dim=h, rotary_dim=rotary_dim, num_pages=num_pages,
-                page_size=setting.page_size, norms=norms, dtype=dtype,
-            )  # fmt: skip
-            qkvs = [random_normal(i, x["qkv"].shape, dtype) for i in range(calls)]
-            del x["qkv"]
-            held = [jnp.zeros((num_pages, k, 2, setting.page_size, h), dtype) for _ in range(calls)]
-            # Where all are decode rows, queries are laid out as attention reads them.
-            options = {"q_rows": attention.query_rows(group, name), "norm_eps": config.norm_eps}
-            options |= {"norm_offset": config.norm_offset, "interleaved": interleaved, "implementation": name}
-
-            @functools.partial(jax.jit, donate_argnums=1)
-            def chain(qkvs: list[jax.Array], held: list[jax.Array], x: dict[str, Any]) -> Any:
-                index, qs, out = x["write_index"], [], []
-                for qkv, kv_pages in zip(qkvs, held, strict=True):
-                    q, kv_pages = rope.rope_append(qkv, kv_pages=kv_pages, **(x | {"write_index": index}), **options)
-                    # Always zero, which XLA cannot know: the next call waits for this one's pages.
-                    index = index + jnp.minimum(jnp.abs(kv_pages[0, 0, 0, 0, 0]).astype(jnp.int32), 0)
-                    qs, out = [*qs, q], [*out, kv_pages]
-                return qs, out
-
-            def run() -> Any:
-                nonlocal held
-                qs, held = chain(qkvs, held, x)
-                return qs
-
-            return run
-
-        ways = [Way(name, name == selected, work, functools.partial(build, name), calls) for name in names]
+        shape = {"num_tokens": tokens, "num_kv_heads": k, "group": group, "head_dim": h, "rotary_dim": rotary_dim}
+        program = functools.partial(rope_append_program, setting, shape | {"num_pages": num_pages}, num_calls, norms)
+        ways = [
+            Way(name, name == ("xla" if chosen == "reference" else chosen), work, functools.partial(program, call),
+                num_calls)
+            for name, call in calls.items()
+        ]  # fmt: skip
         yield Case("rope_append", {"tokens": tokens}, ways)

@@ -67,21 +67,26 @@ def test_groups_are_those_that_the_matrix_divides_into():
 
 def test_work_of_attention_with_and_without_a_window():
     config = replace(CONFIG, layer_windows=(None, 5))
-    plain, windowed = works("decode_attention", config=config)
+    plain, plain_uneven, windowed, _ = works("decode_attention", config=config)
     token, qo = 2 * 16 * 2 * 4, 2 * 4 * 16 * 4  # bytes of K and V of a token; of a query and its output
     assert plain == (
         {"rows": 3, "keys": 63, "tokens": 3, "window": None},
         {"reference": Work(3 * (21 * token + qo), 4 * 4 * 16 * 63)},
     )
     assert windowed[1] == {"reference": Work(3 * (5 * token + qo), 4 * 4 * 16 * 15)}
-    plain, windowed = works("prefill_attention", config=config)
+    keys = sum(kernel_attention.uneven(3, 21))
+    assert plain_uneven[0]["keys"] == keys > 16 * 21
+    assert plain_uneven[1] == {"reference": Work(keys * token + 3 * qo, 4 * 4 * 16 * keys)}
+    plain, behind, windowed, _ = works("prefill_attention", config=config)
     assert plain[1] == {"reference": Work(9 * (token + qo), 4 * 4 * 16 * 45)}
+    assert behind[1] == {"reference": Work(9 * token + 2 * qo, 4 * 4 * 16 * (8 + 9))}
     assert windowed[1] == {"reference": Work(9 * (token + qo), 4 * 4 * 16 * (1 + 2 + 3 + 4 + 5 * 5))}
 
 
 def test_work_of_appends_and_of_experts():
     moved = 2 * 3 * 2 * 4 * 16 * 4 + 3 * 16 * 4  # qkv in, queries and pages out; cos and sin
-    assert works("rope_append") == [({"tokens": 3}, {"reference": Work(moved, 3 * 3 * 2 * 3 * 16)})]
+    work = Work(moved, 3 * 3 * 2 * 3 * 16)
+    assert works("rope_append") == [({"tokens": 3}, {"reference": work, "xla": work})]
     assert works("grouped_matmul") == []
     drawn = np.random.default_rng(0).integers(0, 4, 6)
     ((about, found),) = works("grouped_matmul", config=MOE)
@@ -92,15 +97,17 @@ def test_work_of_appends_and_of_experts():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_each_way_runs(name: str):
-    case = next(iter(KERNELS[name](setting(config=MOE))))
-    assert [way.implementation for way in case.ways if way.is_selected] == ["reference"]
+    config = replace(MOE, qk_norm="head") if name == "rope_append" else MOE
+    case = next(iter(KERNELS[name](setting(config=config))))
+    by = "xla" if name == "rope_append" else "reference"  # of rotation and append, what a layer does
+    assert [way.implementation for way in case.ways if way.is_selected] == [by]
     for way in case.ways:
         assert way.num_calls == 2
         program = way.build()
         outs = jax.tree.leaves(program())
         assert outs and all(bool(jnp.isfinite(out).all()) for out in outs)
         jax.block_until_ready(program())  # again, also where it gave its arguments away
-        if way.implementation in ("xla", "float32 product") and name != "grouped_matmul":
+        if name in ("int4_matmul", "int8_matmul") and way.implementation != "reference":
             costs = program.func.lower(*program.args).compile().cost_analysis()
             assert costs["flops"] >= way.num_calls * way.work.flops  # XLA has left no call out
 
@@ -165,9 +172,11 @@ def test_json_lines_a_file_and_a_table(shape: str, monkeypatch: pytest.MonkeyPat
     asked = "--kernels=rope_append --batches=1,2 --repeats=1"
     assert run(["bench", "kernels", f"--shapes={shape}", *asked.split(), f"--output={out}", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(r["kernel"], r["tokens"]) for r in rows] == [("rope_append", 1), ("rope_append", 2)]
+    assert [(r["tokens"], r["implementation"], r["selected"]) for r in rows] == [
+        (tokens, way, way == "xla") for tokens in (1, 2) for way in ("reference", "xla")
+    ]
     for row in rows:
-        assert row["selected"] and row["us"] > 0
+        assert row["kernel"] == "rope_append" and row["us"] > 0
         assert row["roofline_percent"] == pytest.approx(100 * row["bytes"] / 1e3 / row["us"])
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
         assert row["command"] == f"jaxserve bench kernels --shapes={Path(shape).name} {asked}"
@@ -176,7 +185,7 @@ def test_json_lines_a_file_and_a_table(shape: str, monkeypatch: pytest.MonkeyPat
     console = Console(file=io.StringIO(), width=120)
     print_kernels([*rows, rows[0] | {"implementation": "other", "selected": False, "us": rows[0]["us"] / 2}], console)
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "reference *" in text and "2.00" in text and "rope_append" in text and rows[0]["device"] in text
+    assert "xla *" in text and "2.00" in text and "rope_append" in text and rows[0]["device"] in text
 
 
 @pytest.mark.parametrize(
