@@ -9,7 +9,10 @@ Random weights, 32 unrolled layers, donated KV, greedy; every row is at 896 toke
 import argparse
 import functools
 import itertools
+import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +21,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.layout import Format, Layout
 
-from benchmarks.kernels import measure
+from jaxserve.bench.ceilings import random_normal
+from jaxserve.bench.environment import environment
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
 from pallas_kernels.paged_attention.gpu_split import Tuning
@@ -99,7 +103,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", default=["out_in"], help="out_in, in_out: what is contiguous")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32, 64, 128, 256])
     args = parser.parse_args()
-    r = functools.partial(measure.random_normal, scale=0.02)
+    r = functools.partial(random_normal, scale=0.02)
     shapes = {"qkv": ((N + 2 * K) * H, D), "o": (D, N * H), "gate_up": (2 * F, D), "down": (D, F)}  # [out, in]
     layers: Any = [{name: r(i, shape) for i, (name, shape) in enumerate(shapes.items())} for _ in range(LAYERS)]
     weights = {"layers": layers, "embed": r(5, (V, D)), "head": r(6, (V, D))}
@@ -112,7 +116,7 @@ def main() -> None:
             np.random.default_rng(0).permutation(b * pages_per_row).reshape(b, pages_per_row), jnp.int32
         )
         for name in args.attention:
-            kvs = [measure.random_normal(7, (b * pages_per_row, K, 2, PS, H)) for _ in range(LAYERS)]
+            kvs = [random_normal(7, (b * pages_per_row, K, 2, PS, H)) for _ in range(LAYERS)]
             pos, tokens = jnp.full((b,), START, jnp.int32), jnp.arange(b, dtype=jnp.int32)
             f = jax.jit(functools.partial(step, name), donate_argnums=(1,))
             start = time.perf_counter()
@@ -133,7 +137,10 @@ def main() -> None:
             print(f"batch {b:4} {name:12} {layout:12} {t * 1e3:7.2f} ms {moved / t / 1e9:6.0f} GB/s, "
                   f"compiled in {compile_s:.1f} s", flush=True)  # fmt: skip
             del kvs
-    measure.write(args.json, {"decode_step": results})
+    if args.json:
+        command = "python -m benchmarks.kernels.decode_step " + " ".join(Path(a).name for a in sys.argv[1:])
+        record = environment() | {"command": command, "decode_step": results}
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

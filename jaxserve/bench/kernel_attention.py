@@ -101,7 +101,8 @@ def attention_case(
     plain = window is None and config.attn_softcap is None and not config.attn_sinks
     if plain and len(set(rows)) == 1 and jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and h <= 128:
         ways.append(dense_attention(setting, decode_lens, chunks, work, num_calls))
-    about = {"rows": len(rows), "keys": sum(start + new for start, new in rows), "tokens": tokens, "window": window}
+    about = {"new_tokens": tokens} if chunks else {"rows": len(rows)}
+    about |= {"keys": sum(start + new for start, new in rows), "window": window}
     return Case(kernel, about, ways)
 
 

@@ -142,7 +142,14 @@ def print_engine(rows: Sequence[Mapping[str, Any]], console: Console | None = No
 
 
 # What a row is of, and in what words.
-KERNEL_ABOUT = {"matrix": "matrix", "rows": "rows", "tokens": "tokens", "keys": "keys", "window": "a window"}
+KERNEL_ABOUT = {
+    "matrix": "",
+    "rows": "rows",
+    "tokens": "tokens",
+    "new_tokens": "new tokens",
+    "keys": "keys",
+    "window": "a window",
+}
 KERNEL_FIGURES = (
     ("us", "us", ".1f"),
     ("% roof", "roofline_percent", ".1f"),
@@ -153,19 +160,20 @@ KERNEL_FIGURES = (
 
 def print_kernels(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """The rows of ``bench.kernels.run``: a table for each kernel, and what they were measured on and how. What the
-    device's engine would choose has a star; "times as fast" is as the reference."""
+    device's engine would choose has a star; "/ ref." is how many times as fast as the reference it is."""
     console = console or Console()
     for line in _about(rows[0], rows[0]["shapes"]):
         console.print(line, highlight=False, soft_wrap=True)
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        table = Table(title=kernel, title_justify="left")
+        table = Table(title=kernel, title_justify="left", box=None, pad_edge=False)
         table.add_column("of", no_wrap=True)
         table.add_column("by", no_wrap=True)
-        for label in ("us", "times as fast", *(label for label, _, _ in KERNEL_FIGURES[1:])):
+        for label in ("us", "/ ref.", *(label for label, _, _ in KERNEL_FIGURES[1:])):
             table.add_column(label, justify="right")
         reference_us: dict[str, float] = {}
         for row in (r for r in rows if r["kernel"] == kernel):
-            of = ", ".join(f"{row[name]} {word}" for name, word in KERNEL_ABOUT.items() if row.get(name) is not None)
+            about = [f"{row[name]} {word}" for name, word in KERNEL_ABOUT.items() if row.get(name) is not None]
+            of = ", ".join(x.strip() for x in about)
             by = row["implementation"] + (" *" if row["selected"] else "")
             if "error" in row:
                 table.add_row(of, by, row["error"])

@@ -70,7 +70,7 @@ def test_work_of_attention_with_and_without_a_window():
     plain, plain_uneven, windowed, _ = works("decode_attention", config=config)
     token, qo = 2 * 16 * 2 * 4, 2 * 4 * 16 * 4  # bytes of K and V of a token; of a query and its output
     assert plain == (
-        {"rows": 3, "keys": 63, "tokens": 3, "window": None},
+        {"rows": 3, "keys": 63, "window": None},
         {"reference": Work(3 * (21 * token + qo), 4 * 4 * 16 * 63)},
     )
     assert windowed[1] == {"reference": Work(3 * (5 * token + qo), 4 * 4 * 16 * 15)}
