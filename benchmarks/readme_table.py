@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RECORD = "benchmarks/results/engine_h100_2026-11-27_run6.json"
+RECORD = "benchmarks/results/engine_h100_2026-11-28_run7.json"
 BEGIN, END = "<!-- begin of benchmarks/readme_table.py -->\n", "<!-- end of benchmarks/readme_table.py -->\n"
 # Measured by us on the same kind of card on another day: there is no record of it here.
 VLLM = {

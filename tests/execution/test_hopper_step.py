@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxserve.config import CacheConfig, ModelConfig, ParallelConfig, RopeConfig
+from jaxserve.execution import lowering
 from jaxserve.execution.lowering import lower_step, state_shape
 from jaxserve.execution.placement import place_params
 from jaxserve.model import layers
@@ -68,7 +69,7 @@ def test_which_models_have_their_rotation_and_append_by_the_kernel():
     assert [layers.rope_append_needs(config, 2, half) for config in refused] == [None] * 3
     assert layers.rope_append_needs(CONFIG, 2, jnp.dtype(jnp.int8)) is None
     hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
-    assert dispatch.best(hopper, hopper=frozenset(needs)) == "reference"  # until it has been checked and timed there
+    assert dispatch.best(hopper, hopper=frozenset(needs)) == "mosaic_gpu"
 
 
 @pytest.mark.parametrize("bucket", [Bucket(2, 0, 0), Bucket(2, 16, 1)], ids=["decode", "mixed"])
@@ -88,13 +89,11 @@ def test_step_with_hopper_kernels(bucket, monkeypatch):
     for package in (paged_attention, rope_append):
         monkeypatch.setitem(package._IMPLEMENTATIONS, "mosaic_gpu", recorded(package))
     monkeypatch.setattr(dispatch, "is_hopper", lambda device: True)
-    monkeypatch.setattr(
-        dispatch, "MOSAIC_GPU_CHECKED", dispatch.MOSAIC_GPU_CHECKED | {"rope_append", "rope_append head_dim 64"}
-    )
+    monkeypatch.setattr(lowering, "ROPE_APPEND_ROWS", 2)
     monkeypatch.setattr(gpu_decode, "default_tuning", lambda head_dim: Tuning(num_sms=2, streams_per_sm=1, ring=2))
     with plgpu.force_gpu_interpret_mode(INTERPRET):
         logits, pages = run(CONFIG, bucket)
-    assert traced == [rope_append, paged_attention]
+    assert traced == [paged_attention] if bucket.prefill_tokens else [rope_append, paged_attention]
     assert not races_found()
     for got, wanted in zip(pages, want_pages, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2**-5, atol=2**-5)  # NaN where nothing was written

@@ -53,7 +53,7 @@ class StepCase(NamedTuple):
     bucket: Bucket
     captures_collectives: bool = False  # compiled with an option that the engine does not set
     max_loras: int = 0  # adapters that its tokens may have
-    rope_append: bool = False  # rotation and append by their own kernel, whether or not dispatch has it
+    rope_append: bool = False  # that rotation and append are expected to be one kernel
 
 
 CHUNK_TOKENS = 512  # TP of a prefill kernel
@@ -130,9 +130,6 @@ STEPS = {
 STEPS["tensor-1-prefill"] = StepCase(1, PREFILL)
 STEPS["tensor-8-decode"] = StepCase(8, DECODE)  # a whole host
 STEPS["tensor-1-decode-loras"] = StepCase(1, DECODE, max_loras=4)
-STEPS |= {
-    f"tensor-{tensor}-{name}-append": StepCase(tensor, bucket, rope_append=True)
-    for tensor, name, bucket in ((1, "decode", DECODE), (1, "mixed", MIXED), (2, "decode", DECODE))
-}
+STEPS |= {f"tensor-{tensor}-many-rows": StepCase(tensor, Bucket(128, 0, 0), rope_append=True) for tensor in (1, 2)}
 STEPS["tensor-1-one-row"] = StepCase(1, Bucket(1, 0, 0))
 STEPS["tensor-2-decode-collectives-captured"] = StepCase(2, DECODE, captures_collectives=True)

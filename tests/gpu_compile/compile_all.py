@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ from jaxserve.model.params import named_leaves
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.parallel.placed import placed_config
 from jaxserve.step_io import StepDims
-from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import gpu_product
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
 from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
@@ -169,11 +167,7 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     adapters = None
     if case.max_loras:
         adapters = adapters_shape(config, LoraConfig(max_loras=case.max_loras), mesh, jnp.dtype("bfloat16"))
-    checked = {name for name in dispatch.MOSAIC_GPU_CHECKED if not name.startswith("rope_append")}
-    if case.rope_append:
-        checked |= {"rope_append", f"rope_append head_dim {config.head_dim}"}
-    with mock.patch.object(dispatch, "MOSAIC_GPU_CHECKED", frozenset(checked)):
-        lowered = lower_step(config, params, state, dims, case.bucket, mesh, adapters)
+    lowered = lower_step(config, params, state, dims, case.bucket, mesh, adapters)
     lowered_at = time.perf_counter()
     if case.captures_collectives:
         options = {"xla_gpu_enable_command_buffer": f"{CAPTURED},COLLECTIVES"}

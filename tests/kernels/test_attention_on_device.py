@@ -29,6 +29,7 @@ class Shape(NamedTuple):
 
 
 LLAMA_8B = Shape(32, 8, 128)
+LLAMA_8B_TENSOR8 = Shape(4, 1, 128)
 SMOLLM2_135M = Shape(9, 3, 64)
 QWEN_05B = Shape(14, 2, 64)
 GEMMA3_270M = Shape(4, 1, 256, window=512)
@@ -99,6 +100,7 @@ DECODE: dict[str, tuple[Shape, tuple[int, ...]]] = {
     "llama 8b, one row": (LLAMA_8B, (5000,)),
     "llama 8b, uneven": (LLAMA_8B, uneven(64, 500)),
     "llama 8b, 256 rows": (LLAMA_8B, tuple(np.random.default_rng(1).integers(1, 1500, 256).tolist())),
+    "llama 8b, one of eight devices": (LLAMA_8B_TENSOR8, RAGGED),
     "llama 8b, window": (LLAMA_8B._replace(window=128), RAGGED),
     "smollm2 135m": (SMOLLM2_135M, RAGGED),
     "qwen 0.5b, pages of 64": (QWEN_05B._replace(page_size=64), RAGGED),

@@ -40,7 +40,9 @@ compiled = jax.jit(rope_append, static_argnames=options)
 in_place = jax.jit(rope_append, static_argnames=options, donate_argnums=(2,))
 
 
-EUCLIDEAN = 2e-3  # relative: nearly all is equal
+# Relative: nearly all is equal. With norms XLA leaves out the rounding of what was normed where it may; the kernel has
+# it: so three roundings of 1.6e-3 each lie between them (2.77e-3 on an H200).
+EUCLIDEAN, EUCLIDEAN_WITH_NORMS = 2e-3, 3.5e-3
 
 
 @jax.jit
@@ -82,7 +84,7 @@ def check(case: Case, implementation: Any, spoil: Any = lambda x: x) -> None:
         q, want_q = q[:, :, :group], want_q[:, :, :group]
     for got, wanted in ((q, want_q), (written[first:], want)):
         share, norm = errors(got, wanted, limit)
-        assert share <= 1 and norm < EUCLIDEAN
+        assert share <= 1 and norm < (EUCLIDEAN_WITH_NORMS if norms else EUCLIDEAN)
     assert jnp.all(jnp.isnan(written[:first]))
     assert jnp.sum(~jnp.isnan(want)) == k * 2 * h * (t - (t > 1))
 
