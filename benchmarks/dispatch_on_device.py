@@ -43,7 +43,7 @@ def timed(run: runner.Runner, bucket: Bucket, in_flight: int, num_steps: int = 6
     for _ in range(num_steps):
         buffer = new_inputs(bucket, run.dims)[0]
         clock = [time.perf_counter()]
-        inputs = run._loaders[bucket](run._state.inputs, buffer)
+        inputs = run._loaders[bucket](run._state.inputs, buffer[None])
         state = dataclasses.replace(run._state, inputs=inputs)
         del inputs
         clock.append(time.perf_counter())

@@ -43,7 +43,7 @@ def lead(port: int, bucket: Bucket) -> dict[str, float | list[int]]:
     for _ in range(WARM_UP + STEPS):
         time.sleep(0.002)  # as a device's step takes
         before = time.perf_counter()
-        found.order("forward", [*bucket], [buffer])
+        found.order("forward", [*bucket], [buffer[None]])
         found.order("sample", ["any"])
         found.order("read")
         sent.append(time.perf_counter() - before)

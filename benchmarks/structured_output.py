@@ -21,7 +21,7 @@ import jax
 from jaxserve import Engine, SamplingParams
 from jaxserve.bench.environment import environment
 from jaxserve.config import ModelConfig
-from jaxserve.engine.step_times import StepTimes
+from jaxserve.engine.step_times import SECONDS, StepTimes
 from jaxserve.model.params import init_params
 from jaxserve.request import StructuredOutputs
 
@@ -120,10 +120,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
             "ratio": round(statistics.median(ratios), 3),
             "ratios": [round(x, 3) for x in ratios],
             "host_ms": {
-                kind: {
-                    name: round(1e3 * statistics.median(getattr(t, name) for t in times), 3)
-                    for name in StepTimes._fields[1:]
-                }
+                kind: {name: round(1e3 * statistics.median(getattr(t, name) for t in times), 3) for name in SECONDS}
                 for kind, times in host.items()
             },
             "first_request_ms": round(1e3 * first_s, 1),

@@ -289,6 +289,9 @@ class SchedulerConfig:
     the last decode size equal to ``max_num_seqs``, the last prefill size more than that: a step that reads prompts has
     the tokens of all that decode, too. At most ``max_prefill_rows`` sequences have a prompt chunk in a
     step. ``batching="static"`` admits only into an empty batch: the benchmark's comparison.
+
+    ``lookahead=1``: a step is dispatched before the last one is read, and follows it into the ``num_stages`` stages of
+    the mesh as soon as that has left the first. ``lookahead=0``: each step is read before the next is scheduled.
     """
 
     max_model_len: int  # tokens, prompt and output together
@@ -297,7 +300,8 @@ class SchedulerConfig:
     decode_sizes: tuple[int, ...]  # decode rows a step, e.g. (1, 8)
     max_prefill_rows: int = 4
     max_num_waiting: int = 1024
-    lookahead: Literal[0, 1] = 1  # steps dispatched before the last one is read
+    lookahead: Literal[0, 1] = 1
+    num_stages: int = 1  # ST
     batching: Literal["continuous", "static"] = "continuous"
 
     def __post_init__(self):
@@ -312,11 +316,18 @@ class SchedulerConfig:
                 f"prefill_sizes ends with {self.prefill_sizes[-1]}, which must be more than max_num_seqs="
                 f"{self.max_num_seqs}: a step that reads prompts has the tokens of all that decode, too"
             )
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages} must be at least 1")
         if self.max_prefill_rows < 1 or self.max_num_waiting < 1 or self.max_model_len < 2:
             raise ValueError(
                 f"max_prefill_rows={self.max_prefill_rows} and max_num_waiting={self.max_num_waiting} must be at "
                 f"least 1, max_model_len={self.max_model_len} at least 2"
             )
+
+    @property
+    def num_shares(self) -> int:
+        """Steps that are in the stages at once, over which the sequences that decode are shared out."""
+        return self.num_stages if self.lookahead else 1
 
     def max_pages_per_seq(self, page_size: int) -> int:
         """MP: pages that a sequence of ``max_model_len`` tokens holds."""

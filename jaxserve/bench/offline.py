@@ -6,6 +6,8 @@ prefix caching and no text. Definitions:
 * TTFT: time of a request with one output token, alone in the engine.
 * TPOT at a batch: (time with n + 1 output tokens - time with 1) / n, of the whole batch.
 * ITL: gaps between the consecutive tokens of a request, pooled over the requests.
+* Of a mesh with stages: a tick is one call of the compiled step, ``ST`` of which are a step of the whole batch; the
+  bubble is the share of stages without a step, over the ticks.
 """
 
 import random
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxserve.bench.collectives import sent_bytes, textbook_bubble
 from jaxserve.bench.roofline import Roofline
 from jaxserve.bench.workload import length_varied
 from jaxserve.engine.engine import Engine
@@ -118,8 +121,11 @@ class OfflineBenchmark:
             "tpot_ms": statistics.median(tpots),
             "output_tokens_per_s": 1e3 * batch_size / statistics.median(tpots),
         }
-        row |= percentiles("itl_ms", itl) | percentiles("step_ms", times) | {"num_whole_batch_steps": len(times)}
-        row |= self._costs([drives[-1]])
+        num_stages = self.engine.parallel_config.stage
+        row |= percentiles("itl_ms", itl) | percentiles("step_ms", [num_stages * t for t in times])
+        row |= {"num_whole_batch_steps": len(times)} | self._costs([drives[-1]])
+        if full and self.engine.loop.runner.mesh.size > 1:
+            row |= self._exchanged(full, batch_size)
         if full:  # there are none where the cache is too small for the batch
             batches = [step.batch.rows for step, _ in full if step.batch is not None]
             row |= self.roofline.of_steps(batches, sum(times) / 1e3)
@@ -129,15 +135,29 @@ class OfflineBenchmark:
 
     def _whole_batch_steps(self, run: Drive, batch_size: int) -> list[tuple[StepTimes, float]]:
         """The steps of ``run`` that decode ``batch_size`` rows and nothing else, and the seconds each took: from the
-        moment the step before it was read until it was."""
+        moment the step before it was read until it was. With stages, the ticks in which so many rows are in them."""
         later = self.engine.scheduler_config.lookahead
         found = []
         for i, step in enumerate(run.steps):
-            batch, read = step.batch, i + later
-            if batch is None or batch.bucket.prefill_tokens or len(batch.rows) != batch_size or read < 1:
+            tick, read = step.tick, i + later
+            if tick is None or tick.bucket.prefill_tokens or tick.num_rows != batch_size or read < 1:
                 continue
             found.append((step, run.step_ends[read] - run.step_ends[read - 1]))
         return found
+
+    def _exchanged(self, full: list[tuple[StepTimes, float]], batch_size: int) -> Row:
+        """What the ticks ``full`` of a whole batch send between devices, and how many of their stages are idle."""
+        parallel, ticks = self.engine.parallel_config, [step.tick for step, _ in full if step.tick is not None]
+        bucket = statistics.mode(tick.bucket for tick in ticks)
+        sent = sent_bytes(self.engine.loop.runner.program_texts(bucket, "greedy"), parallel.tensor)
+        row: Row = {"tensor_mb_a_step": parallel.stage * sent.tensor / 1e6}
+        if parallel.stage > 1:
+            num_busy = sum(tick.num_busy for tick in ticks)
+            row |= percentiles("tick_ms", [1e3 * t for _, t in full])
+            row["stage_mb_a_step"] = parallel.stage * sent.stage / 1e6
+            row["bubble_percent"] = 100 * (1 - num_busy / (parallel.stage * len(ticks)))
+            row["textbook_bubble_percent"] = 100 * textbook_bubble(parallel.stage, min(parallel.stage, batch_size))
+        return row
 
     def prefill(self, num_prompts: int = PREFILL_PROMPTS, prompt_len: int = PREFILL_PROMPT, repeats: int = 3) -> Row:
         """Prompt tokens a second over several prompts, the median of ``repeats``."""

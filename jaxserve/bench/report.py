@@ -86,6 +86,11 @@ ENGINE_FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("step p50", "step_ms_p50", ".2f"),
         ("p99", "step_ms_p99", ".2f"),
         ("tokens/s", "output_tokens_per_s", ",.0f"),
+        ("tick p50", "tick_ms_p50", ".2f"),
+        ("bubble %", "bubble_percent", ".1f"),
+        ("textbook", "textbook_bubble_percent", ".1f"),
+        ("stage MB", "stage_mb_a_step", ",.3f"),
+        ("tensor MB", "tensor_mb_a_step", ",.3f"),
     ),
     "prefill": (("tokens/s", "prompt_tokens_per_s", ",.0f"),),
     "throughput": (

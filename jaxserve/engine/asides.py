@@ -1,7 +1,7 @@
 """What requests ask of a step besides its tokens: log-probabilities of the prompt, or of everything, and embeddings.
 
-They are read off the step's hidden states by programs of their own, dispatched after the step's forward pass and before
-the next one's, and only where a row of the step asks.
+They are read off the step's hidden states by programs of their own, dispatched after the step's forward pass, or the
+last tick of it, and before the next one's, and only where a row of the step asks.
 """
 
 from typing import NamedTuple
@@ -64,7 +64,7 @@ class Asides:
                 self._scored.append(_Scored(last, 0, output, None, index))
             if request.pooling is not None and (request.pooling == "mean" or row.samples):
                 place = first if request.pooling == "mean" else last
-                pooled = _Pooled(output, last + 1 - place, row.sequence.num_preemptions)
+                pooled = _Pooled(output, last + 1 - place, row.attempt)
                 self._pooled.append(pooled)
                 self._places.append((place, last + 1))
 

@@ -102,7 +102,7 @@ def build_parts(
         max_lora_rank: their rank at most; each slot takes the memory of such a one.
         lora_modules: adapters to load before the engine is ready, by the name that requests give: folders as `peft`
             saves them.
-        lookahead: steps dispatched before the last one is read.
+        lookahead: steps dispatched before the last one is read; 0 lets only one into the stages of a mesh.
         batching, allocation: "static" is for comparison in benchmarks only.
         compilation_cache_dir: where compiled steps are kept for the next start, which then traces none. Sets JAX's
             persistent cache for this process; None leaves the process' own setting. Whoever can write there can run

@@ -399,6 +399,7 @@ class Engine:
         self._check_usable()
         placed = self._placed(params)
         with interrupts_held():
+            self.loop.finish_stages()  # a step is of one set of weights
             self.loop.runner.update_params(placed)
             self.loop.forget_computed()
 
@@ -483,6 +484,7 @@ class Engine:
         if not self._closed:
             self._closed = True
             self.loop.in_flight.clear()
+            self.loop.stages.clear()
             self.loop.runner.close()
 
     def __enter__(self) -> Self:

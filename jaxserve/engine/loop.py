@@ -11,19 +11,20 @@ import numpy as np
 from jaxserve.constraint_io import ConstraintDims
 from jaxserve.engine.asides import Asides
 from jaxserve.engine.output import NOTHING, RequestOutput
-from jaxserve.engine.step_times import StepTimes
+from jaxserve.engine.step_times import SECONDS, StepTimes
 from jaxserve.engine.structured import StructuredOutput
-from jaxserve.execution.runner import Runner
+from jaxserve.execution.runner import Computed, Runner
 from jaxserve.request import FinishReason, Request, RequestError, TokenEvent
 from jaxserve.scheduler.batch import ScheduledBatch, build_inputs, choose_sampling, slot_loads
 from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.stages import Entered, Stages, Tick
 from jaxserve.step_io import StepOutputs
 from jaxserve.text.grammar import Filler
 from jaxserve.text.tokenizer import Tokenizer
 
 
 class InFlight(NamedTuple):
-    """A dispatched step."""
+    """A step that is dispatched to its end."""
 
     batch: ScheduledBatch
     handle: jax.Array  # of the runner
@@ -35,12 +36,14 @@ class StepLoop:
 
     Attributes:
         scheduler, runner: the loop is the only one that makes them go on.
-        in_flight: dispatched steps that are not read yet, oldest first.
+        stages: steps that have ticks to go until they are sampled.
+        in_flight: steps that are dispatched to their ends and not read yet, oldest first.
         num_steps: dispatched since the start.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None):
         self.scheduler, self.runner = scheduler, runner
+        self.stages = Stages(scheduler.config, runner.dims)
         self.in_flight: deque[InFlight] = deque()
         self.num_steps = 0
         self._tokenizer = tokenizer
@@ -49,8 +52,8 @@ class StepLoop:
         self._groups: dict[str, dict[int, str]] = {}  # requests of several choices: the unfinished ones' own ids
         self._events: list[TokenEvent] = []
         self._filler = Filler()
-        self._times: dict[str, float] = {}  # of the step that runs
-        self._lap = 0.0
+        self._times = dict.fromkeys(SECONDS, 0.0)  # of the step that runs
+        self._lap = time.perf_counter()
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises as ``Engine.add_request``."""
@@ -70,7 +73,7 @@ class StepLoop:
 
     def has_unfinished(self) -> bool:
         """Whether there are requests, steps in flight, or events that nobody took."""
-        return self.scheduler.has_unfinished() or bool(self.in_flight) or bool(self._events)
+        return self.scheduler.has_unfinished() or self.stages.is_busy or bool(self.in_flight) or bool(self._events)
 
     def take_events(self) -> list[TokenEvent]:
         """The events since the last call, in order."""
@@ -80,22 +83,35 @@ class StepLoop:
     def advance(self, on_dispatch: Callable[[], None] | None) -> StepTimes:
         """Schedules and dispatches one step, and reads and commits the one before it (itself at lookahead 0).
 
+        With stages, what is dispatched is a tick, with or without a step that enters them, and what is read the step
+        that left them in the tick before.
+
         Rows with structured output need the token before to know what may follow. Only the sampler needs that: while
         the device is in the forward pass, the step before is read and the masks are computed.
 
         ``on_dispatch`` is called after a dispatch, before what the step before ended is freed.
         """
-        self._times = dict.fromkeys(StepTimes._fields[1:], 0.0)
+        self._times = dict.fromkeys(SECONDS, 0.0)
         self._lap = time.perf_counter()
         for request_id in self.scheduler.expire(time.monotonic()):
             self._emit(self._outputs.pop(request_id).on_end("deadline"))
         batch = self.scheduler.schedule()
         self._spent("schedule_s")
-        if batch is not None:
-            self._dispatch(batch, on_dispatch)
-        if len(self.in_flight) > (self.scheduler.config.lookahead if batch is not None else 0):
+        tick, may_be_unread = None, 0
+        if batch is not None or self.stages.is_busy:
+            tick = self._tick(batch, on_dispatch)
+            if not self.scheduler.config.lookahead:
+                self.finish_stages()
+            elif tick.leaving is not None:
+                may_be_unread = 1
+        if len(self.in_flight) > may_be_unread:
             self._read()
-        return StepTimes(batch, **self._times)
+        return StepTimes(batch, tick, **self._times)
+
+    def finish_stages(self) -> None:
+        """Dispatches the steps in the stages to their ends; no other enters."""
+        while self.stages.is_busy:
+            self._tick(None, None)
 
     def _spent(self, part: str) -> None:
         """Counts the time since the last call for a part of the step."""
@@ -103,23 +119,37 @@ class StepLoop:
         self._times[part] += now - self._lap
         self._lap = now
 
-    def _dispatch(self, batch: ScheduledBatch, on_dispatch: Callable[[], None] | None) -> None:
-        buffer, inputs = build_inputs(batch, self.scheduler.slots, self.runner.dims)
-        asked = choose_sampling(inputs)
-        for load in slot_loads(batch, self._constraint_dims):
-            self.runner.load_constraints(load)
+    def _tick(self, batch: ScheduledBatch | None, on_dispatch: Callable[[], None] | None) -> Tick:
+        entering = None
+        if batch is not None:
+            built = build_inputs(batch, self.scheduler.slots, self.runner.dims)
+            entering = Entered(batch, *built, slot_loads(batch, self._constraint_dims))
+            self.num_steps += 1
+        tick = self.stages.tick(entering)
         self._spent("build_s")
-        has_adapters = inputs.adapter_ids is not None and bool((inputs.adapter_ids >= 0).any())
-        computed = self.runner.forward(batch.bucket, buffer, has_adapters=has_adapters)
+        computed = self.runner.forward(tick.bucket, tick.buffers, has_adapters=tick.has_adapters)
+        if tick.leaving is not None:
+            self._sample(tick.leaving, computed)
+        if on_dispatch is not None:
+            on_dispatch()
+        self._spent("dispatch_s")
+        return tick
+
+    def _sample(self, step: Entered, computed: Computed) -> None:
+        """Dispatches the end of a step whose logits are ``computed``."""
+        batch = step.batch
         asides = allowed = None
+        asked = choose_sampling(step.inputs)
         if any(row.sequence.request.is_aside for row in batch.rows):
             # A new sequence may have the id of one that has ended.
             outputs = [
                 self._outputs[row.sequence.request_id] if row.sequence.status != "finished" else None
                 for row in batch.rows
             ]
-            asides = Asides(batch, outputs, inputs)
+            asides = Asides(batch, outputs, step.inputs)
             asides.dispatch(self.runner)
+        for load in step.loads:
+            self.runner.load_constraints(load)
         if any(row.samples and row.sequence.request.grammar is not None for row in batch.rows):
             asked = "constrained"
             self._spent("dispatch_s")
@@ -128,10 +158,7 @@ class StepLoop:
             allowed = self._allowed(batch)
             self._spent("masks_s")
         self.in_flight.append(InFlight(batch, self.runner.sample(computed, asked, allowed), asides))
-        self.num_steps += 1
-        if on_dispatch is not None:
-            on_dispatch()
-        self._spent("dispatch_s")
+        self.scheduler.left_stages(batch)
 
     def _allowed(self, batch: ScheduledBatch) -> np.ndarray:
         """[B, W] i32: the tokens that the batch's rows may sample as far as structured output goes. Ends sequences

@@ -47,10 +47,10 @@ class LeadingRunner(Runner):
                 raise
             raise loss from error
 
-    def forward(self, bucket: Bucket, buffer: np.ndarray, *, has_adapters: bool = False) -> Computed:
-        self._order("forward", [*bucket], [buffer])
+    def forward(self, bucket: Bucket, buffers: np.ndarray, *, has_adapters: bool = False) -> Computed:
+        self._order("forward", [*bucket], [buffers])
         with self._naming_loss():
-            return super().forward(bucket, buffer, has_adapters=has_adapters)
+            return super().forward(bucket, buffers, has_adapters=has_adapters)
 
     def sample(self, computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
         self._order("sample", [asked], [] if allowed is None else [allowed])

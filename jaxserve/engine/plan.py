@@ -132,6 +132,7 @@ def scheduler_config(
         decode_sizes=default_decode_sizes(seqs, platform["first_decode_size"], platform["growth"])
         if decode_sizes is None
         else tuple(decode_sizes),
+        num_stages=mesh.shape["stage"],
         **options,
     )
 
@@ -220,8 +221,8 @@ def step_dims(
     scheduler: SchedulerConfig, cache: CacheConfig, samplings: Sequence[Sampling], lora: LoraConfig | None = None
 ) -> StepDims:
     """The sizes that all steps of an engine with these configs share. Hidden states are kept where a request may ask
-    for log-probabilities."""
-    keeps_hidden = bool(set(samplings) & set(LOOKS_AT_ALL))
+    for log-probabilities, or a next stage for them."""
+    keeps_hidden = bool(set(samplings) & set(LOOKS_AT_ALL)) or scheduler.num_stages > 1
     return StepDims(
         num_slots=scheduler.max_num_seqs,
         max_pages_per_seq=scheduler.max_pages_per_seq(cache.page_size),

@@ -3,16 +3,19 @@
 from typing import NamedTuple
 
 from jaxserve.scheduler.batch import ScheduledBatch
+from jaxserve.scheduler.stages import Tick
 
 
 class StepTimes(NamedTuple):
-    """Seconds of the host by part of one step, and the batch it dispatched (None: it only read one).
+    """Seconds of the host by part of one step, the batch that it scheduled, and what it dispatched: at lookahead 0 only
+    the first tick of it. None: it scheduled none; it only read one.
 
     ``wait_s`` and ``commit_s`` are of the step that was read, with lookahead the one before. What the device has no
     part in is ``host_s``; while a step is in flight it costs nothing.
     """
 
     batch: ScheduledBatch | None
+    tick: Tick | None
     schedule_s: float
     build_s: float  # the step's inputs, in numpy
     dispatch_s: float  # the copy to the device, and the runtime's calls
@@ -24,3 +27,6 @@ class StepTimes(NamedTuple):
     def host_s(self) -> float:
         """Schedule, build, commit and masks."""
         return self.schedule_s + self.build_s + self.commit_s + self.masks_s
+
+
+SECONDS = tuple(name for name in StepTimes._fields if name.endswith("_s"))

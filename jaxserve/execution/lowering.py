@@ -48,7 +48,9 @@ def state_shape(
         kv_pages=tuple(pages(s) for s in spec.kv_pages),
         last_tokens=jax.ShapeDtypeStruct((dims.num_slots,), jnp.int32, sharding=NamedSharding(mesh, spec.last_tokens)),
         inputs=jax.ShapeDtypeStruct(
-            (max(buffer_size(b, dims) for b in buckets),), jnp.int32, sharding=NamedSharding(mesh, spec.inputs)
+            (mesh.shape["stage"], max(buffer_size(b, dims) for b in buckets)),
+            jnp.int32,
+            sharding=NamedSharding(mesh, spec.inputs),
         ),
         hidden=hidden,
     )
@@ -98,7 +100,8 @@ def lower_step(
 
 def lower_load_inputs(state: DeviceState, dims: StepDims, bucket: Bucket) -> jax.stages.Lowered:
     """``step.load_inputs`` of one bucket's steps, lowered, the state's inputs donated."""
-    buffer = jax.ShapeDtypeStruct((buffer_size(bucket, dims),), jnp.int32, sharding=state.inputs.sharding)
+    size = (state.inputs.shape[0], buffer_size(bucket, dims))
+    buffer = jax.ShapeDtypeStruct(size, jnp.int32, sharding=state.inputs.sharding)
     return jax.jit(load_inputs, donate_argnums=(0,)).lower(state.inputs, buffer)
 
 

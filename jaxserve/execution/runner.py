@@ -54,11 +54,11 @@ Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 
 
 class Computed(NamedTuple):
-    """A step between its two programs."""
+    """A step between its two programs; with stages, the one in the last."""
 
     num_rows: int  # B
     logits: jax.Array  # [B, V] f32, shared over the vocabulary
-    inputs: jax.Array  # [NI] i32, of ``DeviceState``
+    inputs: jax.Array  # [ST, NI] i32, of ``DeviceState``
 
 
 class _Job(NamedTuple):
@@ -187,7 +187,8 @@ class Runner:
             (b, asked, has) for b in buckets for asked in self._samplings for has in variants
         ] * times
         for i, (bucket, asked, has_adapters) in enumerate(jobs):
-            computed = self.forward(bucket, new_inputs(bucket, self.dims)[0], has_adapters=has_adapters)
+            padding = np.stack([new_inputs(bucket, self.dims)[0]] * self.mesh.shape["stage"])
+            computed = self.forward(bucket, padding, has_adapters=has_adapters)
             self.read(self.sample(computed, asked))
             if on_progress:
                 on_progress("warm-up", i + 1, len(jobs))
@@ -205,18 +206,30 @@ class Runner:
         """Programs of a bucket: without adapters, and with them."""
         return 1 if self._adapters is None else 2
 
-    def forward(self, bucket: Bucket, buffer: np.ndarray, *, has_adapters: bool = False) -> Computed:
-        """Starts a step on ``buffer`` (``step_io.new_inputs``), up to its logits.
+    def forward(self, bucket: Bucket, buffers: np.ndarray, *, has_adapters: bool = False) -> Computed:
+        """Starts a tick on ``buffers`` [ST, NI] i32, for each stage those of its step (``step_io.new_inputs``), up to
+        the logits of the last stage's.
 
         Args:
-            has_adapters: whether one of its tokens may have an adapter; else all are the base model's.
+            has_adapters: whether one of their tokens may have an adapter; else all are the base model's.
         """
         # As it is, not by jax.device_put: the compiled call copies it in a fifth of the time.
-        inputs = self._loaders[bucket](self._state.inputs, buffer)
+        inputs = self._loaders[bucket](self._state.inputs, buffers)
         state = dataclasses.replace(self._state, inputs=inputs)
         step = self._compiled[bucket, has_adapters]
         self._state, logits = step(self._params, state, self._adapters if has_adapters else None)
         return Computed(bucket.num_rows, logits, inputs=self._state.inputs)
+
+    def program_texts(self, bucket: Bucket, asked: Sampling) -> list[str]:
+        """What XLA made of a tick of ``bucket`` and of its sampler, as text."""
+        programs = (self._compiled[bucket, False], self._samplers[bucket.num_rows, self._sampler_for(asked)])
+        return [program.as_text() or "" for program in programs]
+
+    def _sampler_for(self, asked: Sampling) -> Sampling:
+        """The least of what was compiled that gives what is ``asked``."""
+        while asked not in self._samplings:
+            asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
+        return asked
 
     def sample(self, computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
         """Goes on with a step whose rows ask no more than ``asked`` of sampling, before the next ``forward``.
@@ -228,8 +241,7 @@ class Runner:
         Returns:
             A handle for ``read``.
         """
-        while asked not in self._samplings:
-            asked = SAMPLINGS[SAMPLINGS.index(asked) + 1]
+        asked = self._sampler_for(asked)
         held = bits = None
         if asked == "constrained":
             held = self._held

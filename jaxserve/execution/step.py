@@ -1,6 +1,9 @@
 """The step: one pure function from (params, state, inputs) to (state, logits), under one ``shard_map``.
 
 A second one goes from logits to tokens, so that what the rows ask of sampling is no part of the large program.
+
+On a mesh with stages one call is a tick (``scheduler.stages``): every stage has a step of its own, and the logits are
+those of the step in the last one.
 """
 
 import dataclasses
@@ -47,8 +50,8 @@ class DeviceState:
 
     kv_pages: KVPages  # LS entries [ST, NP, K, 2, PS, H], or of a quantized cache ``QuantizedPages``
     last_tokens: Any  # [R] i32, last sampled token of each slot
-    inputs: Any  # [NI] i32, the step's: as many as the largest step has, the others use the first of them
-    hidden: Any = None  # [ST, TH, D], what each stage's layers made of the last step's tokens; None: it is not kept
+    inputs: Any  # [ST, NI] i32, of each stage's step: as many as the largest has, the others use the first of them
+    hidden: Any = None  # [ST, TH, D], what each stage's layers made of its last step's tokens; None: it is not kept
 
 
 @flax.struct.dataclass
@@ -129,12 +132,12 @@ def state_specs(config: ModelConfig, num_stages: int, dims: StepDims) -> DeviceS
 
 
 def load_inputs(inputs: jax.Array, buffer: jax.Array) -> jax.Array:
-    """``DeviceState.inputs`` with a step's own, ``step_io.new_inputs``' int32 buffer, in front.
+    """``DeviceState.inputs`` with a tick's own in front: of each stage's step ``step_io.new_inputs``' int32 buffer.
 
     A program of its own for the address: a step that found its inputs where they happened to be copied would have its
     CUDA graph updated each time, which takes the host longer than launching it.
     """
-    return lax.dynamic_update_slice(inputs, buffer, (0,))
+    return lax.dynamic_update_slice(inputs, buffer, (0, 0))
 
 
 def unpack(buffer: jax.Array, shapes: Mapping[str, tuple[int, ...]]) -> StepInputs:
@@ -161,16 +164,26 @@ def make_step(
     adapter_specs: StageAdapters | None = None,
 ) -> Callable[..., tuple[DeviceState, jax.Array]]:
     """``step(params, state, adapters) -> (state, logits [B, V] f32)`` for one bucket, of the inputs that ``state``
-    holds; the logits are shared over the vocabulary, whose padding is -inf.
+    holds; the logits are those of the last stage's step, shared over the vocabulary, whose padding is -inf.
 
     ``config`` is of ``parallel.placed.placed_config``, ``params_specs`` the PartitionSpecs of the parameters as they
     were placed; None: those of ``stage_param_specs``. ``adapters`` are a ``StageAdapters`` of ``adapter_specs``, or
-    both are None: no token of the step has one.
+    both are None: no token of the steps has one.
+
+    Raises:
+        ValueError: the state of several stages has no room for the step's activations.
     """
+    num_stages = mesh.shape["stage"]
+    if num_stages > 1 and dims.hidden_tokens < bucket.num_tokens:
+        raise ValueError(
+            f"hidden_tokens={dims.hidden_tokens} is less than the {bucket.num_tokens} tokens of a step that "
+            f"stage={num_stages} carries on from tick to tick"
+        )
     static = StaticContext(config, bucket.decode_rows, attention, grouped_matmul, rope_append)
 
     def step(params: StageParams, state: DeviceState, adapters: StageAdapters | None) -> tuple[DeviceState, jax.Array]:
-        inputs = unpack(state.inputs, input_shapes(bucket, dims))
+        own = state.inputs.reshape(-1) if num_stages == 1 else state.inputs[lax.axis_index("stage")]
+        inputs = unpack(own, input_shapes(bucket, dims))
         stage = jax.tree.map(lambda x: x[0], params.layers)
         kv_pages = jax.tree.map(lambda x: x[0], state.kv_pages)
         bd = bucket.decode_rows
@@ -195,8 +208,10 @@ def make_step(
             x = x * jnp.asarray(config.embed_scale, x.dtype)
         if params.positions is not None:
             x = x + params.positions[inputs.positions]
-        x, kv_pages = decoder.run_stages(stage, kv_pages, x, ctx, loras, static)
         hidden = state.hidden
+        if hidden is not None:
+            x = decoder.from_stage_before(x, hidden[0])
+        x, kv_pages = decoder.stage_layers(stage, kv_pages, x, ctx, loras, static)
         if hidden is not None:
             hidden = lax.dynamic_update_slice(hidden, x[None].astype(hidden.dtype), (0, 0, 0))
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
@@ -208,7 +223,6 @@ def make_step(
         state = dataclasses.replace(state, kv_pages=kv_pages, hidden=hidden)
         return state, logits
 
-    num_stages = mesh.shape["stage"]
     state = state_specs(config, num_stages, dims)
     return jax.shard_map(
         step,
@@ -231,8 +245,8 @@ def pack_outputs(tokens: jax.Array, chosen: jax.Array, top_ids: jax.Array, top: 
 def make_sampler(
     config: ModelConfig, mesh: Mesh, num_rows: int, dims: StepDims, asked: Sampling
 ) -> Callable[..., tuple[jax.Array, Constraints | None, jax.Array]]:
-    """``sampler(last_tokens [R], held, packed [B, 2 + 2 * KL] i32, logits [B, V], inputs [NI], allowed [B, W]) ->
-    (last_tokens, held, packed)``, the inputs those of the step that made the logits.
+    """``sampler(last_tokens [R], held, packed [B, 2 + 2 * KL] i32, logits [B, V], inputs [ST, NI], allowed [B, W]) ->
+    (last_tokens, held, packed)``, the inputs those of the tick that made the logits.
 
     Where ``asked`` is "constrained", ``held`` are the slots' constraints and ``allowed`` has a bit for each token that
     the row may sample as far as its structured output goes; else both are None. ``packed`` is for
@@ -249,7 +263,7 @@ def make_sampler(
         buffer: jax.Array,
         allowed: jax.Array | None,
     ) -> tuple[jax.Array, Constraints | None, jax.Array]:
-        inputs = unpack(buffer, sampling_shapes(num_rows, dims))
+        inputs = unpack(buffer.reshape(-1) if len(buffer) == 1 else buffer[-1], sampling_shapes(num_rows, dims))
         changed = logits if held is None else constraints.constrain(logits, held, inputs, vocab)
         changed = changed if allowed is None else constraints.allow(changed, allowed, vocab)
         tokens = sampling.sample(changed, inputs, asked, vocab)  # [B]

@@ -89,32 +89,14 @@ def stage_layers(
     return x, tuple(out)
 
 
-def run_stages(
-    stage: tuple[LayerParams, ...],
-    kv_pages: tuple[jax.Array, ...],
-    x: jax.Array,
-    ctx: AttentionContext,
-    loras: tuple[Lora | None, ...],
-    static: StaticContext,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """All layers of the model over ``x`` [T, D]: every stage's, in turn. The result is right on the last stage only.
-
-    The step travels the stages as one microbatch: in tick ``s`` stage ``s`` has it, and the others compute on what
-    they hold but write to no page and read no key.
-    """
+def from_stage_before(x: jax.Array, hidden: jax.Array) -> jax.Array:
+    """What a stage's layers take: the first ``x`` [T, D], the embedded tokens, the others what the one before made of
+    its step in the last tick, the first T rows of its ``hidden`` [TH, D]."""
     num_stages = lax.axis_size("stage")
     if num_stages == 1:
-        return stage_layers(stage, kv_pages, x, ctx, loras, static)
-    num_slots = kv_pages[0].shape[0] * kv_pages[0].shape[3]  # NP * PS: writes nowhere
-    for tick in range(num_stages):
-        mine = lax.axis_index("stage") == tick
-        tick_ctx = ctx._replace(
-            kv_write_index=jnp.where(mine, ctx.kv_write_index, num_slots), kv_lens=jnp.where(mine, ctx.kv_lens, 0)
-        )
-        x, kv_pages = stage_layers(stage, kv_pages, x, tick_ctx, loras, static)
-        if tick + 1 < num_stages:
-            x = lax.ppermute(x, "stage", [(s, s + 1) for s in range(num_stages - 1)])
-    return x, kv_pages
+        return x
+    arrived = lax.ppermute(hidden[: x.shape[0]], "stage", [(s, s + 1) for s in range(num_stages - 1)])
+    return jnp.where(lax.axis_index("stage") == 0, x, arrived.astype(x.dtype))
 
 
 def from_last_stage(x: jax.Array) -> jax.Array:

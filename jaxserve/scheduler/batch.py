@@ -1,6 +1,6 @@
 """The corridor: a scheduled batch becomes the numpy inputs of one step. Buckets and padding are decided here only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +41,19 @@ def choose_bucket(config: SchedulerConfig, num_decode_rows: int, num_prefill_tok
         return Bucket(_smallest(config.decode_sizes, num_decode_rows), 0, 0)
     tokens = _smallest(config.prefill_sizes, num_decode_rows + num_prefill_tokens)
     has_decode_rows = num_decode_rows or tokens > PROMPTS_ALONE
+    return Bucket(
+        min(config.max_num_seqs, tokens) if has_decode_rows else 0, tokens, min(config.max_prefill_rows, tokens)
+    )
+
+
+def common_bucket(config: SchedulerConfig, buckets: list[Bucket]) -> Bucket:
+    """The smallest of ``all_buckets`` that has room for a step of each of ``buckets``, one at least."""
+    if all(bucket == buckets[0] for bucket in buckets):
+        return buckets[0]
+    if not any(bucket.prefill_tokens for bucket in buckets):
+        return Bucket(max(bucket.decode_rows for bucket in buckets), 0, 0)
+    tokens = _smallest(config.prefill_sizes, max(bucket.num_tokens for bucket in buckets))
+    has_decode_rows = any(bucket.decode_rows for bucket in buckets) or tokens > PROMPTS_ALONE
     return Bucket(
         min(config.max_num_seqs, tokens) if has_decode_rows else 0, tokens, min(config.max_prefill_rows, tokens)
     )
@@ -96,6 +109,7 @@ class ScheduledRow(NamedTuple):
     start: int
     num_new_tokens: int
     samples: bool  # the row reaches the end of its sequence, so a token is sampled
+    attempt: int = 0  # times that the sequence was preempted before
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +175,7 @@ PER_SLOT_FIELDS = (
     "page_table", "top_k", "seed", "min_len", "stop_ids", "num_logprobs", "constrained", "temperature",
     "top_p", "min_p",
 )  # fmt: skip
+PER_TOKEN_FIELDS = frozenset({"token_ids", "positions", "kv_write_index", "adapter_ids"})
 
 
 def slot_loads(batch: ScheduledBatch, dims: ConstraintDims) -> list[np.ndarray]:
@@ -181,7 +196,7 @@ def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tu
     page_size = dims.page_size
 
     # Per row, in the order of batch.rows; b: where each row lies in [B], t: where its first token lies in [T].
-    slot, start, num_new, samples = np.array([row[1:] for row in rows], np.int32).T
+    slot, start, num_new, samples = np.array([row[1:5] for row in rows], np.int32).T
     b = np.arange(len(rows), dtype=np.int32)
     b[num_decode:] += first_prefill - num_decode
     t = np.cumsum(num_new) - num_new
@@ -213,3 +228,25 @@ def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tu
     if dims.max_loras:
         inputs.adapter_ids[: len(position)] = slots.adapter[slot[token_row]]
     return buffer, inputs
+
+
+def laid_out(
+    batch: ScheduledBatch, inputs: StepInputs, bucket: Bucket, dims: StepDims
+) -> tuple[ScheduledBatch, np.ndarray, StepInputs]:
+    """``batch``, its buffer and its ``inputs`` (``build_inputs``) as they are in a larger ``bucket``: rows that have
+    chunks lie elsewhere, tokens where they were."""
+    buffer, out = new_inputs(bucket, dims)
+    num_decode, num_prefill = batch.num_decode_rows, len(batch.rows) - batch.num_decode_rows
+    num_tokens = sum(row.num_new_tokens for row in batch.rows)
+    old, new = batch.bucket.decode_rows, bucket.decode_rows
+    for name, source, target in zip(StepInputs._fields, inputs, out, strict=True):
+        if source is None:
+            continue
+        if name in PER_TOKEN_FIELDS:
+            target[:num_tokens] = source[:num_tokens]
+        elif name == "prefill_cu_q_lens":
+            target[: num_prefill + 1], target[num_prefill + 1 :] = source[: num_prefill + 1], source[num_prefill]
+        else:
+            target[:num_decode] = source[:num_decode]
+            target[new : new + num_prefill] = source[old : old + num_prefill]
+    return replace(batch, bucket=bucket), buffer, out

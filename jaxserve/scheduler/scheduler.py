@@ -21,6 +21,7 @@ from jaxserve.request import (
 )
 from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, first_chunk
 from jaxserve.scheduler.sequence import NO_SLOT, Sequence
+from jaxserve.scheduler.stages import Shares
 from jaxserve.scheduler.waiting import WaitingQueue, by_order
 from jaxserve.step_io import StepDims
 
@@ -77,7 +78,8 @@ class Scheduler:
     The engine calls ``schedule``, dispatches the step, and ``commit``s its tokens: with lookahead 1 only after the
     next ``schedule`` and dispatch. The scheduler counts on the device running steps in the order of ``schedule``:
     pages and slots are reused at once, since whoever gets them writes in a later step. Every scheduled batch must be
-    dispatched and committed, in order.
+    dispatched and committed, in order. Where the mesh has stages and lookahead is 1, it says with ``left_stages`` when
+    the tokens of a batch are sampled: until then their sequences are in no other (``stages``).
 
     Order: a sequence is better than another when ``(priority, arrival, number)`` is less. Only the head of the waiting
     queue (``WaitingQueue``: fair among clients) is ever admitted; when pages run out the worst running sequence is
@@ -130,6 +132,7 @@ class Scheduler:
         # A running sequence soon needs a page more: admitting into the last ones would only preempt again.
         self._watermark = 0 if cache.allocation == "static" else max(1, cache.num_pages // 100)
         self._constrained: list[Sequence] = []  # admitted since the last batch
+        self._shares = Shares(config.num_shares) if config.num_shares > 1 else None
         self._static_batch_size = 0
         self._num_active_rows = 0
         self._num_preemptions = 0
@@ -247,12 +250,15 @@ class Scheduler:
             self._static_batch_size = 0
 
         # Best first; a victim is never better than who needs the page, so no row made here is taken back.
+        share = self._shares and self._shares.next(sum(map(_decodes_on, self._running)))
         for sequence in tuple(self._running):
             if sequence.status != "running":
                 break  # preempted just now, and so were all after it
             if sequence.num_uncomputed > 1:
                 in_prompt.append(sequence)
-            elif sequence.total_len < sequence.request.max_total_len:  # else its last token is in flight
+            elif _decodes_on(sequence) and not sequence.in_stages:
+                if share is not None and len(decode) == share:
+                    continue  # it enters with the next step
                 if not self._grow(sequence):
                     break
                 decode.append(_advance(sequence, 1))
@@ -284,6 +290,10 @@ class Scheduler:
                     num_prefill_tokens += num_tokens
 
         self._num_active_rows = len(decode) + len(prefill)
+        if self._shares is not None:
+            self._shares.took(len(decode))
+            for row in (*decode, *prefill):
+                row.sequence.in_stages = row.samples
         if not self._num_active_rows:
             return None
         num_decode_rows = len(decode)
@@ -295,6 +305,12 @@ class Scheduler:
         self._steps_by_size[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
         constrained, self._constrained = tuple(self._constrained), []
         return ScheduledBatch(bucket, (*decode, *prefill), len(decode), constrained)
+
+    def left_stages(self, batch: ScheduledBatch) -> None:
+        """The tokens that ``batch`` samples are on the device for whatever is dispatched next."""
+        for row in batch.rows:
+            if row.samples:
+                row.sequence.in_stages = False
 
     def _admit_head(self) -> Sequence | None:
         """Admit the head of the queue, or None: if it does not fit, nobody behind it is asked, so it cannot starve."""
@@ -503,4 +519,9 @@ def _advance(sequence: Sequence, num_new_tokens: int) -> ScheduledRow:
     samples = num_new_tokens == sequence.num_uncomputed
     sequence.num_computed += num_new_tokens
     sequence.num_in_flight += samples
-    return ScheduledRow(sequence, sequence.slot, start, num_new_tokens, samples)
+    return ScheduledRow(sequence, sequence.slot, start, num_new_tokens, samples, sequence.num_preemptions)
+
+
+def _decodes_on(sequence: Sequence) -> bool:
+    """Whether its next row is one token, and not all that it may have are computed or in flight."""
+    return sequence.num_uncomputed == 1 and sequence.total_len < sequence.request.max_total_len

@@ -22,6 +22,8 @@ class Sequence:
         num_computed: tokens whose KV is in ``pages``, or will be once the dispatched steps have run.
         num_in_flight: tokens sampled by dispatched steps and not committed yet: at most one when ``schedule`` begins,
             one more while a batch of the sequence was scheduled and the one before is not committed.
+        in_stages: a step that samples its next token has entered the stages of the mesh and not left them. Always False
+            where there is one.
         pages: page ids in order of position; empty unless running.
         slot: engine row, NO_SLOT unless running.
         num_cached: prompt tokens found in the prefix cache at first admission.
@@ -39,6 +41,7 @@ class Sequence:
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     num_in_flight: int = 0
+    in_stages: bool = False
     pages: list[int] = field(default_factory=list)
     slot: int = NO_SLOT
     status: Status = "waiting"

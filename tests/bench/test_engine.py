@@ -102,6 +102,20 @@ def test_shares_of_time_are_of_the_whole(bench_of: OfflineBenchmark):
     assert 0.5 < row["host_share"] + row["dispatch_share"] + row["wait_share"] <= 1
 
 
+def test_a_mesh_says_what_it_sends_and_what_is_idle(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(offline, "DECODE_PROMPT", 8)
+    options: dict[str, Any] = {"max_num_seqs": 4, "decode_sizes": (2, 4), "samplings": ("greedy",), "num_pages": 400}
+    with tiny.engine(mesh="stage=2,tensor=2", prefix_caching=False, max_model_len=200, **options) as engine:
+        row = OfflineBenchmark(engine, Roofline.of(tiny.CONFIG, 4, CEILINGS, 4)).decode(4)
+    assert row["bubble_percent"] == 0 and row["textbook_bubble_percent"] == pytest.approx(100 / 3)
+    assert row["step_ms_p50"] == pytest.approx(2 * row["tick_ms_p50"])
+    # Of two rows: on to the next stage, and from the last one to all for the head, on both devices of a stage.
+    activations = 2 * tiny.CONFIG.hidden_size * 4
+    assert row["stage_mb_a_step"] == pytest.approx(2 * (2 * activations + 2 * 2 * activations) / 1e6)
+    # Two sums in each layer of a stage and one of the embedding, in both stages, and a few numbers a row.
+    assert row["tensor_mb_a_step"] == pytest.approx(2 * 2 * 5 * 2 * activations / 1e6, rel=0.2)
+
+
 def test_prefix_caching_is_refused():
     engine: Any = SimpleNamespace(cache_config=CacheConfig(num_pages=1, prefix_caching=True))
     with pytest.raises(ValueError, match="prefix_caching=True"):

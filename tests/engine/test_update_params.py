@@ -48,11 +48,14 @@ def test_tokens_are_those_of_the_new_weights(mesh: str | None, other: Params, fr
         assert engine.stats().recompilations_after_ready == 0
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("lookahead, mesh", [(0, None), (1, None), (1, "stage=4")])
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
-def test_running_requests_go_on_with_the_new_weights(num_steps: int, lookahead: int, other: Params, fresh: Engine):
-    """The first tokens stay, the others are the new model's continuation of them: no old K/V is left."""
-    with tiny.engine(lookahead=lookahead) as engine:
+def test_running_requests_go_on_with_the_new_weights(
+    num_steps: int, lookahead: int, mesh: str | None, other: Params, fresh: Engine
+):
+    """The first tokens stay, the others are the new model's continuation of them: no old K/V is left, and no step goes
+    through old layers and new ones."""
+    with tiny.engine(lookahead=lookahead, mesh=mesh) as engine:
         requests = [engine.make_request(p, GREEDY) for p in PROMPTS]
         said: dict[str, list[int]] = {r.request_id: [] for r in requests}
         for request in requests:
@@ -64,7 +67,8 @@ def test_running_requests_go_on_with_the_new_weights(num_steps: int, lookahead: 
 
         for _ in range(num_steps):
             step()
-        pending = {row.sequence.request_id for step in engine.loop.in_flight for row in step.batch.rows if row.samples}
+        batches = [*engine.loop.stages.batches(), *(step.batch for step in engine.loop.in_flight)]
+        pending = {row.sequence.request_id for batch in batches for row in batch.rows if row.samples}
         old_tokens = [len(said[r.request_id]) + (r.request_id in pending) for r in requests]
         engine.update_params(other)
         while engine.has_unfinished():

@@ -52,7 +52,7 @@ def run(config: ModelConfig, bucket: Bucket) -> tuple[np.ndarray, list[np.ndarra
         pages[0, 3] = r.normal(size=pages.shape[2:])
         pages[0, 1, :, :, 0] = r.normal(size=pages[0, 1, :, :, 0].shape)
     held = tuple(jax.device_put(x.astype(dtype), s.sharding) for x, s in zip(held, shape.kv_pages, strict=True))
-    state = replace(state, inputs=jax.device_put(buffer, shape.inputs.sharding), kv_pages=held)
+    state = replace(state, inputs=jax.device_put(buffer[None], shape.inputs.sharding), kv_pages=held)
     state, logits = lower_step(config, params, state, dims, bucket, mesh).compile()(params, state, None)
     pages = [np.asarray(x[0].astype(jnp.float32)) for x in state.kv_pages]
     used = [0, 2] if bucket.prefill_tokens else [0]

@@ -28,7 +28,7 @@ BUCKETS: list[tuple[Bucket, CacheDtype]] = [
 def test_the_cache_is_updated_in_place(bucket, dtype, parallel):
     mesh = make_mesh(parallel)
     cache = CacheConfig(num_pages=4096, page_size=4, dtype=dtype)
-    dims = StepDims(num_slots=4, max_pages_per_seq=24, num_pages=4096, page_size=4)
+    dims = StepDims(num_slots=4, max_pages_per_seq=24, num_pages=4096, page_size=4, hidden_tokens=16)
     source = TreeSource(tiny.params(), tiny.CONFIG)
     params = place_params(source, tiny.CONFIG, tiny.CONFIG, mesh, jnp.dtype("float32"))
     state = state_shape(tiny.CONFIG, cache, dims, [bucket], mesh, jnp.dtype("float32"))

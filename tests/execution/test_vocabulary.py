@@ -93,7 +93,9 @@ def run(parallel: ParallelConfig, asked: Sampling) -> list[Any]:
     for seed in range(3):
         x = jax.device_put(logits(seed, parallel.tensor), NamedSharding(mesh, specs.LOGITS))
         bits = None if now is None else allowed
-        last, now, packed = sampler(last, now, packed, x, inputs(asked, seed), bits)
+        # The last stage's step is the one that has logits.
+        buffers = np.stack([*(inputs(asked, 90 + s) for s in range(parallel.stage - 1)), inputs(asked, seed)])
+        last, now, packed = sampler(last, now, packed, x, buffers, bits)
         found.append(unpack_outputs(np.asarray(packed), DIMS.max_logprobs))
     kept = None if now is None else (np.asarray(now.seen)[:, :V], np.asarray(now.recent))
     return [found, np.asarray(last), kept]

@@ -89,7 +89,7 @@ def sampled_logits(engine: Engine) -> Iterator[list[tuple[int, np.ndarray]]]:
     def watched(computed: Computed, asked: Sampling, allowed: np.ndarray | None = None) -> jax.Array:
         buffer, views = new_inputs(Bucket(computed.num_rows, 0, 0), runner.dims)
         size = num_elements(sampling_shapes(computed.num_rows, runner.dims))
-        buffer[:size] = np.asarray(computed.inputs)[:size]
+        buffer[:size] = np.asarray(computed.inputs)[-1, :size]  # the last stage's
         values = np.asarray(computed.logits)[:, : runner.config.vocab_size]  # a mesh pads V
         seen.extend((int(views.kv_lens[row]), values[row]) for row in np.flatnonzero(views.does_sample))
         return sample(computed, asked, allowed)

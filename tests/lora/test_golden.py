@@ -68,10 +68,10 @@ def test_beside_experts_and_latents():
 
 
 def step_logits(config: ModelConfig, params: Params, tokens: list[int], adapter: Adapter | None) -> np.ndarray:
-    """[V] after ``tokens``, read by one step on two stages."""
+    """[V] after ``tokens``, read by one step on two stages: in each of two ticks both work on it."""
     mesh, dtype, bucket = make_mesh(ParallelConfig(stage=2)), jnp.dtype("float32"), Bucket(0, len(tokens), 1)
     cache = CacheConfig(num_pages=4, page_size=len(tokens))
-    dims = StepDims(num_slots=1, max_pages_per_seq=1, num_pages=4, page_size=len(tokens), max_loras=2)
+    dims = StepDims(num_slots=1, max_pages_per_seq=1, num_pages=4, page_size=len(tokens), max_loras=2, hidden_tokens=16)
     placed = place_params(TreeSource(params, config), config, config, mesh, dtype)
     room = None
     if adapter is not None:
@@ -88,8 +88,10 @@ def step_logits(config: ModelConfig, params: Params, tokens: list[int], adapter:
     inputs.adapter_ids[:] = 1
     shape = state_shape(config, cache, dims, [bucket], mesh, dtype)
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shape)
-    state = dataclasses.replace(state, inputs=jax.device_put(buffer, shape.inputs.sharding))
-    _, logits = lower_step(config, placed, state, dims, bucket, mesh, room).compile()(placed, state, room)
+    state = dataclasses.replace(state, inputs=jax.device_put(np.stack([buffer] * 2), shape.inputs.sharding))
+    step = lower_step(config, placed, state, dims, bucket, mesh, room).compile()
+    state, _ = step(placed, state, room)
+    _, logits = step(placed, state, room)
     return np.asarray(logits)[0]
 
 

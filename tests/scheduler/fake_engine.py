@@ -6,7 +6,8 @@ So a request's tokens are known beforehand (``solo_tokens``), and any row that r
 history, or was not written yet, is found out.
 """
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs
 from jaxserve.scheduler.scheduler import CommittedToken, Scheduler
-from jaxserve.step_io import Bucket, StepDims, StepInputs
+from jaxserve.scheduler.stages import Entered, Stages
+from jaxserve.step_io import Bucket, StepDims, StepInputs, buffer_size
 
 VOCAB_SIZE = 11
 EOS_ID = 10
@@ -102,10 +104,20 @@ class FakeDevice:
 
     def step(self, bucket: Bucket, inputs: StepInputs) -> np.ndarray:
         """Sampled tokens [B]; rows that do not sample, and padding, give -7: nobody may use them."""
+        tokens = self.forward(bucket, inputs)
+        self.sample(inputs, tokens)
+        return tokens
+
+    def sample(self, inputs: StepInputs, tokens: np.ndarray) -> None:
+        """``tokens`` [B] of ``forward`` become the last ones of their slots, which later steps read."""
+        for b in np.flatnonzero(inputs.does_sample):
+            self.last_tokens[inputs.slot_ids[b]] = int(tokens[b])
+
+    def forward(self, bucket: Bucket, inputs: StepInputs) -> np.ndarray:
+        """See ``step``. What each stage does in a tick of its own is done at once: the order is the same in each."""
         dims, tokens = self.dims, np.full(bucket.num_rows, -7, np.int32)
         written: dict[int, tuple[int, int, int]] = {}  # visible to other rows only after the step: stricter than a GPU
         used_tokens, used_slots = set(), set()
-        last_tokens = list(self.last_tokens)
         for b in range(bucket.num_rows):
             first, last = self._token_range(bucket, inputs, b)
             slot, kv_len = int(inputs.slot_ids[b]), int(inputs.kv_lens[b])
@@ -141,13 +153,12 @@ class FakeDevice:
             if inputs.does_sample[b]:
                 high, low = inputs.seed[b].view(np.uint32).tolist()
                 held_back = frozenset(inputs.stop_ids[b].tolist()) if kv_len < inputs.min_len[b] else frozenset()
-                tokens[b] = last_tokens[slot] = sample(high << 32 | low, kv_len, history, held_back)
+                tokens[b] = sample(high << 32 | low, kv_len, history, held_back)
         for t in set(range(bucket.num_tokens)) - used_tokens:
             assert inputs.token_ids[t] == 0 and inputs.positions[t] == 0
             assert inputs.kv_write_index[t] == dims.num_pages * dims.page_size
         for place, cell in written.items():
             self.cells[place] = cell
-        self.last_tokens = last_tokens
         return tokens
 
     @staticmethod
@@ -162,7 +173,8 @@ class FakeDevice:
 
 @dataclass
 class FakeEngine:
-    """The engine's loop: dispatch step n + 1, then read step n (lookahead 1), or one after the other (0)."""
+    """The engine's loop: dispatch step n + 1, then read step n (lookahead 1), or one after the other (0). Where there
+    are stages, a step is sampled and dispatched to be read when it leaves them."""
 
     cache: CacheConfig
     config: SchedulerConfig
@@ -179,6 +191,9 @@ class FakeEngine:
         self.scheduler = Scheduler(self.cache, self.config, self.dims, clock=lambda: 0.0)
         self.device = FakeDevice(self.dims)
         self.buckets = set(all_buckets(self.config))
+        self.stages = Stages(self.config, self.dims)
+        self.tokens: deque[np.ndarray | None] = deque([None] * (self.config.num_stages - 1))  # of the steps in them
+        self.busy: list[int] = []  # stages, in each tick
 
     def add(self, *requests: Request) -> None:
         """One request, or several of one prompt."""
@@ -207,13 +222,16 @@ class FakeEngine:
 
     def step(self) -> ScheduledBatch | None:
         batch = self.scheduler.schedule()
-        dispatched = None
+        entering = None
         if batch is not None:
             self.check_batch(batch)
-            _, inputs = build_inputs(batch, self.scheduler.slots, self.dims)
-            dispatched = batch, self.device.step(batch.bucket, inputs)
+            entering = Entered(batch, *build_inputs(batch, self.scheduler.slots, self.dims), [])
             self.num_steps += 1
+        dispatched = self.tick(entering) if entering is not None or self.stages.is_busy else None
         if self.config.lookahead == 0:
+            while self.stages.is_busy:
+                assert dispatched is None
+                dispatched = self.tick(None)
             ready, self.in_flight = dispatched, None
         else:
             ready, self.in_flight = self.in_flight, dispatched
@@ -221,9 +239,34 @@ class FakeEngine:
             self.num_preempted_in_flight += sum(row.sequence.status == "waiting" for row in ready[0].rows)
             for committed in self.scheduler.commit(*ready):
                 self.take(committed)
-        elif batch is None:
+        elif batch is None and not self.stages.is_busy and self.in_flight is None:
             assert not self.scheduler.has_unfinished(), "nothing to do, but somebody waits"
         return batch
+
+    def tick(self, entering: Entered | None) -> tuple[ScheduledBatch, np.ndarray] | None:
+        """What leaves the stages and its sampled tokens."""
+        tick = self.stages.tick(entering)
+        assert tick.bucket in self.buckets and tick.buffers.shape == (
+            self.config.num_stages, buffer_size(tick.bucket, self.dims)
+        )  # fmt: skip
+        self.busy.append(tick.num_busy)
+        if entering is not None:
+            wider = replace(entering.batch, bucket=tick.bucket)
+            assert (tick.buffers[0] == build_inputs(wider, self.scheduler.slots, self.dims)[0]).all()
+        # What a step reads as it enters decides its tokens; they come when it leaves, laid out for another bucket.
+        forward = self.device.forward
+        self.tokens.appendleft(None if entering is None else forward(entering.batch.bucket, entering.inputs))
+        expected, leaving = self.tokens.pop(), tick.leaving
+        if leaving is None:
+            assert expected is None
+            return None
+        assert expected is not None and leaving.batch.bucket == tick.bucket
+        assert (tick.buffers[-1] == leaving.buffer).all()
+        tokens = np.full(tick.bucket.num_rows, -7, np.int32)
+        tokens[leaving.inputs.does_sample == 1] = expected[expected != -7]
+        self.device.sample(leaving.inputs, tokens)
+        self.scheduler.left_stages(leaving.batch)
+        return leaving.batch, tokens
 
     def take(self, committed: CommittedToken) -> None:
         request, outputs = self.requests[committed.request_id], self.outputs[committed.request_id]
@@ -247,14 +290,14 @@ class FakeEngine:
         tokens; what preemption computes twice fits in twice that.
         """
         unfinished = (r.max_total_len for request_id, r in self.requests.items() if request_id not in self.reasons)
-        max_steps = 2 * sum(unfinished) + 4
+        max_steps = self.config.num_shares * (2 * sum(unfinished) + 4)
         for _ in range(max_steps):
-            if not self.scheduler.has_unfinished() and self.in_flight is None:
+            if not self.scheduler.has_unfinished() and self.in_flight is None and not self.stages.is_busy:
                 break
             self.step()
             self.check_state()
         assert not self.scheduler.has_unfinished(), f"unfinished after {max_steps} steps"
-        assert self.in_flight is None
+        assert self.in_flight is None and not self.stages.is_busy
         for request_id, reason in self.reasons.items():
             if reason in ("stop", "length"):
                 assert self.outputs[request_id] == self.expected[request_id]
@@ -272,11 +315,18 @@ class FakeEngine:
         for row in batch.rows:
             assert row.sequence.status == "running" and row.slot == row.sequence.slot
             assert row.start + row.num_new_tokens < row.sequence.request.max_total_len
+        if self.config.num_shares > 1:
+            assert not any(row.sequence.request_id in self.in_stages() for row in batch.rows)
+            return
         # Whoever decodes is in every step: prompts never stall a stream.
         rows = {row.sequence.request_id for row in decode}
         for sequence in self.scheduler._running:
             if sequence.num_in_flight and sequence.total_len < sequence.request.max_total_len:
                 assert sequence.request_id in rows or sequence.request_id in {r.sequence.request_id for r in prefill}
+
+    def in_stages(self) -> set[str]:
+        """Whose next token is being computed."""
+        return {row.sequence.request_id for batch in self.stages.batches() for row in batch.rows if row.samples}
 
     def check_state(self) -> None:
         """What must hold between any two operations."""
@@ -315,7 +365,8 @@ class FakeEngine:
         assert all(not s.pages and s.slot == -1 and s.num_computed == s.num_registered == 0 for s in waiting)
         unfinished = {s.request_id for s in running + waiting}
         assert unfinished == set(scheduler._sequences) == set(self.requests) - set(self.reasons)
-        assert all(0 <= s.num_in_flight <= self.config.lookahead for s in running + waiting)
+        assert all(0 <= s.num_in_flight <= 1 for s in running + waiting)
+        assert self.config.lookahead or not any(s.num_in_flight for s in running + waiting)
 
         stats = scheduler.stats()
         assert stats.num_tokens_held == sum(filled) and stats.num_pages_held == len(held)

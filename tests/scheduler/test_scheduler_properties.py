@@ -55,12 +55,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefill_sizes=sizes,
         max_prefill_rows=st.integers(1, 3),
         lookahead=st.sampled_from([1, 0]),
+        num_stages=st.sampled_from([1, 2, 4]),
         prefix_caching=st.booleans(),
         batching=st.sampled_from(["continuous", "continuous", "continuous", "static"]),
         allocation=st.sampled_from(["paged", "paged", "paged", "static"]),
     )
     def start(self, page_size, spare_pages, max_num_seqs, small_decode, prefill_sizes, max_prefill_rows, lookahead,
-              prefix_caching, batching, allocation):  # fmt: skip
+              num_stages, prefix_caching, batching, allocation):  # fmt: skip
         num_pages = -(-MAX_MODEL_LEN // page_size) + spare_pages  # hardly more than one sequence may need
         cache = CacheConfig(
             num_pages=num_pages, page_size=page_size, prefix_caching=prefix_caching, allocation=allocation
@@ -73,6 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_prefill_rows=max_prefill_rows,
             max_num_waiting=6,
             lookahead=lookahead,
+            num_stages=num_stages,
             batching=batching,
         )
         self.engine = FakeEngine(cache, config)
@@ -138,8 +140,8 @@ TestScheduler.settings = settings(
 
 @pytest.mark.parametrize("page_size", [1, 4])
 @pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("lookahead", [0, 1])
-def test_a_crowd_on_few_pages(lookahead: int, prefix_caching: bool, page_size: int):
+@pytest.mark.parametrize("lookahead, num_stages", [(0, 1), (1, 1), (1, 3), (0, 3)])
+def test_a_crowd_on_few_pages(lookahead: int, num_stages: int, prefix_caching: bool, page_size: int):
     """64 requests, some aborted, where 8 run at once on the pages of two: all others get a solo run's tokens."""
     generator = random.Random(page_size)
     cache = CacheConfig(num_pages=48 // page_size, page_size=page_size, prefix_caching=prefix_caching)
@@ -149,6 +151,7 @@ def test_a_crowd_on_few_pages(lookahead: int, prefix_caching: bool, page_size: i
         prefill_sizes=(2, 9),
         decode_sizes=(2, 8),
         lookahead=1 if lookahead else 0,
+        num_stages=num_stages,
     )
     engine = FakeEngine(cache, config)
     for i in range(64):
