@@ -119,7 +119,6 @@ def multiply(
     split: Split,
     out_dtype: Any,
     t: Tuning,
-    first_row: jax.Array | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """``x @ (row_scale * (scale * q + bias)).T``, q from -8 to 7, or of 8 bits from -128 to 127.
@@ -129,8 +128,6 @@ def multiply(
         weights: ``[F/64, D/128, 2 bits, 128]`` int32 of ``gpu_unpack.pack``, or ``[F, D]`` int4 with groups of 128.
         scale, bias: ``[F/64, D/G, 64]`` float16; G is 32, 64 or 128. Or None, for ones and zeros.
         row_scale: ``[F]`` float32.
-        first_row: ``[1]`` int32, where the matrix begins in ``weights``, ``scale`` and ``bias``, in blocks of 64
-            features, if those are of several matrices; ``split`` and ``row_scale`` are of the one.
 
     Returns:
         ``[MB tokens, F]`` in ``out_dtype``; of float32 17 bits are kept.
@@ -152,8 +149,7 @@ def multiply(
         by_group = x.reshape(token_blocks, tokens, -1, group).transpose(0, 2, 1, 3)
         sums = jnp.sum(by_group, axis=3, dtype=jnp.float32)
     scales = [a for a in (scale, bias, sums) if a is not None]
-    at = [] if first_row is None else [first_row]
-    operands = [x, weights, *scales, row_scale, *at]
+    operands = [x, weights, *scales, row_scale]
 
     columns = min(64, group)  # a slice of the inputs is a number of whole swizzled tiles
     x_tiles = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
@@ -185,9 +181,7 @@ def multiply(
         bias_smem: Any = None,  # [ring, across, along * groups, 64]
         sums_smem: Any = None,  # [ring, along * groups or more, tokens]
     ):
-        *refs, out_ref = refs
-        row_at = refs.pop()[0] if at else jnp.int32(0)
-        *scale_refs, row_scale_ref = refs
+        *scale_refs, row_scale_ref, out_ref = refs
         warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
         start = jnp.minimum(sm * stretch, total)
         count = jnp.minimum(start + stretch, total) - start  # tiles of this stretch
@@ -210,7 +204,7 @@ def multiply(
 
             def load_weights(entry):
                 slot, step, features, _ = place_of(entry)
-                rows, cut = pl.ds(row_at + features * across, across), pl.ds(step * (along * groups), along * groups)
+                rows, cut = pl.ds(features * across, across), pl.ds(step * (along * groups), along * groups)
                 if repacked:
                     plgpu.copy_gmem_to_smem(w_ref.at[rows, pl.ds(step * along, along)], w_smem.at[slot], full.at[slot])
                 else:
@@ -359,7 +353,7 @@ def multiply(
         x_smem=plgpu.SMEM((ring, tokens, width), x.dtype, transforms=x_tiles),
         w_smem=plgpu.SMEM((ring, *w_shape), weights.dtype, transforms=w_tiles),
         o_smem=plgpu.SMEM((across, halves, tokens, ROWS), x.dtype, transforms=o_tiles),
-        full=plgpu.Barrier(num_arrivals=2 + len(scales), num_barriers=ring),
+        full=plgpu.Barrier(num_arrivals=len(operands) - 1, num_barriers=ring),
         free=plgpu.Barrier(num_arrivals=along * across, num_barriers=ring),
         given=plgpu.Barrier(num_barriers=across),
         taken=plgpu.Barrier(num_barriers=across),
@@ -371,7 +365,7 @@ def multiply(
             scratch[name] = plgpu.SMEM((ring, across, along * groups, ROWS), a.dtype)
     if sums is not None:
         scratch["sums_smem"] = plgpu.SMEM((ring, sum_rows, tokens), jnp.float32)
-    shape = (token_blocks * tokens, row_scale.shape[0])
+    shape = (token_blocks * tokens, weights.shape[0] * (ROWS if repacked else 1))
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((halves, *shape) if whole else (split.pieces, halves, *shape), x.dtype),
