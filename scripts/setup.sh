@@ -91,23 +91,24 @@ install_jaxserve() {
     printf '%s\n' "$inputs" >"$VENV/.installed-${extra:-core}"
 }
 
-# install_cuda_compile: the wheels of the extra cuda-compile and nothing that they ask for, in a folder of the environment
-# that only the tests that compile for a GPU have on their path. They exist for Linux alone.
-install_cuda_compile() {
-    local folder="$VENV/cuda-compile" inputs wheels
+# install_compiler cuda|tpu: the wheels of the extra cuda-compile or tpu-compile and nothing that they ask for, in a folder
+# of the environment that only the tests that compile for such a device have on their path. They exist for Linux alone.
+install_compiler() {
+    local extra="$1-compile" inputs wheels
+    local folder="$VENV/$extra"
     wheels=$("$VENV/bin/python" -c 'import sys, tomllib
-with open(sys.argv[1], "rb") as f: print(*tomllib.load(f)["project"]["optional-dependencies"]["cuda-compile"], sep="\n")' \
-        "$ROOT/pyproject.toml")
+with open(sys.argv[1], "rb") as f: print(*tomllib.load(f)["project"]["optional-dependencies"][sys.argv[2]], sep="\n")' \
+        "$ROOT/pyproject.toml" "$extra")
     inputs=$({ echo "$wheels" && cat "$ROOT/constraints.txt"; } | cksum)
     if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$inputs" ]; then return; fi
-    say "installing what compiles for a GPU into $folder"
+    say "installing what compiles for a described device into $folder"
     rm -rf "$folder"
     (
         cd "$ROOT"
         export PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
         # shellcheck disable=SC2086  # one requirement a word
-        with_progress "$VENV/install-cuda.log" .venv/bin/python -m pip install --progress-bar off --no-deps --no-compile \
-            --target .venv/cuda-compile $wheels
+        with_progress "$VENV/install-$extra.log" .venv/bin/python -m pip install --progress-bar off --no-deps --no-compile \
+            --target ".venv/$extra" $wheels
     )
     printf '%s\n' "$inputs" >"$folder/.installed"
 }

@@ -4,10 +4,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 install_jaxserve dev
-required=""
+required=()
 if [ "$(uname -s)" = Linux ]; then
-    install_cuda_compile
-    required=--require-cuda-compile
+    install_compiler cuda
+    required+=(--require-cuda-compiler)
+fi
+if [ "$(uname -sm)" = "Linux x86_64" ]; then # the one that it is made for
+    install_compiler tpu
+    required+=(--require-tpu-compiler)
 fi
 cd "$ROOT"
 say "ruff"
@@ -22,4 +26,4 @@ say "pytest"
 # take long would else be left to the end, and to one process. One that crashes ends the run: with a new one in its
 # place the run would wait for ever for the tests of the first.
 ONE_PROCESS_A_FILE=(--dist loadfile --no-loadscope-reorder --max-worker-restart 0)
-exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "${ONE_PROCESS_A_FILE[@]}" ${required:+"$required"} "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "${ONE_PROCESS_A_FILE[@]}" ${required[@]+"${required[@]}"} "$@"

@@ -16,16 +16,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     # Tiny models are compiled for longer than they run: LLVM's optimizations, which are not ours, are left out. Tests
-    # of real models, on GPUs and of what ships to GPUs have them (tests/real_model, below, tests/gpu_compile).
+    # of real models, on GPUs and of what ships elsewhere have them (tests/real_model, below, tests/gpu_compile and
+    # tests/tpu_compile).
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--require-cuda-compile",
-        action="store_true",
-        help="fail, not skip, where the CUDA compiler for tests/gpu_compile is not installed",
-    )
+    for device in ("cuda", "tpu"):
+        parser.addoption(
+            f"--require-{device}-compiler",
+            action="store_true",
+            help=f"fail, not skip, where the {device.upper()} compiler is not installed that tests need",
+        )
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

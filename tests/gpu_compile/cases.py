@@ -56,7 +56,6 @@ class StepCase(NamedTuple):
     rope_append: bool = False  # that rotation and append are expected to be one kernel
 
 
-CHUNK_TOKENS = 512  # TP of a prefill kernel
 PREFILL_SPILLS = 20  # bytes a thread: timed on an H100, tiles of 128 keys that spill this are faster than of 64
 KERNELS = {
     "decode": KernelCase(Tuning()),
@@ -119,8 +118,6 @@ APPENDS = {
     "append-nothing-turns": AppendCase(rotary_dim=0),
 }
 
-MODEL = "llama-3.1-8b"
-NUM_LAYERS = 2  # layers are unrolled and all alike: two show what happens inside one and between two
 DECODE, PREFILL, MIXED = Bucket(32, 0, 0), Bucket(0, 512, 16), Bucket(32, 512, 16)
 STEPS = {
     f"tensor-{tensor}-{name}": StepCase(tensor, bucket)

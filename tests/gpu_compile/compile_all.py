@@ -12,36 +12,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.checkpoint.shapes import read_shape
-from jaxserve.config import CacheConfig, LoraConfig, ParallelConfig
-from jaxserve.execution.adapters import adapters_shape
-from jaxserve.execution.lowering import compile_step, lower_step, state_shape
-from jaxserve.execution.placement import stage_param_formats
-from jaxserve.execution.step import stage_param_shapes
-from jaxserve.model.params import named_leaves
+from jaxserve.config import ParallelConfig
+from jaxserve.execution.lowering import compile_step
 from jaxserve.parallel.mesh import make_mesh
-from jaxserve.parallel.placed import placed_config
-from jaxserve.step_io import StepDims
 from pallas_kernels.int4_matmul import gpu_product
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
 from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
 from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
 from pallas_kernels.paged_attention.gpu_split import Tuning
 from pallas_kernels.rope_append.gpu import rope_append
+from tests.described_step import CHUNK_TOKENS, MAX_MODEL_LEN, NUM_PAGES, PAGE_SIZE, described_step
 from tests.gpu_compile import hlo, hopper
 from tests.gpu_compile.cases import (
     APPENDS,
-    CHUNK_TOKENS,
     KERNELS,
-    MODEL,
-    NUM_LAYERS,
     PRODUCTS,
     STEPS,
     AppendCase,
@@ -50,7 +40,6 @@ from tests.gpu_compile.cases import (
     StepCase,
 )
 
-NUM_PAGES, PAGE_SIZE, MAX_MODEL_LEN, NUM_SLOTS = 4096, 16, 4096, 256
 MOSAIC_CALL = "mosaic_gpu_v2"
 # What XLA puts into a graph unless told otherwise (jax 0.11.2).
 CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION"
@@ -145,29 +134,8 @@ def compile_append(case: AppendCase) -> dict[str, Any]:
 
 def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     mesh = make_mesh(ParallelConfig(tensor=case.tensor), hopper.devices(case.tensor))
-    config = placed_config(replace(read_shape(MODEL), num_layers=NUM_LAYERS), case.tensor, MAX_MODEL_LEN)
-    shapes = list(named_leaves(stage_param_shapes(config, 1, case.tensor)))
-    formats = stage_param_formats(config, mesh)
-    leaves = [
-        jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=placed)
-        for (_, spec), (_, placed) in zip(shapes, named_leaves(formats), strict=True)
-    ]
-    params = jax.tree.unflatten(jax.tree.structure(formats), leaves)
-    cache = CacheConfig(num_pages=NUM_PAGES, page_size=PAGE_SIZE)
-    dims = StepDims(
-        num_slots=NUM_SLOTS,
-        max_pages_per_seq=MAX_MODEL_LEN // PAGE_SIZE,
-        num_pages=NUM_PAGES,
-        page_size=PAGE_SIZE,
-        max_loras=case.max_loras,
-        hidden_tokens=CHUNK_TOKENS + 128,  # kept for scores and embeddings; no matrix has as many rows
-    )
-    state = state_shape(config, cache, dims, [case.bucket], mesh, jnp.dtype("bfloat16"))
     start = time.perf_counter()
-    adapters = None
-    if case.max_loras:
-        adapters = adapters_shape(config, LoraConfig(max_loras=case.max_loras), mesh, jnp.dtype("bfloat16"))
-    lowered = lower_step(config, params, state, dims, case.bucket, mesh, adapters)
+    lowered, params, state = described_step(mesh, case.bucket, max_loras=case.max_loras)
     lowered_at = time.perf_counter()
     if case.captures_collectives:
         options = {"xla_gpu_enable_command_buffer": f"{CAPTURED},COLLECTIVES"}
@@ -179,7 +147,7 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     assert analysis is not None and text is not None
     instructions = hlo.entry(text)
-    local = {name: x.sharding.shard_shape(x.shape) for (name, _), x in zip(shapes, leaves)}  # on one device
+    local = {name: x.sharding.shard_shape(x.shape) for name, x in params.items()}  # on one device
     matrices = {name: shape for name, shape in local.items() if len(shape) - name.startswith("layers.") > 1}
     pages = state.kv_pages[0].sharding.shard_shape(state.kv_pages[0].shape)
     sizes = [math.prod(shape) for shape in (*matrices.values(), pages)]

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from jaxserve.checkpoint.shapes import read_shape
-from tests.gpu_compile.cases import APPENDS, KERNELS, MODEL, NUM_LAYERS, PREFILL_SPILLS, PRODUCTS, STEPS
+from tests.described_step import MODEL, NUM_LAYERS
+from tests.gpu_compile.cases import APPENDS, KERNELS, PREFILL_SPILLS, PRODUCTS, STEPS
 
 pytestmark = pytest.mark.timeout(500)  # the first to ask for the report waits for all of it
 
