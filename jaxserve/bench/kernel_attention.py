@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxserve.bench.ceilings import random_normal
 from jaxserve.bench.kernel_cases import Case, Setting, Way, on_hopper
 from jaxserve.bench.kernel_inputs import attention_inputs, rope_append_inputs
 from jaxserve.bench.roofline import Work, attention_pairs
+from jaxserve.execution.lowering import best_rope_append
 from jaxserve.model import layers
+from jaxserve.step_io import Bucket
 from pallas_kernels import dispatch
 from pallas_kernels import paged_attention as attention
 from pallas_kernels import rope_append as rope
@@ -182,13 +185,17 @@ def rope_append_program(
     pages_shape = (shape["num_pages"], shape["num_kv_heads"], 2, setting.page_size, shape["head_dim"])
     held = [jnp.zeros(pages_shape, setting.dtype) for _ in range(num_calls)]
 
+    waits = "tables" if shape["rotary_dim"] else "write_index"  # one of them: a kernel of its own beside Hopper's
+
     @functools.partial(jax.jit, donate_argnums=1)
     def chain(qkvs: list[jax.Array], held: list[jax.Array], x: dict[str, Any]) -> Any:
-        index, qs, out = x["write_index"], [], []
+        qs, out = [], []
         for qkv, kv_pages in zip(qkvs, held, strict=True):
-            q, kv_pages = rope_append(qkv=qkv, kv_pages=kv_pages, **(x | {"write_index": index}))
-            # Always zero, which XLA cannot know: the next call waits for this one's pages.
-            index = index + jnp.minimum(jnp.abs(kv_pages[0, 0, 0, 0, 0]).astype(jnp.int32), 0)
+            q, kv_pages = rope_append(qkv=qkv, kv_pages=kv_pages, **x)
+            # The next call waits for this one's queries and pages: that what it gets stays the same, XLA cannot know.
+            q = lax.optimization_barrier(q)
+            zero = kv_pages[0, 0, 0, 0, 0].astype(jnp.float32) + q.ravel()[0].astype(jnp.float32) * 1e-30
+            x = x | {waits: jax.tree.map(lambda a, z=zero: a + z.astype(a.dtype), x[waits])}
             qs, out = [*qs, q], [*out, kv_pages]
         return qs, out
 
@@ -230,19 +237,20 @@ def rope_append_cases(setting: Setting) -> Iterator[Case]:
             q = jnp.pad(q.reshape(-1, k, group, h), ((0, 0), (0, 0), (0, q_rows - group), (0, 0)))
         return q, kv_pages
 
-    chosen = dispatch.best(jax.devices()[0], hopper=needs)
     calls: dict[str, RopeAppend] = {
         name: functools.partial(rope.rope_append, implementation=name, **fixed) for name in names
     }
     calls["xla"] = by_xla
     for tokens in setting.batches:
+        bucket = Bucket(decode_rows=tokens, prefill_tokens=0, prefill_rows=0)
+        selected = best_rope_append(jax.devices()[0], config, 1, dtype, bucket)
         moved = 2 * tokens * k * (group + 2) * h * dtype.itemsize + tokens * rotary_dim * 4
         work, num_calls = Work(moved, 3.0 * tokens * k * (group + 1) * rotary_dim), setting.num_copies(moved)
         num_pages = -(-(4 * tokens + 1) // setting.page_size) + 1
         shape = {"num_tokens": tokens, "num_kv_heads": k, "group": group, "head_dim": h, "rotary_dim": rotary_dim}
         program = functools.partial(rope_append_program, setting, shape | {"num_pages": num_pages}, num_calls, norms)
         ways = [
-            Way(name, name == ("xla" if chosen == "reference" else chosen), work, functools.partial(program, call),
+            Way(name, name == ("xla" if selected == "reference" else selected), work, functools.partial(program, call),
                 num_calls)
             for name, call in calls.items()
         ]  # fmt: skip

@@ -81,9 +81,6 @@ def lower_step(
         value_dim=config.mla and config.mla.kv_lora_rank,
     )
     tensor = mesh.shape["tensor"]
-    rope_append: dispatch.Implementation = "reference"
-    if not bucket.prefill_tokens and bucket.decode_rows >= ROPE_APPEND_ROWS:
-        rope_append = dispatch.best(device, hopper=layers.rope_append_needs(config, tensor, state.kv_pages[0].dtype))
     step = make_step(
         config,
         mesh,
@@ -91,11 +88,21 @@ def lower_step(
         dims,
         attention=dispatch.best(device, hopper=hopper),
         grouped_matmul=dispatch.best_grouped_matmul(device),
-        rope_append=rope_append,
+        rope_append=best_rope_append(device, config, tensor, state.kv_pages[0].dtype, bucket),
         params_specs=jax.tree.map(lambda x: x.sharding.spec, params),
         adapter_specs=jax.tree.map(lambda x: x.sharding.spec, adapters),
     )
     return jax.jit(step, donate_argnums=(1,)).lower(params, state, adapters)
+
+
+def best_rope_append(
+    device: Any, config: ModelConfig, tensor: int, cache_dtype: jnp.dtype, bucket: Bucket
+) -> dispatch.Implementation:
+    """Of norm, rotation and append in a step of one bucket, on each of ``tensor`` devices. The reference is what XLA
+    makes of ``layers.rotated``."""
+    if bucket.prefill_tokens or bucket.decode_rows < ROPE_APPEND_ROWS:
+        return "reference"
+    return dispatch.best(device, hopper=layers.rope_append_needs(config, tensor, cache_dtype))
 
 
 def lower_load_inputs(state: DeviceState, dims: StepDims, bucket: Bucket) -> jax.stages.Lowered:
