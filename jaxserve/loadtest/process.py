@@ -21,15 +21,20 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def server_process(model: str, keywords: Mapping[str, Any], platform: str | None = None) -> Iterator[Served]:
+def server_process(
+    model: str, keywords: Mapping[str, Any], platform: str | None = None, **server: Any
+) -> Iterator[Served]:
     """Serves ``model`` while the block runs, with the keywords of ``Engine.from_pretrained``.
+
+    Args:
+        server: fields of ``ServerOptions``.
 
     Raises:
         RuntimeError: it could not be started, with the reason.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(model, dict(keywords), platform, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(model, dict(keywords), platform, server, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -50,7 +55,9 @@ def server_process(model: str, keywords: Mapping[str, Any], platform: str | None
             process.kill()
 
 
-def _serve(model: str, keywords: dict[str, Any], platform: str | None, ready: Connection) -> None:
+def _serve(
+    model: str, keywords: dict[str, Any], platform: str | None, server: dict[str, Any], ready: Connection
+) -> None:
     import jax
 
     from jaxserve.bench.environment import environment
@@ -65,7 +72,7 @@ def _serve(model: str, keywords: dict[str, Any], platform: str | None, ready: Co
         asyncio.run(
             serve(
                 lambda: Engine.from_pretrained(model, **keywords),
-                ServerOptions(port=0, http_port=0, drain_timeout_s=0.0),
+                ServerOptions(port=0, http_port=0, drain_timeout_s=0.0, **server),
                 on_ready=lambda server: ready.send((server.port, server.http_port, environment())),
             )
         )
