@@ -134,7 +134,7 @@ def _lead(
     clusters: list[Cluster] = []
 
     def open_it() -> "Engine":
-        select_platform(engine.platform)
+        select_platform(engine.platform, engine.memory_fraction)
         from jaxserve.engine.joining import joined
 
         note(f"process 0 waits for {process.count - 1} more at {process.coordinator}")
@@ -159,7 +159,7 @@ def _follow(
 ) -> None:
     # A launcher tells all processes to end at once: this one goes on until the leader has finished.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    select_platform(engine.platform)
+    select_platform(engine.platform, engine.memory_fraction)
     from jaxserve.engine.joining import follow, joined, leave_cluster
 
     note(f"process {process.index} joins process 0 at {process.coordinator}")

@@ -25,16 +25,20 @@ def open_engine(model: str, options: EngineOptions) -> "Engine":
     keywords = options.keywords()
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
-        select_platform(options.platform)
+        select_platform(options.platform, options.memory_fraction)
         from jaxserve.engine.engine import Engine
 
         return Engine.from_pretrained(model, on_progress=progress, **keywords)
 
 
-def select_platform(platform: str | None) -> None:
-    """Imports jax and, with a ``platform``, has it use no other. Before jax has looked for devices."""
+def select_platform(platform: str | None, memory_fraction: float | None = None) -> None:
+    """Imports jax and, with a ``platform``, has it use no other; of a GPU's memory XLA takes what an engine of this
+    ``memory_fraction`` needs (None: its default). Before jax has looked for devices."""
     import jax
 
+    from jaxserve.parallel.memory import reserve
+
+    reserve(memory_fraction)
     if platform is not None:
         jax.config.update("jax_platforms", platform)
 

@@ -136,7 +136,7 @@ def batching(model: Model, workload: WorkloadOptions, engine: EngineOptions, as_
         keywords.pop(decided, None)
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
-        select_platform(engine.platform)
+        select_platform(engine.platform, engine.memory_fraction)
         from jaxserve.bench.batching import run
         from jaxserve.bench.report import print_batching
 
@@ -157,7 +157,7 @@ def engine(model: Model, offline: OfflineOptions, engine: EngineOptions, as_json
     keywords.pop("prefix_caching", None)  # it is off
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
-        select_platform(engine.platform)
+        select_platform(engine.platform, engine.memory_fraction)
         from jaxserve.bench.engine import run
         from jaxserve.bench.report import print_engine
 
@@ -211,7 +211,7 @@ def server(model: Model, overhead: OverheadOptions, engine: EngineOptions, as_js
     """What the server adds to its engine for one client, over gRPC and HTTP, and what its messages cost. --json prints
     a line for each measurement."""
     keywords: dict[str, Any] = overhead.keywords() | engine.keywords() | {"platform": engine.platform}
-    select_platform(engine.platform)
+    select_platform(engine.platform, engine.memory_fraction)
     from jaxserve.bench.report import print_rows
     from jaxserve.loadtest.overhead import LATENCY_FIGURES, MESSAGE_FIGURES, run
 

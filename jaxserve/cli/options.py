@@ -126,7 +126,7 @@ class EngineOptions:
         float | None,
         typer.Option(
             help="CPU: share of the machine's memory for the KV cache alone. "
-            "Accelerators: of each device's memory, for weights and cache together."
+            "Accelerators: of each device's memory, for weights, cache and workspace together."
         ),
     ] = None
     page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None

@@ -15,6 +15,7 @@ from jaxserve.execution.hidden import score_workspace_bytes
 from jaxserve.execution.lowering import compile_step, lower_sampler, lower_step, state_shape
 from jaxserve.execution.sampling import LOOKS_AT_ALL
 from jaxserve.execution.step import StageParams
+from jaxserve.parallel.memory import DEFAULT_FRACTION, free_bytes
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
 from jaxserve.step_io import SAMPLINGS, Sampling, StepDims
@@ -37,9 +38,12 @@ ACCELERATOR = {
     "growth": 2,
     "prefill_sizes": (128, 256, 512, 1024, 2048, 4096, 8192),
     "max_prefill_rows": 64,
-    "memory_fraction": 0.88,
+    "memory_fraction": DEFAULT_FRACTION,
     "samplings": SAMPLINGS,
 }
+# Of many pages, so that a little more or less free memory does not change the shape of the cache, and with it every
+# program that is kept for the next start.
+_PAGES_AT_ONCE = 64
 DEFAULT_MAX_MODEL_LEN = 8192  # or the model's own limit, where that is less
 
 
@@ -173,8 +177,7 @@ def num_pages_that_fit(
     if mesh.devices.flat[0].platform == "cpu":
         room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
     else:
-        stats = [d.memory_stats() for d in mesh.local_devices]
-        free = min(int(s["bytes_limit"] * fraction) - s["bytes_in_use"] for s in stats)
+        free = min(free_bytes(d, fraction) for d in mesh.local_devices)
         room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings, lora, cache_dtype)
     if lora is not None:
         adapters = adapters_shape(config, lora, mesh, dtype)
@@ -185,6 +188,8 @@ def num_pages_that_fit(
             f"memory_fraction={fraction} leaves {max(room, 0) / 2**20:.0f} MiB a device for the KV cache: "
             f"{max(fit, 0) * page_size} tokens, fewer than max_model_len={scheduler.max_model_len}"
         )
+    if fit > 64 * _PAGES_AT_ONCE:
+        fit -= fit % _PAGES_AT_ONCE
     return min(fit, scheduler.max_num_seqs * one_sequence)
 
 

@@ -21,13 +21,14 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 import pallas_kernels
+from jaxserve.parallel import memory
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = "programs"  # inside the folder of JAX's own cache
 # Beginnings of the environment's variables that change what is compiled.
 _VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MOSAIC_", "NVIDIA_TF32")
-_ELSEWHERE = {"JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES", "JAX_LOGGING_LEVEL", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+_ELSEWHERE = {"JAX_COMPILATION_CACHE_DIR", "JAX_LOG_COMPILES", "JAX_LOGGING_LEVEL", *memory.VARIABLES}
 _SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_use_shardy_partitioner")
 
 
