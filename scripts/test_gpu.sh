@@ -15,6 +15,7 @@ mapfile -t FILES < <(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests | 
 # Most of the time is compiling, a core for each test: processes share the GPU, each with the memory that it uses.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 CORES=$(nproc)
-# A kernel that hangs cannot be interrupted: its process ends there, the run with it, and says where.
-exec "$PYTHON" -m pytest -m gpu -n $((CORES > 16 ? 12 : (CORES * 3 + 3) / 4)) --max-worker-restart 0 \
+# A kernel that hangs cannot be interrupted, and one that reads where nothing is leaves its process unable to compute:
+# the process ends with the test, and another takes its place.
+exec "$PYTHON" -m pytest -m gpu -n $((CORES > 16 ? 12 : (CORES * 3 + 3) / 4)) --max-worker-restart 8 \
     --timeout 200 --timeout-method thread "${FILES[@]}" "$@"

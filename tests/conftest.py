@@ -5,6 +5,8 @@ import tempfile
 
 import pytest
 
+from tests.device_guard import DeviceGuard
+
 # Eight devices where there is no accelerator, so that every mesh of up to eight runs on one CPU. XLA reads this once,
 # when its first client is made, hence here and not in a fixture. A GPU or TPU machine is not affected by it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -28,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             action="store_true",
             help=f"fail, not skip, where the {device.upper()} compiler is not installed that tests need",
         )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(DeviceGuard())
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
