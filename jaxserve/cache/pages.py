@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.config import CacheConfig, CacheDtype, ModelConfig, ParallelConfig
+from jaxserve.model.stage_layers import layers_per_stage
 
 # One entry for each layer of a stage; global shape [ST, NP, K, 2, PS, H]: keys and values of every kv head. Multi-head
 # latent attention has [ST, NP, 1, 1, PS, RK + HR]: the latent is key and value of all heads. With a cache of int8 or
@@ -120,6 +121,7 @@ def kv_bytes_per_token(config: ModelConfig, itemsize: int, cache_dtype: CacheDty
 def page_bytes(
     config: ModelConfig, page_size: int, dtype: jnp.dtype, parallel: ParallelConfig, cache_dtype: CacheDtype = "auto"
 ) -> int:
-    """Bytes that one page takes on one device, over the layers of its stage and its own heads."""
+    """Bytes that one page takes on one device, for as many layers as the largest stage has and its own heads."""
     tensor = 1 if config.mla is not None else parallel.tensor  # every device has the whole latent
-    return kv_bytes_per_token(config, jnp.dtype(dtype).itemsize, cache_dtype) * page_size // (parallel.stage * tensor)
+    num_bytes = kv_bytes_per_token(config, jnp.dtype(dtype).itemsize, cache_dtype) * page_size
+    return num_bytes // config.num_layers * layers_per_stage(config, parallel.stage) // tensor

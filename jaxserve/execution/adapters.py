@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.config import LoraConfig, ModelConfig
 from jaxserve.model.array_spec import ArraySpec, is_spec
 from jaxserve.model.lora import Adapter, LayerAdapters, layer_adapter_specs, slot_axis
+from jaxserve.model.stage_layers import stage_layers
 from jaxserve.parallel import specs
 from jaxserve.parallel.placed import ReplicatedHeads, copies_of_kv_heads
 
@@ -28,18 +29,20 @@ class StageAdapters:
 
 def stage_adapter_shapes(config: ModelConfig, lora: LoraConfig, num_stages: int) -> StageAdapters:
     """``ArraySpec``s of a ``StageAdapters``; ``config`` is of ``parallel.placed.placed_config``."""
-    per_stage = config.num_layers // num_stages
+    stages = stage_layers(config, num_stages)
     each = [layer_adapter_specs(config, i, lora) for i in range(config.num_layers)]
 
     def position(i: int) -> LayerAdapters:
         found: dict[str, ArraySpec] = {}
-        for layer in each[i::per_stage]:  # of different kinds, perhaps: what any of them has
+        for layer in (
+            each[own[i]] for own in stages if i < len(own)
+        ):  # of different kinds, perhaps: what any of them has
             found |= {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
         return LayerAdapters(
             **{name: s._replace(shape=(num_stages, *s.shape), axes=("stage", *s.axes)) for name, s in found.items()}
         )
 
-    return StageAdapters(tuple(position(i) for i in range(per_stage)))
+    return StageAdapters(tuple(position(i) for i in range(max(map(len, stages)))))
 
 
 def stage_adapter_specs(shapes: StageAdapters) -> StageAdapters:
@@ -80,12 +83,12 @@ def place_adapter(adapter: Adapter, config: ModelConfig, placed: ModelConfig, sh
         placed: ``parallel.placed.placed_config`` of ``config``.
         shapes: ``one_slot_shape``'s.
     """
-    per_stage = len(shapes.layers)
-    tensor = next(iter(jax.tree.leaves(shapes))).sharding.mesh.shape["tensor"]
+    mesh = next(iter(jax.tree.leaves(shapes))).sharding.mesh
+    tensor, layers = mesh.shape["tensor"], stage_layers(placed, mesh.shape["stage"])
     heads = ReplicatedHeads(adapter, config, copies_of_kv_heads(config, tensor))
 
     def place(position: int) -> LayerAdapters:
-        stages = [_factors(adapter, heads, layer, placed) for layer in range(position, config.num_layers, per_stage)]
+        stages = [_factors(adapter, heads, own[position], placed) if position < len(own) else {} for own in layers]
 
         def one(name: str, x: Any) -> jax.Array:
             before = (slice(None),) * (slot_axis(name, x.ndim) - 1)  # axes of a stage's layer before LA
@@ -97,7 +100,7 @@ def place_adapter(adapter: Adapter, config: ModelConfig, placed: ModelConfig, sh
 
         return _mapped(one, shapes.layers[position])
 
-    return StageAdapters(tuple(place(i) for i in range(per_stage)))
+    return StageAdapters(tuple(place(i) for i in range(len(shapes.layers))))
 
 
 def write_slot(adapters: StageAdapters, one: StageAdapters, slot: jax.Array) -> StageAdapters:

@@ -24,6 +24,7 @@ from jaxserve.execution.step import StageParams, stage_param_shapes, stage_param
 from jaxserve.model.array_spec import ArraySpec
 from jaxserve.model.params import ParamSource, TreeSource, layer_fields, named_leaves, path_name
 from jaxserve.model.quantized import PER_BYTE, QuantizedMatrix
+from jaxserve.model.stage_layers import stage_layers
 from jaxserve.parallel.placed import ReplicatedHeads, copies_of_kv_heads
 from pallas_kernels import dispatch, int4_matmul, int8_matmul
 
@@ -212,13 +213,12 @@ def _part(
         return out
     _, position, leaf = name.split(".", 2)
     field = leaf.partition(".")[0]
-    per_stage = placed.num_layers // num_stages
     parts = []
-    for stage in range(index[0].start, index[0].stop):
-        layer = stage * per_stage + int(position)
-        if field in layer_fields(placed, layer):
+    for own in stage_layers(placed, num_stages)[index[0]]:
+        layer = own[int(position)] if int(position) < len(own) else None
+        if layer is not None and field in layer_fields(placed, layer):
             parts.append(_read(source, f"layers.{layer}.{leaf}", index[1:], dtype))
-        else:  # another stage's layer at this place is of another kind
+        else:  # only another stage has a layer at this place, or one of this kind
             parts.append(np.zeros([s.stop - s.start for s in index[1:]], dtype))
     return parts[0][None] if len(parts) == 1 else np.stack(parts)
 

@@ -31,6 +31,7 @@ from jaxserve.model.lora import Lora, chosen_adapters
 from jaxserve.model.params import LayerParams, Params, param_specs
 from jaxserve.model.quantized import QuantizedMatrix, check_split
 from jaxserve.model.rope import rope_tables
+from jaxserve.model.stage_layers import layers_per_stage, stage_layers
 from jaxserve.parallel import specs
 from jaxserve.step_io import (
     FLOAT_FIELDS,
@@ -58,8 +59,8 @@ class DeviceState:
 class StageParams:
     """``Params`` as the mesh holds them: layer ``i`` of every stage stacked on a leading ST axis, V padded.
 
-    Where layers that stand at the same place in their stages are of different kinds, the entry has what any of them
-    has, zeros for the others.
+    Where layers that stand at the same place in their stages are of different kinds, or a stage has none there, the
+    entry has what any of them has, zeros for the others.
     """
 
     embed: Any  # [V, D]
@@ -78,7 +79,7 @@ def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> Sta
             the same place; names the parameter.
     """
     tree: Params = param_specs(config)
-    per_stage = config.num_layers // num_stages
+    stages = stage_layers(config, num_stages)
 
     def padded(table: Any) -> Any:
         def pad(spec: ArraySpec) -> ArraySpec:
@@ -94,9 +95,10 @@ def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> Sta
     def position(i: int) -> LayerParams:
         found: dict[str, Any] = {}
         found_in: dict[str, int] = {}
-        for stage, layer in enumerate(tree.layers[i::per_stage]):
+        for number in (own[i] for own in stages if i < len(own)):
+            layer = tree.layers[number]
             for name in (f.name for f in dataclasses.fields(layer) if getattr(layer, f.name) is not None):
-                value, number = getattr(layer, name), stage * per_stage + i
+                value = getattr(layer, name)
                 if isinstance(value, QuantizedMatrix):
                     check_split(f"layers.{number}.{name}", value, tensor)
                 first, first_number = found.setdefault(name, value), found_in.setdefault(name, number)
@@ -110,7 +112,7 @@ def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> Sta
 
     return StageParams(
         embed=padded(tree.embed),
-        layers=tuple(position(i) for i in range(per_stage)),
+        layers=tuple(position(i) for i in range(max(map(len, stages)))),
         final_norm=tree.final_norm,
         head=padded(tree.head),
         positions=tree.positions,
@@ -126,7 +128,7 @@ def stage_param_specs(config: ModelConfig, num_stages: int) -> StageParams:
 
 def state_specs(config: ModelConfig, num_stages: int, dims: StepDims) -> DeviceState:
     """PartitionSpecs of a ``DeviceState``."""
-    kv_pages = (specs.kv_pages_spec(config),) * (config.num_layers // num_stages)
+    kv_pages = (specs.kv_pages_spec(config),) * layers_per_stage(config, num_stages)
     hidden = specs.HIDDEN if dims.hidden_tokens else None
     return DeviceState(kv_pages=kv_pages, last_tokens=specs.REPLICATED, inputs=specs.REPLICATED, hidden=hidden)
 

@@ -1,6 +1,8 @@
 """The decoder: embedding, layers over stages, head. One for all families; runs inside ``shard_map``."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,11 @@ from jax import lax
 
 from jaxserve.config import ModelConfig
 from jaxserve.model import layers
-from jaxserve.model.layers import AttentionContext, StaticContext
+from jaxserve.model.layers import AttentionContext, LayerKind, StaticContext
 from jaxserve.model.lora import Lora
 from jaxserve.model.params import LayerParams
 from jaxserve.model.quantized import QuantizedMatrix, matmul, table_rows
+from jaxserve.model.stage_layers import stage_layers as stage_layers_of
 
 
 def embed(table: jax.Array | QuantizedMatrix, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -67,17 +70,18 @@ def stage_layers(
     """This device's layers, unrolled: under ``scan`` XLA copies every layer's weights and pages.
 
     A kind of layer has a jit of its own, so that it is traced and lowered once and not once a layer. Where the stages
-    have layers of different kinds at one place, each takes its own branch.
+    have layers of different kinds at one place, or some have none, each takes its own branch.
 
     ``loras`` are the layers' adapters, None where the step has none.
     """
-    num_stages, out = lax.axis_size("stage"), []
-    by_kind = {}
+    out = []
+    stages = stage_layers_of(static.config, lax.axis_size("stage"))
+    by_kind: dict[LayerKind | None, Callable[..., Any]] = {None: lambda p, pages, x, ctx, lora: (x, pages)}
     for i, (p, pages, lora) in enumerate(zip(stage, kv_pages, loras, strict=True)):
-        kinds = [layers.layer_kind(static.config, s * len(stage) + i) for s in range(num_stages)]  # of each stage
+        kinds = [layers.layer_kind(static.config, own[i]) if i < len(own) else None for own in stages]
         branches = {}
         for kind in kinds:
-            if kind not in by_kind:
+            if kind is not None and kind not in by_kind:
                 by_kind[kind] = jax.jit(partial(layers.decoder_layer, static=static, kind=kind))
             branches[kind] = by_kind[kind]
         if len(branches) == 1:

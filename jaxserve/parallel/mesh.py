@@ -47,7 +47,9 @@ def _misfit(config: ModelConfig, parallel: ParallelConfig) -> str | None:
 
     Kv heads fewer than ``tensor`` are given to several devices each, which share out their query heads.
     """
-    sizes = [("num_layers", config.num_layers, "stage", parallel.stage)]
+    if parallel.stage > config.num_layers:
+        return f"num_layers={config.num_layers} is fewer than stage={parallel.stage}"
+    sizes: list[tuple[str, int, str, int]] = []
     if config.mla is not None or parallel.tensor % config.num_kv_heads == 0:
         sizes.append(("num_heads", config.num_heads, "tensor", parallel.tensor))
     else:

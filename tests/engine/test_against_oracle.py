@@ -25,8 +25,8 @@ def tokens(completions) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "mesh",
-    # The last one has more devices than kv heads.
-    ["stage=1,tensor=1", "tensor=2", "stage=2", "stage=2,tensor=2", "tensor=4", "stage=4,tensor=2", "tensor=8"],
+    # The last one has more devices than kv heads; three stages have two layers, one and one.
+    ["stage=1,tensor=1", "tensor=2", "stage=2", "stage=3,tensor=2", "tensor=4", "stage=4,tensor=2", "tensor=8"],
 )
 def test_every_mesh(mesh):
     with tiny.engine(mesh=mesh) as engine:

@@ -307,7 +307,7 @@ def test_a_closed_engine_leaves_no_arrays_and_no_programs():
     "options, match",
     [
         ({"mesh": "tensor=3"}, "num_kv_heads=4 is not divisible by tensor=3"),
-        ({"mesh": "stage=3"}, "num_layers=4 is not divisible by stage=3"),
+        ({"mesh": "stage=5"}, "num_layers=4 is fewer than stage=5"),
         ({"mesh": "tensor=4,stage=4"}, "needs 16 devices, there are 8"),
         ({"mesh": "tensr=2"}, "mesh: 'tensr=2'"),
         ({"mesh": "tensor=0"}, "'0' is not a positive integer"),

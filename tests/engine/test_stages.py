@@ -72,11 +72,14 @@ def test_few_pages_and_shared_prefixes(engine: Engine):
     assert after.num_pages_held == 0 and after.recompilations_after_ready == 0
 
 
-def test_who_is_aborted_in_the_stages_disturbs_nobody(engine: Engine):
-    """Their pages and slots go to others while their steps are on the way."""
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_who_is_aborted_in_the_stages_disturbs_nobody(penalty: float, engine: Engine):
+    """Their pages and slots go to others while their steps are on the way: the sampler counts what they still sample
+    in the slot's penalties, and is told of its new owner afterwards."""
+    params = greedy(frequency_penalty=penalty)
     prompts = tiny.prompts(12, seed=3, longest=20)
     for i, prompt in enumerate(prompts):
-        engine.add_request(engine.make_request(prompt, greedy(), request_id=str(i)))
+        engine.add_request(engine.make_request(prompt, params, request_id=str(i)))
     said: dict[str, list[int]] = {str(i): [] for i in range(12)}
     aborted = {7: "0", 9: "3", 10: "1", 14: "4"}  # after so many ticks
     for number in range(1, 1000):
@@ -87,7 +90,9 @@ def test_who_is_aborted_in_the_stages_disturbs_nobody(engine: Engine):
             assert engine.abort(aborted[number])
         if not engine.has_unfinished():
             break
-    for i, want in enumerate(expected(prompts)):
+    alone = [engine.generate(prompt, params)[0].token_ids for prompt in prompts]
+    assert (alone == expected(prompts)) == (penalty == 0)
+    for i, want in enumerate(alone):
         got = said[str(i)]
         assert got == (want[: len(got)] if str(i) in aborted.values() else want)
     assert engine.stats().num_pages_held == 0

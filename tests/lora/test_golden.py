@@ -53,7 +53,7 @@ def test_fused_modules_merged_are_the_same():
 
 
 def test_beside_experts_and_latents():
-    """One step, on two stages whose layers are of different kinds at one place: an MLP, which may have an adapter, and
+    """One step, on stages with layers of different kinds, or none, at one place: an MLP, which may have an adapter, and
     experts."""
     model = golden.models.load("deepseek_v3")
     with HFCheckpoint(model.folder) as checkpoint:
@@ -68,8 +68,8 @@ def test_beside_experts_and_latents():
 
 
 def step_logits(config: ModelConfig, params: Params, tokens: list[int], adapter: Adapter | None) -> np.ndarray:
-    """[V] after ``tokens``, read by one step on two stages: in each of two ticks both work on it."""
-    mesh, dtype, bucket = make_mesh(ParallelConfig(stage=2)), jnp.dtype("float32"), Bucket(0, len(tokens), 1)
+    """[V] after ``tokens``, read by one step on three stages: in each of three ticks all work on it."""
+    mesh, dtype, bucket = make_mesh(ParallelConfig(stage=3)), jnp.dtype("float32"), Bucket(0, len(tokens), 1)
     cache = CacheConfig(num_pages=4, page_size=len(tokens))
     dims = StepDims(num_slots=1, max_pages_per_seq=1, num_pages=4, page_size=len(tokens), max_loras=2, hidden_tokens=16)
     placed = place_params(TreeSource(params, config), config, config, mesh, dtype)
@@ -88,10 +88,10 @@ def step_logits(config: ModelConfig, params: Params, tokens: list[int], adapter:
     inputs.adapter_ids[:] = 1
     shape = state_shape(config, cache, dims, [bucket], mesh, dtype)
     state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shape)
-    state = dataclasses.replace(state, inputs=jax.device_put(np.stack([buffer] * 2), shape.inputs.sharding))
+    state = dataclasses.replace(state, inputs=jax.device_put(np.stack([buffer] * 3), shape.inputs.sharding))
     step = lower_step(config, placed, state, dims, bucket, mesh, room).compile()
-    state, _ = step(placed, state, room)
-    _, logits = step(placed, state, room)
+    for _ in range(3):
+        state, logits = step(placed, state, room)
     return np.asarray(logits)[0]
 
 

@@ -76,10 +76,10 @@ def test_mistakes_name_file_and_key(tmp_path: Path, text: str, reason: str):
 
 
 def test_what_would_fit_is_told():
-    with pytest.raises(ValueError, match=r"num_layers=4 is not divisible by stage=3; of 3 devices no mesh would fit"):
-        check_mesh(tiny.CONFIG, ParallelConfig(stage=3))
+    with pytest.raises(ValueError, match=r"num_layers=4 is fewer than stage=5; of 5 devices no mesh would fit"):
+        check_mesh(tiny.CONFIG, ParallelConfig(stage=5))
     told = "stage=8; of 8 devices stage=1,tensor=8 or stage=2,tensor=4 or stage=4,tensor=2 would fit"
-    with pytest.raises(ValueError, match=f"num_layers=4 is not divisible by {told}"):
+    with pytest.raises(ValueError, match=f"num_layers=4 is fewer than {told}"):
         check_mesh(tiny.CONFIG, ParallelConfig(stage=8))
 
 
