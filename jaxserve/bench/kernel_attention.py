@@ -76,7 +76,7 @@ def attention_case(
     config, dtype = setting.config, setting.dtype
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
     needs = hopper_attention.needs(
-        head_dim=h, page_size=setting.page_size, group=n // k, dtype=dtype, windows=(window,),
+        head_dim=h, page_size=setting.page_size, k_heads=k, group=n // k, dtype=dtype, windows=(window,),
         softcap=config.attn_softcap, sinks=config.attn_sinks,
     )  # fmt: skip
     variant: dict[str, Any] = {"window": window, "softcap": config.attn_softcap}

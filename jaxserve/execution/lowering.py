@@ -69,10 +69,11 @@ def lower_step(
 
     ``config`` is of ``parallel.placed.placed_config``.
     """
-    device = mesh.devices.flat[0]
+    device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
     hopper = hopper_attention.needs(  # of all layers: one that is not taken, and the model runs the reference
         head_dim=config.head_dim,
         page_size=dims.page_size,
+        k_heads=config.num_kv_heads // tensor,
         group=config.num_heads // config.num_kv_heads,
         dtype=state.kv_pages[0].dtype,
         windows=config.layer_windows,
@@ -80,7 +81,6 @@ def lower_step(
         sinks=config.attn_sinks,
         value_dim=config.mla and config.mla.kv_lora_rank,
     )
-    tensor = mesh.shape["tensor"]
     step = make_step(
         config,
         mesh,

@@ -13,6 +13,7 @@ def needs(
     *,
     head_dim: int,
     page_size: int,
+    k_heads: int,
     group: int,
     dtype: jnp.dtype,
     windows: Collection[int | None] = (),
@@ -23,12 +24,13 @@ def needs(
     """What attention of these shapes needs of the kernels, in the words of ``dispatch.MOSAIC_GPU_CHECKED``; None where
     they do not take it.
 
-    ``group`` query heads a kv head, ``dtype`` of queries and cache, ``windows`` of all layers, the rest as of
-    ``paged_attention``.
+    ``k_heads`` of a device, ``group`` query heads a kv head, ``dtype`` of queries and cache, ``windows`` of all layers,
+    the rest as of ``paged_attention``.
     """
     if value_dim is not None or gpu_decode.refusal(head_dim, page_size, group, dtype, dtype) is not None:
         return None
     used = {"window": any(w is not None for w in windows), "softcap": softcap is not None, "sinks": sinks}
+    used |= {"one kv head": k_heads == 1}
     return frozenset(
         {f"head_dim {head_dim}", f"page_size {page_size}"} | {name for name, is_used in used.items() if is_used}
     )

@@ -246,10 +246,11 @@ def test_plan_gives_every_tile_to_one_stream_and_every_part_to_one_combination(s
 
 def test_shapes_without_a_kernel_are_refused_with_their_figures():
     half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-    shape: dict[str, Any] = {"head_dim": 128, "page_size": 16, "group": 4, "dtype": half}
+    shape: dict[str, Any] = {"head_dim": 128, "page_size": 16, "k_heads": 8, "group": 4, "dtype": half}
     assert gpu.needs(**shape) == gpu.needs(**shape, windows=(None, None)) == {"head_dim 128", "page_size 16"}
     gemma = gpu.needs(**with_(shape, head_dim=256), windows=(None, 512), softcap=50.0, sinks=True)
     assert gemma == {"head_dim 256", "page_size 16", "window", "softcap", "sinks"}
+    assert gpu.needs(**with_(shape, k_heads=1)) == {"head_dim 128", "page_size 16", "one kv head"}
     assert gpu.needs(**with_(shape, dtype=single)) is None
     assert gpu.needs(**with_(shape, page_size=24)) is None
     assert gpu.needs(**shape, value_dim=64) is None
