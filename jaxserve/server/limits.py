@@ -9,6 +9,10 @@ from jaxserve.engine.async_engine import EngineCore
 from jaxserve.request import Request, RequestError, SamplingParams
 from jaxserve.server.options import ServerOptions
 
+# A prompt in a message of so few bytes is read on the event loop: tokenizing it takes less than going to a thread and
+# back. Where a grammar is to be compiled, the size of the message says nothing.
+QUICK_BYTES = 512
+
 
 def limited_deadline(options: ServerOptions, deadline: float | None) -> float | None:
     """The client's ``deadline`` (``time.monotonic()`` seconds) or the server's, whichever comes first."""

@@ -26,10 +26,10 @@ from jaxserve.server.http.fields import (
     sampling_params,
     wants_usage,
 )
-from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
+from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread, is_small
 from jaxserve.server.http.logprobs import CompletionLogprobs, Entry
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
-from jaxserve.server.http.structured import constraint_name, constraint_of
+from jaxserve.server.http.structured import constraint_name, constraint_of, is_constrained
 from jaxserve.server.limits import make_request
 from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
 
@@ -69,7 +69,8 @@ def completions_routes(backend: Backend) -> APIRouter:
         name = body.request_id or f"cmpl-{secrets.token_hex(12)}"
         renames = {"prompt_logprobs": "logprobs"}
         renames["structured_outputs"] = constraint_name(body, body.response_format)
-        plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline))
+        is_quick = is_small(http) and not is_constrained(body, body.response_format)
+        plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline), is_quick=is_quick)
         head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
         generation = Generation(backend, plan.requests, http)
         if boolean("stream", body.stream, False):

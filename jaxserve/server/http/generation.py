@@ -14,7 +14,7 @@ from jaxserve.request import FinishReason, Request, RequestError, TokenEvent, Us
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.errors import unfinished
 from jaxserve.server.http.guard import Receive, until_left
-from jaxserve.server.limits import limited_deadline
+from jaxserve.server.limits import QUICK_BYTES, limited_deadline
 from jaxserve.server.options import ServerOptions
 
 TIMEOUT_HEADER = "jaxserve-timeout-s"
@@ -175,9 +175,14 @@ def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
     return type(error)(name, str(error).removeprefix(f"{error.field}: "))
 
 
-async def in_thread[T](names: Mapping[str, str], make: Callable[[], T]) -> T:
-    """``make()`` in a thread, as tokenizing may take long; the fields of its errors renamed."""
+def is_small(http: HTTPConnection) -> bool:
+    """Whether the body had ``QUICK_BYTES`` at most, whatever its headers said; no WebSocket's message is."""
+    return getattr(http.state, "body_len", QUICK_BYTES + 1) <= QUICK_BYTES
+
+
+async def in_thread[T](names: Mapping[str, str], make: Callable[[], T], *, is_quick: bool = False) -> T:
+    """``make()`` in a thread, as tokenizing may take long, unless it ``is_quick``; the fields of its errors renamed."""
     try:
-        return await asyncio.to_thread(make)
+        return make() if is_quick else await asyncio.to_thread(make)
     except RequestError as error:
         raise renamed(error, {"lora": "model", **names}) from error

@@ -110,7 +110,8 @@ class Guard:
             keys = None if scope["path"] in OPEN_PATHS else self._keys
             if keys is not None and not keys.accept(_header(scope, b"authorization")):
                 raise HTTPError(UNAUTHORIZED, "a bearer token of this server is needed: authorization")
-            body = await self._body(scope, receive)
+            body: bytes | None = await self._body(scope, receive)
+            scope["state"]["body_len"] = len(body)
         except HTTPError as error:
             response = response_of(error)
             response.headers["connection"] = "close"  # what is left of the body is not read
@@ -145,7 +146,7 @@ class Guard:
         else:
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body. HTTPError if it is too large or comes too slowly."""
         limit = self._options.max_message_bytes
         text = _header(scope, b"content-length")

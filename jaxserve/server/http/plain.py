@@ -25,9 +25,9 @@ from jaxserve.server.http.completions import by_choice, read_prompts, token_ids_
 from jaxserve.server.http.conversation import encode_conversation
 from jaxserve.server.http.errors import ANSWERED, INVALID, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import MESSAGES, PROMPT, Body, optional, priority_of, sampling_params
-from jaxserve.server.http.generation import Generation, deadline_of, in_thread
+from jaxserve.server.http.generation import Generation, deadline_of, in_thread, is_small
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
-from jaxserve.server.http.structured import constraint_name, constraint_of
+from jaxserve.server.http.structured import constraint_name, constraint_of, is_constrained
 from jaxserve.server.limits import make_request
 
 MAX_WAITING_MESSAGES = 4  # of a WebSocket's client, which has to wait for answers
@@ -67,7 +67,8 @@ async def _generation(backend: Backend, body: PlainRequest, http: HTTPConnection
     renames = {"structured_outputs": constraint_name(body, None)}
     if body.messages is not None:
         renames["prompt"] = "messages"
-    request = await in_thread(renames, lambda: _request(backend, body, deadline))
+    is_quick = body.messages is None and is_small(http) and not is_constrained(body, None)
+    request = await in_thread(renames, lambda: _request(backend, body, deadline), is_quick=is_quick)
     return Generation(backend, [request], http)
 
 

@@ -36,6 +36,11 @@ def constraint_of(body: Body, response_format: Any, schema: dict[str, Any] | Non
     return {"structured_outputs": value}
 
 
+def is_constrained(body: Body, response_format: Any) -> bool:
+    """Whether the body has a field that may hold the answer to something, whatever is in it."""
+    return response_format is not None or any(getattr(body, x) is not None for x in (*GUIDED, "structured_outputs"))
+
+
 def constraint_name(body: Body, response_format: Any, tool_choice: Any = None) -> str:
     """Which field of the body holds the answer to something: what a refusal of ``structured_outputs`` is about."""
     if tool_choice not in (None, "auto", "none"):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
@@ -165,3 +166,33 @@ async def test_no_file_descriptor_is_left():
         async with asyncio.timeout(TIMEOUT_S):
             while num_open() > before:
                 await asyncio.sleep(0.005)
+
+
+async def test_only_what_is_small_and_plain_is_read_on_the_event_loop(site: Web, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the headers say: a prompt that takes long would hold up every stream."""
+    threads: list[bool] = []
+    make_request = site.engine.make_request
+
+    def noting(*args, **fields):
+        threads.append(threading.current_thread() is not threading.main_thread())
+        return make_request(*args, **fields)
+
+    monkeypatch.setattr(site.engine, "make_request", noting)
+    for path in (COMPLETIONS, "/generate/stream"):
+        for fields in ({}, {"regex": "a+"}, {"pad": True}, {"lie": True}):
+            body = {"prompt": "a", "max_tokens": 2}
+            if "regex" in fields:
+                body["structured_outputs"] = fields
+            if fields.keys() & {"pad", "lie"}:
+                body["prompt"] = "a" * 390 + "\u00e9"  # six bytes more in JSON
+                body["bad_words"] = ["b" * 200]
+            data = request(body, path)
+            if "lie" in fields:
+                head, _, content = data.partition(b"\r\n\r\n")
+                head = head.replace(b"content-length: %d" % len(content), b"content-length: 9")
+                head += b"\r\ntransfer-encoding: chunked"
+                data = head + b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(content), content)
+            async with connected(site) as (reader, writer):
+                writer.write(data)
+                assert (await reader.readline()).startswith((b"HTTP/1.1 200", b"HTTP/1.1 400")), (path, fields)
+    assert threads == [False, True, True, True] * 2
