@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,46 @@ def ended(process: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
     return process.returncode, said
 
 
-@pytest.mark.timeout(START_S + 60)
-def test_both_serve_and_end_together(folder: Path):
+NUM_CLIENTS = 32  # at once, on the two places of the engine
+
+
+def one_of_many(client: Client, index: int) -> str:
+    """A client of its kind: one that waits for its text, one that leaves, one with a deadline, one that may only get
+    digits. Returns the text of a request that ends by itself, of those that sample."""
+    prompt = "abc"[: 1 + index % 3]
+    asked: dict[str, Any] = {"temperature": 0.8, "seed": index, "ignore_eos": True}
+    match index % 4:
+        case 0:
+            return "".join(chunk.text for chunk in client.generate(prompt, max_tokens=20, **asked))
+        case 1:
+            stream = client.generate(prompt, max_tokens=4000, **asked)
+            next(stream)
+            stream.close()
+        case 2:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(client.generate(prompt, max_tokens=8000, timeout_s=0.05 + 0.05 * index, **asked))
+            assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # pyright: ignore[reportAttributeAccessIssue]
+        case 3:
+            digits = {"regex": "[0-9]{6}"}
+            text = "".join(c.text for c in client.generate(prompt, max_tokens=9, seed=index, structured_outputs=digits))
+            assert len(text) == 6 and text.isdigit()
+            return text
+    return ""
+
+
+@pytest.mark.timeout(START_S + 120)
+def test_both_serve_many_clients_and_end_together(folder: Path):
     with launched(folder) as (leader, follower, server):
         with Client(server) as client:
-            texts = [
-                "".join(chunk.text for chunk in client.generate("abc", max_tokens=20, temperature=0, ignore_eos=True))
-                for _ in range(2)
-            ]
-        assert texts[0] == texts[1] != ""
+            alone = [one_of_many(client, i) if i % 4 in (0, 3) else "" for i in range(NUM_CLIENTS)]
+            with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+                together = list(pool.map(lambda i: one_of_many(client, i), range(NUM_CLIENTS)))
+            assert together == alone and len(set(together)) > NUM_CLIENTS // 3
+            deadline = time.monotonic() + 30
+            while (load := client.get_load()).num_running + load.num_waiting and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert (load.num_running, load.num_waiting, load.recompilations_after_ready) == (0, 0, 0)
+            assert load.num_pages_held == 0
         for process in (follower, leader):  # as launchers do
             process.send_signal(signal.SIGTERM)
         assert ended(leader, 60)[0] == 0
