@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.server.client import Client
-from tests.checkpoint.tiny_gguf import write
+from tests.checkpoint.tiny_gguf import weights, write
 from tests.multihost.conftest import ENVIRONMENT, free_port
 
 START_S = 280.0  # a busy machine compiles slowly
@@ -119,9 +119,25 @@ def one_of_many(client: Client, index: int) -> str:
     return ""
 
 
+def served_other_weights(client: Client, folder: Path, text: str) -> None:
+    """All hosts read others and serve them, then the old ones again; a file that does not fit changes nothing."""
+    for name, keys, array in (
+        ("other", {"llama.context_length": 8192}, {k: v[::-1].copy() for k, v in weights().items()}),
+        ("smaller", {"llama.context_length": 8192, "llama.block_count": 1}, weights()),
+    ):
+        write(folder / f"{name}.gguf", keys=keys, tensors=array)
+    client.update_weights(str(folder / "other.gguf"))
+    assert one_of_many(client, 0) != text
+    client.update_weights(str(folder / "tiny.gguf"))
+    with pytest.raises(grpc.RpcError) as caught:
+        client.update_weights(str(folder / "smaller.gguf"))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # pyright: ignore[reportAttributeAccessIssue]
+    assert one_of_many(client, 0) == text
+
+
 @pytest.mark.timeout(START_S + 120)
 def test_both_serve_many_clients_and_end_together(folder: Path):
-    with launched(folder) as (leader, follower, server):
+    with launched(folder, f"--weights-from={folder}") as (leader, follower, server):
         with Client(server) as client:
             alone = [one_of_many(client, i) if i % 4 in (0, 3) else "" for i in range(NUM_CLIENTS)]
             with ThreadPoolExecutor(NUM_CLIENTS) as pool:
@@ -132,6 +148,7 @@ def test_both_serve_many_clients_and_end_together(folder: Path):
                 time.sleep(0.05)
             assert (load.num_running, load.num_waiting, load.recompilations_after_ready) == (0, 0, 0)
             assert load.num_pages_held == 0
+            served_other_weights(client, folder, alone[0])
         for process in (follower, leader):  # as launchers do
             process.send_signal(signal.SIGTERM)
         assert ended(leader, 60)[0] == 0
