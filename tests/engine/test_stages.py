@@ -76,7 +76,8 @@ def test_few_pages_and_shared_prefixes(engine: Engine):
 def test_who_is_aborted_in_the_stages_disturbs_nobody(penalty: float, engine: Engine):
     """Their pages and slots go to others while their steps are on the way: the sampler counts what they still sample
     in the slot's penalties, and is told of its new owner afterwards."""
-    params = greedy(frequency_penalty=penalty)
+    # Two tokens that take turns, as often as each was counted; one counted for another sequence changes who is next.
+    params = greedy(frequency_penalty=penalty, logit_bias={5: 60.0, 6: 60.0} if penalty else None)
     prompts = tiny.prompts(12, seed=3, longest=20)
     for i, prompt in enumerate(prompts):
         engine.add_request(engine.make_request(prompt, params, request_id=str(i)))
