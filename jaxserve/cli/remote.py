@@ -129,7 +129,8 @@ def tokenize(
 
 def connect(address: ServerAddress) -> "Client":
     """A client of the server; grpc is imported only now. OSError for a file that cannot be read."""
-    from jaxserve.server.client import TLS, Client
+    from jaxserve.server.channels import TLS
+    from jaxserve.server.client import Client
 
     key = address.api_key_file
     files = (address.tls_ca, address.tls_cert, address.tls_key)

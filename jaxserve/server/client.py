@@ -11,11 +11,8 @@ Nothing is sent before the first chunk is asked for; leaving the loop early ends
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -24,39 +21,13 @@ from grpc_health.v1 import health_pb2
 
 from jaxserve.request import Embedding, Pooling
 from jaxserve.server import codec
-from jaxserve.server.clients import CLIENT_HEADER
+from jaxserve.server.channels import TLS, open_async_channel, open_channel, stubs
 from jaxserve.server.codec import Chunk, RequestFailure
 from jaxserve.server.options import DEFAULT_TARGET
 from jaxserve.server.v1 import inference_pb2 as pb
-from jaxserve.server.v1 import inference_pb2_grpc
 
-# gRPC's own retries: at most so often, each time after a random part of a doubling wait, and never after the first
-# answer. What the server refused for now (queue full, loading, draining) is retried, nothing else.
-RETRY_POLICY = {
-    "methodConfig": [
-        {
-            "name": [{"service": "jaxserve.v1.Inference"}, {"service": "jaxserve.v1.Control"}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-            },
-        }
-    ]
-}
-CHANNEL_OPTIONS = (
-    ("grpc.enable_retries", 1),
-    ("grpc.service_config", json.dumps(RETRY_POLICY)),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),  # wait_ready is often called before the server has bound its port
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
-Pairs = tuple[tuple[str, str], ...]
 Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 
 
@@ -72,20 +43,6 @@ def batch_request(
 ) -> pb.GenerateRequest:
     """One request for ``generate_batch``; arguments as of ``generate``."""
     return codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority, lora)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TLS:
-    """PEM files of a connection: who has signed the server's certificate (None: whom this machine trusts), and the
-    client's own certificate and key where the server asks for them. OSError where one cannot be read."""
-
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        ca, cert, key = (None if path is None else path.read_bytes() for path in (self.ca, self.cert, self.key))
-        return grpc.ssl_channel_credentials(ca, key, cert)
 
 
 class Client:
@@ -105,15 +62,8 @@ class Client:
         tls: TLS | None = None,
         name: str | None = None,
     ):
-        if tls is None:
-            channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        else:
-            channel = grpc.secure_channel(target, tls.credentials(), options=CHANNEL_OPTIONS)
-        pairs = _pairs(api_key, name)
-        self._channel = grpc.intercept_channel(channel, _Metadata(pairs)) if pairs else channel
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._control = inference_pb2_grpc.ControlStub(self._channel)
-        self._watch_health = _watch_method(self._channel)
+        self._channel = open_channel(target, api_key=api_key, tls=tls, name=name)
+        self._stub, self._control, self._watch_health = stubs(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -252,21 +202,8 @@ class AsyncClient:
         tls: TLS | None = None,
         name: str | None = None,
     ):
-        kinds = (
-            _AsyncUnaryMetadata,
-            _AsyncStreamMetadata,
-            _AsyncBatchMetadata,
-        )  # a class of two kinds counts as one of them
-        interceptors = [kind(pairs) for kind in kinds] if (pairs := _pairs(api_key, name)) else []
-        if tls is None:
-            self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS, interceptors=interceptors)
-        else:
-            self._channel = grpc.aio.secure_channel(
-                target, tls.credentials(), options=CHANNEL_OPTIONS, interceptors=interceptors
-            )
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._control = inference_pb2_grpc.ControlStub(self._channel)
-        self._watch_health = _watch_method(self._channel)
+        self._channel = open_async_channel(target, api_key=api_key, tls=tls, name=name)
+        self._stub, self._control, self._watch_health = stubs(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -404,72 +341,10 @@ class AsyncClient:
         return await self._stub.GetServerInfo(pb.GetServerInfoRequest())
 
 
-class _Metadata(
-    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor
-):
-    """Every call with what the client says of itself."""
-
-    def __init__(self, pairs: Pairs):
-        self._pairs = pairs
-
-    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(_with_metadata(client_call_details, self._pairs), request)
-
-    intercept_unary_stream = intercept_unary_unary
-
-    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return continuation(_with_metadata(client_call_details, self._pairs), request_iterator)
-
-
-class _AsyncUnaryMetadata(grpc.aio.UnaryUnaryClientInterceptor):
-    def __init__(self, pairs: Pairs):
-        self._pairs = pairs
-
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_metadata(client_call_details, self._pairs), request)
-
-
-class _AsyncStreamMetadata(grpc.aio.UnaryStreamClientInterceptor):
-    def __init__(self, pairs: Pairs):
-        self._pairs = pairs
-
-    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(_with_metadata(client_call_details, self._pairs), request)
-
-
-class _AsyncBatchMetadata(grpc.aio.StreamStreamClientInterceptor):
-    def __init__(self, pairs: Pairs):
-        self._pairs = pairs
-
-    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await continuation(_with_metadata(client_call_details, self._pairs), request_iterator)
-
-
-def _pairs(api_key: str | None, name: str | None) -> Pairs:
-    token = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-    return token if name is None else (*token, (CLIENT_HEADER, name))
-
-
-def _with_metadata(details: Any, pairs: Pairs) -> Any:
-    metadata = [*(details.metadata or ()), *pairs]
-    is_async = isinstance(details, grpc.aio.ClientCallDetails)
-    replaced: Any = details  # both kinds are named tuples, one of a class that is not public
-    return replaced._replace(metadata=grpc.aio.Metadata(*metadata) if is_async else metadata)
-
-
 _KEEP_WAITING = (
     grpc.StatusCode.UNAVAILABLE,  # not bound yet, or gone: it may come back
     grpc.StatusCode.DEADLINE_EXCEEDED,  # the loop's own limit tells
 )
-
-
-def _watch_method(channel: grpc.Channel | grpc.aio.Channel) -> Any:
-    """``Watch`` of grpc.health.v1: the stubs' types of the installed package do not know it."""
-    return channel.unary_stream(
-        "/grpc.health.v1.Health/Watch",
-        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )
 
 
 def _code(error: grpc.RpcError) -> grpc.StatusCode:

@@ -13,7 +13,8 @@ import websockets.asyncio.client as ws
 from websockets.exceptions import InvalidStatus
 
 from jaxserve.server.app import Server
-from jaxserve.server.client import TLS, AsyncClient, Client, batch_request
+from jaxserve.server.channels import TLS
+from jaxserve.server.client import AsyncClient, Client, batch_request
 from jaxserve.server.codec import Chunk
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.security import ApiKeys, is_loopback, warn_if_open
