@@ -78,8 +78,7 @@ def open_async_channel(target: str, *, api_key: str | None, tls: TLS | None, nam
 
 
 def stubs(channel: grpc.Channel | grpc.aio.Channel) -> tuple[Any, Any, Any]:
-    """Of ``Inference``, of ``Control``, and ``Watch`` of grpc.health.v1, which the installed package's stubs have no type
-    of."""
+    """Of ``Inference``, of ``Control``, and ``Watch`` of grpc.health.v1, which the installed stubs have no type of."""
     watch = channel.unary_stream(
         "/grpc.health.v1.Health/Watch",
         request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
