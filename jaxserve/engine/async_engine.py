@@ -278,11 +278,11 @@ class AsyncEngine:
                 await self._idle()
             return True
         except TimeoutError:
-            self._post(self._abort_all, when=("draining",))
+            aborting = self._post(self._abort_all, when=("draining",))
             with suppress(TimeoutError):  # a step that hangs must not keep the process
                 async with asyncio.timeout(ABORT_TIMEOUT_S):
                     await self._idle()
-            return False
+            return aborting.done() and aborting.exception() is None and aborting.result() == 0  # a limit of 0 s
 
     async def close(self, timeout_s: float = 10.0) -> bool:
         """Ends the thread and closes the engine. False: the thread is still busy (it cannot be interrupted)."""
@@ -444,9 +444,9 @@ class AsyncEngine:
         if self._streams.get(stream.request.request_id) is stream:  # not a later request of the same id
             engine.abort(stream.request.request_id)
 
-    def _abort_all(self, engine: EngineCore) -> None:
-        for request_id in self._streams:
-            engine.abort(request_id)
+    def _abort_all(self, engine: EngineCore) -> int:
+        """The number of requests that were ended."""
+        return sum(engine.abort(request_id) for request_id in self._streams)
 
     def _end(self, failure: BaseException | None) -> None:
         """Leaves nothing waiting: streams, commands and waiters all get an answer. By the engine thread, or by another

@@ -284,6 +284,13 @@ async def test_drain_aborts_at_the_limit():
         assert [event async for event in stream][-1].finish_reason == "abort"
 
 
+async def test_an_idle_engine_has_drained_within_any_limit():
+    engine = FakeEngine()
+    async with running(engine) as async_engine:
+        assert await tokens_of(async_engine.stream(request_of(engine)))
+        assert await async_engine.drain(0.0) is True
+
+
 async def test_close_ends_running_streams():
     engine = FakeEngine(max_model_len=ENDLESS_LEN, step_delay_s=0.001)
     async with running(engine) as async_engine:
