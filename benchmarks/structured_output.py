@@ -63,6 +63,7 @@ def make_engine(model: str) -> Engine:
 
     with open_checkpoint(DEFAULT_MODEL) as checkpoint:
         tokenizer = checkpoint.tokenizer()
+    assert tokenizer is not None  # the default model has one
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2,
         num_kv_heads=1, head_dim=32, eos_token_ids=tokenizer.eos_token_ids,

@@ -86,11 +86,6 @@ ENGINE_FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("step p50", "step_ms_p50", ".2f"),
         ("p99", "step_ms_p99", ".2f"),
         ("tokens/s", "output_tokens_per_s", ",.0f"),
-        ("tick p50", "tick_ms_p50", ".2f"),
-        ("bubble %", "bubble_percent", ".1f"),
-        ("textbook", "textbook_bubble_percent", ".1f"),
-        ("stage MB", "stage_mb_a_step", ",.3f"),
-        ("tensor MB", "tensor_mb_a_step", ",.3f"),
     ),
     "prefill": (("tokens/s", "prompt_tokens_per_s", ",.0f"),),
     "throughput": (
@@ -106,6 +101,14 @@ ENGINE_COMMON = (
     ("TFLOP/s", "tflop_per_s", ",.1f"),
     ("host ms", "host_ms_p50", ".3f"),
     ("dispatch", "dispatch_ms_p50", ".3f"),
+)
+MESH_FIGURES = (  # of decode, where there is more than one device; sent bytes are of all of them in a step
+    ("step p50", "step_ms_p50", ".2f"),
+    ("tick p50", "tick_ms_p50", ".2f"),
+    ("bubble %", "bubble_percent", ".1f"),
+    ("textbook", "textbook_bubble_percent", ".1f"),
+    ("stage MB", "stage_mb_a_step", ",.3f"),
+    ("tensor MB", "tensor_mb_a_step", ",.3f"),
 )
 
 
@@ -131,19 +134,25 @@ def print_engine(rows: Sequence[Mapping[str, Any]], console: Console | None = No
     for start in (r for r in rows if r["workload"] == "start"):
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in start["stages_s"].items())
         console.print(f"start {start['start_s']:.1f} s: {stages}", highlight=False, soft_wrap=True)
+    batch, prompt = ("batch", "batch_size", "d"), ("prompt", "prompt_len", "d")
     for workload, figures in ENGINE_FIGURES.items():
         measured = [r for r in rows if r["workload"] == workload]
-        if not measured:
-            continue
-        table = Table(title=workload, title_justify="left")
-        columns = (("batch", "batch_size", "d"), ("prompt", "prompt_len", "d"), *figures, *ENGINE_COMMON)
-        present = [c for c in columns if c[1] in measured[0]]
-        for name, _, _ in present:
-            table.add_column(name, justify="right")
-        for r in measured:
-            table.add_row(*("-" if r[key] is None else format(r[key], form) for _, key, form in present))
-        console.print(table)
+        if measured:
+            console.print(_columns(workload, measured, (batch, prompt, *figures, *ENGINE_COMMON)))
+    if on_mesh := [r for r in rows if "tensor_mb_a_step" in r]:
+        console.print(_columns(f"decode on {row['mesh']}", on_mesh, (batch, *MESH_FIGURES)))
     console.print(f"$ {row['command']}", highlight=False, soft_wrap=True)
+
+
+def _columns(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str, str]]) -> Table:
+    """A table of those ``columns`` (name, key of the row, format) that the first row has."""
+    table = Table(title=title, title_justify="left")
+    present = [c for c in columns if c[1] in rows[0]]
+    for name, _, _ in present:
+        table.add_column(name, justify="right")
+    for r in rows:
+        table.add_row(*("-" if r[key] is None else format(r[key], form) for _, key, form in present))
+    return table
 
 
 # What a row is of, and in what words.

@@ -1,14 +1,17 @@
 """The workloads on a tiny model. From a command to lines, a file and a table: tests/cli/test_measuring.py."""
 
+import io
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from jaxserve.bench import engine as bench
-from jaxserve.bench import offline
+from jaxserve.bench import offline, report
 from jaxserve.bench.ceilings import Ceilings
 from jaxserve.bench.offline import OfflineBenchmark, drive, longest_sequence, percentiles, steady_output_len
 from jaxserve.bench.roofline import Roofline
@@ -112,6 +115,14 @@ def test_a_mesh_says_what_it_sends_and_what_is_idle(monkeypatch: pytest.MonkeyPa
     # Of two rows: on to the next stage, and from the last one to all for the head, on both devices of a stage.
     activations = 2 * tiny.CONFIG.hidden_size * 4
     assert row["stage_mb_a_step"] == pytest.approx(2 * (2 * activations + 2 * 2 * activations) / 1e6)
+    console = Console(file=io.StringIO(), width=80)
+    about = {"model": "tiny", "dtype": "float32", "device": "CPU", "driver": None, "versions": {}, "commit": None}
+    report.print_engine(
+        [row | about | {"ceilings": asdict(CEILINGS), "mesh": "stage=2,tensor=2", "command": ""}], console
+    )
+    table = console.file.getvalue().partition("decode on stage=2,tensor=2")[2]  # pyright: ignore[reportAttributeAccessIssue]
+    figures = (row["step_ms_p50"], row["tick_ms_p50"], row["bubble_percent"], row["textbook_bubble_percent"])
+    assert all(f"{x:.2f}"[:-1] in table for x in figures) and "stage MB" in table and "tensor MB" in table
     # Two sums in each layer of a stage and one of the embedding, in both stages, and a few numbers a row.
     assert row["tensor_mb_a_step"] == pytest.approx(2 * 2 * 5 * 2 * activations / 1e6, rel=0.2)
 
