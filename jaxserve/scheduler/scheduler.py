@@ -3,23 +3,16 @@
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxserve.cache.pool import PagePool, extend_digests
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import (
-    STEP_TOKEN_BOUNDS,
-    FinishReason,
-    HeldPages,
-    PageMap,
-    QueueFullError,
-    Request,
-    RequestError,
-)
+from jaxserve.request import STEP_TOKEN_BOUNDS, FinishReason, PageMap, QueueFullError, Request, RequestError
 from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, first_chunk
+from jaxserve.scheduler.figures import Counts, SchedulerStats, page_map, stats
+from jaxserve.scheduler.limits import check_request
 from jaxserve.scheduler.sequence import NO_SLOT, Sequence
 from jaxserve.scheduler.stages import Shares
 from jaxserve.scheduler.waiting import WaitingQueue, by_order
@@ -39,37 +32,6 @@ class CommittedToken(NamedTuple):
     @property
     def request_id(self) -> str:
         return self.sequence.request_id
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerStats:
-    """Figures of now; the last seven count since the start (``prefix_*`` in tokens).
-
-    ``num_tokens_held``: tokens with KV over the running sequences, a shared page's counted once; so
-    ``kv_fragmentation = 1 - num_tokens_held / (num_pages_held * page_size)`` is the share of held memory that holds
-    nothing. ``num_tokens_reserved`` is the part of it that its sequences fill if they reach ``max_total_len`` (the last
-    token's KV is never computed). Prefix lookups are counted when a sequence is admitted, also when it returns after a
-    preemption.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_active_rows: int  # rows of the last scheduled step
-    num_idle_rows: int  # static batching: rows whose sequence finished and that wait for the rest
-    num_pages: int
-    num_pages_held: int
-    num_tokens_held: int
-    num_tokens_reserved: int
-    num_pages_cached: int  # held by nobody, kept for their prefix
-    kv_cache_usage: float  # 0..1, pages held / pages
-    kv_fragmentation: float  # 0..1
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    num_preemptions: int
-    prompt_tokens: int  # of requests admitted, each counted once
-    generation_tokens: int  # committed
-    step_tokens: int  # computed by all steps
-    steps_by_size: tuple[int, ...]  # steps of at most STEP_TOKEN_BOUNDS[i] tokens and more than the bound before
 
 
 class Scheduler:
@@ -134,12 +96,7 @@ class Scheduler:
         self._constrained: list[Sequence] = []  # admitted since the last batch
         self._shares = Shares(config.num_shares) if config.num_shares > 1 else None
         self._static_batch_size = 0
-        self._num_active_rows = 0
-        self._num_preemptions = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
-        self._step_tokens = 0
-        self._steps_by_size = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
+        self._counts = Counts()
 
     # Requests come and go.
 
@@ -208,33 +165,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """RequestError, with both numbers, if ``request`` could never be served. Reads configs only: any thread."""
-        prompt_len, total_len = len(request.prompt_token_ids), request.max_total_len
-        capacity = self.cache.num_pages * self.cache.page_size
-        if prompt_len < 1:
-            raise RequestError("prompt_token_ids", "the prompt is empty")
-        if total_len > self.config.max_model_len:
-            raise RequestError("max_total_len", f"{total_len} is more than max_model_len={self.config.max_model_len}")
-        if prompt_len >= total_len:
-            raise RequestError(
-                "prompt_token_ids", f"{prompt_len} prompt tokens leave no room for output in {total_len} in all"
-            )
-        if total_len > capacity:
-            raise RequestError(
-                "max_total_len",
-                f"{total_len} tokens do not fit the KV cache of {capacity} "
-                f"({self.cache.num_pages} pages of {self.cache.page_size})",
-            )
-        if request.params.min_tokens > 0 and len(request.stop_token_ids) > self.dims.max_stop_ids:
-            raise RequestError(
-                "stop_token_ids",
-                f"{len(request.stop_token_ids)} stop ids, end-of-sequence included, are more than the "
-                f"{self.dims.max_stop_ids} that min_tokens={request.params.min_tokens} can hold back",
-            )
-        if request.params.n > self.config.max_num_waiting:
-            raise RequestError("n", f"{request.params.n} is more than max_num_waiting={self.config.max_num_waiting}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (asked := getattr(request.params, name) or 0) > self.dims.max_logprobs:
-                raise RequestError(name, f"{asked} is more than max_logprobs={self.dims.max_logprobs}; -1 is all")
+        check_request(request, self.cache, self.config, self.dims)
 
     # The next step.
 
@@ -243,7 +174,7 @@ class Scheduler:
         decode: list[ScheduledRow] = []
         prefill: list[ScheduledRow] = []
         in_prompt: list[Sequence] = []
-        preemptions = self._num_preemptions
+        preemptions = self._counts.num_preemptions
         static = self.config.batching == "static"
         forms_static_batch = static and not self._running
         if forms_static_batch:
@@ -266,7 +197,7 @@ class Scheduler:
         wanted = sum(s.num_uncomputed for s in in_prompt)  # prompt tokens
         budget, max_rows = self.config.prefill_sizes[-1] - len(decode), self.config.max_prefill_rows
         # After a preemption the pages are wanted by those who run, and the victim may have a token in flight.
-        if self._num_preemptions == preemptions:
+        if self._counts.num_preemptions == preemptions:
             while forms_static_batch or (not static and wanted < budget and len(in_prompt) < max_rows):
                 sequence = self._admit_head()
                 if sequence is None:
@@ -289,20 +220,20 @@ class Scheduler:
                     prefill.append(_advance(sequence, num_tokens))
                     num_prefill_tokens += num_tokens
 
-        self._num_active_rows = len(decode) + len(prefill)
+        self._counts.num_active_rows = len(decode) + len(prefill)
         if self._shares is not None:
             self._shares.took(len(decode))
             for row in (*decode, *prefill):
                 row.sequence.in_stages = row.samples
-        if not self._num_active_rows:
+        if not self._counts.num_active_rows:
             return None
         num_decode_rows = len(decode)
         if static and not num_prefill_tokens:  # rows of finished sequences stay, idle
             num_decode_rows = max(num_decode_rows, self._static_batch_size)
         bucket = choose_bucket(self.config, num_decode_rows, num_prefill_tokens)
         num_tokens = len(decode) + num_prefill_tokens
-        self._step_tokens += num_tokens
-        self._steps_by_size[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
+        self._counts.step_tokens += num_tokens
+        self._counts.steps_by_size[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
         constrained, self._constrained = tuple(self._constrained), []
         return ScheduledBatch(bucket, (*decode, *prefill), len(decode), constrained)
 
@@ -341,7 +272,7 @@ class Scheduler:
             sequence.admitted_once = True
             sequence.num_cached = sequence.num_computed
             sequence.admitted_at = self._clock()
-            self._prompt_tokens += sequence.prompt_len
+            self._counts.prompt_tokens += sequence.prompt_len
         self.slots.assign(sequence.slot, sequence.request, sequence.pages)
         if sequence.request.is_constrained:
             self._constrained.append(sequence)
@@ -378,7 +309,7 @@ class Scheduler:
         self._stop_running(sequence)
         sequence.status = "waiting"
         sequence.num_preemptions += 1
-        self._num_preemptions += 1
+        self._counts.num_preemptions += 1
         self._waiting.put_back(sequence)
 
     def forget_computed(self) -> None:
@@ -406,7 +337,7 @@ class Scheduler:
                 committed.append(self._append(sequence, index, sampled[index]))
             if sequence.status == "running":
                 self._register_full_pages(sequence)
-        self._generation_tokens += len(committed)
+        self._counts.generation_tokens += len(committed)
         return committed
 
     def _append(self, sequence: Sequence, row: int, token: int) -> CommittedToken:
@@ -462,55 +393,11 @@ class Scheduler:
 
     def page_map(self) -> PageMap:
         """Who holds which pages: running sequences first, best first."""
-        return PageMap(
-            num_pages=self.pool.num_pages,
-            page_size=self.cache.page_size,
-            cached=self.pool.cached_pages,
-            sequences=tuple(
-                HeldPages(
-                    request_id=sequence.request.group_id or sequence.request_id,
-                    choice=sequence.request.choice,
-                    num_tokens=len(sequence.tokens),
-                    num_output_tokens=sequence.num_output_tokens,
-                    is_running=sequence.status == "running",
-                    num_preemptions=sequence.num_preemptions,
-                    pages=tuple(sequence.pages),
-                )
-                for sequence in (*self._running, *self._waiting)
-            ),
-        )
+        return page_map(self.pool, (*self._running, *self._waiting))
 
     def stats(self) -> SchedulerStats:
-        pool, page_size = self.pool, self.cache.page_size
-        held = pool.num_held
-        # Only full pages are shared, and each holder has counted them.
-        counted_again = (pool.num_references - held) * page_size
-        tokens_held = sum(sequence.num_computed for sequence in self._running) - counted_again
-        reserved = sum(
-            min(len(sequence.pages) * page_size, sequence.request.max_total_len - 1) - sequence.num_computed
-            for sequence in self._running
-        )
-        is_static = self.config.batching == "static"
-        return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_active_rows=self._num_active_rows,
-            num_idle_rows=max(self._static_batch_size - len(self._running), 0) if is_static else 0,
-            num_pages=pool.num_pages,
-            num_pages_held=held,
-            num_tokens_held=tokens_held,
-            num_tokens_reserved=reserved,
-            num_pages_cached=pool.num_cached,
-            kv_cache_usage=held / pool.num_pages,
-            kv_fragmentation=1 - tokens_held / (held * page_size) if held else 0.0,
-            prefix_cache_queries=pool.query_tokens,
-            prefix_cache_hits=pool.hit_tokens,
-            num_preemptions=self._num_preemptions,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            step_tokens=self._step_tokens,
-            steps_by_size=tuple(self._steps_by_size),
-        )
+        num_idle = self._static_batch_size - len(self._running) if self.config.batching == "static" else 0
+        return stats(self.pool, self._running, len(self._waiting), self._counts, max(num_idle, 0))
 
 
 def _advance(sequence: Sequence, num_new_tokens: int) -> ScheduledRow:
