@@ -20,7 +20,8 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from jaxserve.engine.async_engine import AsyncEngine, EngineCore, EngineFailedError
+from jaxserve.engine.async_engine import AsyncEngine, EngineFailedError
+from jaxserve.engine.core import EngineCore
 from jaxserve.request import Request, TokenEvent
 from jaxserve.server.binding import ServeError, address, check_can_bind, listening_socket
 from jaxserve.server.control import ControlService

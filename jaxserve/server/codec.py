@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.engine.async_engine import EngineCore
+from jaxserve.engine.core import EngineCore
 from jaxserve.request import (
     Embedding,
     EngineStats,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxserve.engine.async_engine import EngineCore
+from jaxserve.engine.core import EngineCore
 from jaxserve.request import Request, RequestError, SamplingParams
 from jaxserve.server.options import ServerOptions
 

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from jaxserve.engine.async_engine import EngineCore
+from jaxserve.engine.core import EngineCore
 from jaxserve.request import STEP_TOKEN_BOUNDS, EngineStats, Request, TokenEvent, Usage
 
 GAUGES = {

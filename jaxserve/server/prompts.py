@@ -6,7 +6,7 @@ Everything here may take long (a tokenizer is not fast): call it in a thread.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxserve.engine.async_engine import EngineCore
+from jaxserve.engine.core import EngineCore
 from jaxserve.request import RequestError
 from jaxserve.text.chat_template import ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from jaxserve.engine.async_engine import AsyncEngine, EngineCore
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.engine.core import EngineCore
 from jaxserve.server.http.errors import NO_SUCH_MODEL, HTTPError
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.recent import RecentLatencies
