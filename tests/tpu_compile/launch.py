@@ -34,6 +34,7 @@ def compile_report(names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
         "JAX_PLATFORMS": "cpu",  # the compiler is to compile, not to look for a device
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from a cache is not compiled
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",  # what ships
+        "XLA_FLAGS": "",
         # A machine without a TPU has nothing that would tell of one.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
