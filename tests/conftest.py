@@ -17,10 +17,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="jaxserve-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    # Tiny models are compiled for longer than they run: LLVM's optimizations, which are not ours, are left out. Tests
-    # of real models, on GPUs and of what ships elsewhere have them (tests/real_model, below, tests/gpu_compile and
-    # tests/tpu_compile).
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # Tiny models are compiled for longer than they run: LLVM's optimizations, which are not ours, are left out. Of
+    # XLA's two ways to make a CPU's code of a fusion, the one by MLIR takes a third of all other compiling, and parts
+    # of a program for several threads take more together: left out, too, but not where LLVM optimizes, to which the
+    # other way gives more to do. Tests of real models, on GPUs and of what ships elsewhere have all (tests/real_model,
+    # tests/cli, below, tests/gpu_compile and tests/tpu_compile).
+    if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+        os.environ["XLA_FLAGS"] += (
+            " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,6 +18,7 @@ from tests.server.fake_engine import FakeEngine, byte_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+OF_TESTS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # tests/conftest.py sets them
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +48,15 @@ def restored_compilation_cache() -> Iterator[None]:
 
 @pytest.fixture
 def spawn(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts ``jaxserve ARGUMENTS`` in a process of its own, which does not outlive the test."""
+    """Starts ``jaxserve ARGUMENTS`` in a process of its own, which does not outlive the test. ``as_users_do``: what it
+    compiles is compiled in full."""
     running: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, as_users_do: bool = False) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "jaxserve", *arguments],
             cwd=tmp_path,
-            env=ENVIRONMENT,
+            env={k: v for k, v in ENVIRONMENT.items() if not (as_users_do and k in OF_TESTS)},
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

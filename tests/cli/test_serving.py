@@ -13,6 +13,7 @@ from jaxserve.checkpoint.resolve import DEFAULT_MODEL
 from jaxserve.cli.app import run
 from jaxserve.server.client import Client
 
+REFERENCE = Path(__file__).parents[1] / "data" / "smollm2_greedy.json"  # of tests/real_model
 START_S = 150.0  # a busy machine compiles slowly
 
 
@@ -39,7 +40,8 @@ def stopped(process: subprocess.Popen[str]) -> str:
 def test_default_model_from_start_to_end(spawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     port_file = tmp_path / "port"
     arguments = ["--max-num-seqs=1", "--prefill-sizes=64", "--max-model-len=512", "--metrics-port=0"]
-    process = spawn("serve", DEFAULT_MODEL, "--grpc-port=0", f"--port-file={port_file}", *arguments)
+    command = ("serve", DEFAULT_MODEL, "--grpc-port=0", f"--port-file={port_file}", *arguments)
+    process = spawn(*command, as_users_do=True)
     server = started(process, port_file)
     assert run(["client", "health", "--server", server, "--wait", str(START_S)]) == 0
     assert capsys.readouterr().out == "READY\n"
@@ -50,6 +52,10 @@ def test_default_model_from_start_to_end(spawn, tmp_path: Path, capsys: pytest.C
     assert "Paris" in out and "TTFT" in err
     assert run(["client", "chat", "--server", server, *question, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] + "\n" == out
+    prompt = json.loads(REFERENCE.read_text())["prompts"][0]
+    exactly = ["--temperature=0", "--ignore-eos", f"--max-tokens={len(prompt['new_token_ids'])}", "--json"]
+    assert run(["client", "generate", "--server", server, "-p", prompt["text"], *exactly]) == 0
+    assert json.loads(capsys.readouterr().out)["token_ids"] == prompt["new_token_ids"]
     deadline = time.monotonic() + 10.0  # figures are as old as a tenth of a second
     while True:
         assert run(["client", "info", "--server", server, "--json"]) == 0
