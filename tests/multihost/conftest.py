@@ -1,6 +1,7 @@
 """Processes of two virtual CPU devices each, which talk over loopback."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -16,15 +17,16 @@ ENVIRONMENT = os.environ | {
 
 
 def free_port() -> int:
-    """One of two neighbours that nobody listens on."""
+    """One of two neighbours that nobody listens on. Not of those that the system hands out (from 32768 on): before the
+    process that is told of it listens there, a connection of another test could have been given it."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                socket.create_server(("127.0.0.1", port + 1)).close()
-            except OSError:
-                continue
-            return port
+        port = random.SystemRandom().randrange(20_000, 30_000, 2)
+        try:
+            for neighbour in (port, port + 1):
+                socket.create_server(("127.0.0.1", neighbour)).close()
+        except OSError:
+            continue
+        return port
 
 
 @contextmanager
