@@ -41,7 +41,7 @@ in_place = jax.jit(rope_append, static_argnames=options, donate_argnums=(2,))
 
 
 # Relative: nearly all is equal. With norms XLA leaves out the rounding of what was normed where it may; the kernel has
-# it. By the formula, with that rounding and without, the case of Qwen 3 differs by 2.780e-3; on an H200 it was 2.780e-3.
+# it. By the formula, with that rounding and without, the case of Qwen 3 differs by 2.780e-3, as it did on an H200.
 EUCLIDEAN, EUCLIDEAN_WITH_NORMS = 2e-3, 3.5e-3
 
 
