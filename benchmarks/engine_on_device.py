@@ -42,7 +42,7 @@ from jaxserve.engine.step_times import StepTimes  # noqa: E402
 from jaxserve.execution import runner  # noqa: E402
 from jaxserve.execution.dummy import dummy_params  # noqa: E402
 from jaxserve.parallel.mesh import make_mesh, parse_mesh  # noqa: E402
-from jaxserve.request import SamplingParams  # noqa: E402
+from jaxserve.sampling_params import SamplingParams  # noqa: E402
 from jaxserve.step_io import Bucket  # noqa: E402
 from pallas_kernels import dispatch  # noqa: E402
 

@@ -17,7 +17,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.execution.dummy import dummy_params
 from jaxserve.parallel.mesh import make_mesh, parse_mesh
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from pallas_kernels import dispatch
 
 TINY = ModelConfig(  # shapes that the kernels take

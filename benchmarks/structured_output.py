@@ -23,7 +23,7 @@ from jaxserve.bench.environment import environment
 from jaxserve.config import ModelConfig
 from jaxserve.engine.step_times import SECONDS, StepTimes
 from jaxserve.model.params import init_params
-from jaxserve.request import StructuredOutputs
+from jaxserve.sampling_params import StructuredOutputs
 
 ROWS, PROMPT_LEN, NEW_TOKENS = 32, 32, 64
 OPTIONS: dict[str, Any] = {

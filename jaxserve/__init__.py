@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from jaxserve.config import ModelConfig
     from jaxserve.engine.async_engine import AsyncEngine
     from jaxserve.engine.engine import Engine
-    from jaxserve.request import Completion, Embedding, RequestError, SamplingParams, StructuredOutputs, TokenEvent
+    from jaxserve.errors import RequestError
+    from jaxserve.request import Completion, Embedding, TokenEvent
+    from jaxserve.sampling_params import SamplingParams, StructuredOutputs
     from jaxserve.server.client import AsyncClient, Client
 
 __version__ = "0.1.0"
@@ -23,9 +25,9 @@ _HOMES = {
     "Embedding": "jaxserve.request",
     "Engine": "jaxserve.engine.engine",
     "ModelConfig": "jaxserve.config",
-    "RequestError": "jaxserve.request",
-    "SamplingParams": "jaxserve.request",
-    "StructuredOutputs": "jaxserve.request",
+    "RequestError": "jaxserve.errors",
+    "SamplingParams": "jaxserve.sampling_params",
+    "StructuredOutputs": "jaxserve.sampling_params",
     "TokenEvent": "jaxserve.request",
 }
 __all__ = [

@@ -21,7 +21,8 @@ from jaxserve.cache.pages import kv_bytes_per_token
 from jaxserve.config import ModelConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.model.params import Params, ParamSource
-from jaxserve.request import EngineStats, SamplingParams
+from jaxserve.request import EngineStats
+from jaxserve.sampling_params import SamplingParams
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 SLOTS_FACTOR = 4  # slots of the allocation pair per slot of the batching pair: memory is to run out before they do

@@ -24,7 +24,7 @@ from jaxserve.bench.roofline import Roofline
 from jaxserve.bench.workload import length_varied
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.step_times import StepTimes
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 WORKLOADS = ("latency", "decode", "prefill", "throughput")
 LATENCY_PROMPTS = (128, 1024, 4096)  # tokens

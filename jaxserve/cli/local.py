@@ -12,7 +12,7 @@ from jaxserve.cli.conversation import Message, converse
 from jaxserve.cli.loading import open_engine
 from jaxserve.cli.options import EngineOptions, Json, Lora, Model, SamplingOptions, Stats, System, flatten_options
 from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.engine.engine import Engine

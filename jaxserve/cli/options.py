@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from jaxserve.request import SamplingParams, sampling_params_from
+from jaxserve.sampling_params import SamplingParams, sampling_params_from
 from jaxserve.server.options import DEFAULT_TARGET
 
 Model = Annotated[

@@ -12,7 +12,8 @@ import numpy as np
 from jaxserve.engine.output import RequestOutput, all_in_order
 from jaxserve.execution.hidden import SCORE_ROWS
 from jaxserve.execution.runner import Runner
-from jaxserve.request import ALL_LOGPROBS, TokenLogprobs
+from jaxserve.request import TokenLogprobs
+from jaxserve.sampling_params import ALL_LOGPROBS
 from jaxserve.scheduler.batch import ScheduledBatch
 from jaxserve.step_io import StepInputs
 

@@ -22,17 +22,8 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.engine.event_stream import EventStream
 from jaxserve.engine.output import embedding_of
 from jaxserve.engine.watchdog import Watchdog
-from jaxserve.request import (
-    Embedding,
-    EngineStats,
-    FinishReason,
-    LoadedAdapter,
-    PageMap,
-    QueueFullError,
-    Request,
-    RequestError,
-    TokenEvent,
-)
+from jaxserve.errors import QueueFullError, RequestError
+from jaxserve.request import Embedding, EngineStats, FinishReason, LoadedAdapter, PageMap, Request, TokenEvent
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from jaxserve.constraint_io import MAX_BAD_LEN, MAX_BAD_SEQUENCES, MAX_BIASES
-from jaxserve.request import RequestError, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 CONSTRAINTS: dict[str, tuple[Any, ...]] = {

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from jaxserve.request import EngineStats, LoadedAdapter, PageMap, Pooling, Request, SamplingParams, TokenEvent
+from jaxserve.request import EngineStats, LoadedAdapter, PageMap, Pooling, Request, TokenEvent
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.tokenizer import Tokenizer
 
 

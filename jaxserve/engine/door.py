@@ -10,16 +10,9 @@ import numpy as np
 
 from jaxserve.config import ModelConfig
 from jaxserve.engine.constraints import CONSTRAINTS, bad_sequences, check_constraints
-from jaxserve.request import (
-    ALL_LOGPROBS,
-    MAX_ALL_LOGPROBS,
-    LoadedAdapter,
-    Pooling,
-    Request,
-    RequestError,
-    SamplingParams,
-    StructuredOutputs,
-)
+from jaxserve.errors import RequestError
+from jaxserve.request import LoadedAdapter, Pooling, Request
+from jaxserve.sampling_params import ALL_LOGPROBS, MAX_ALL_LOGPROBS, SamplingParams, StructuredOutputs
 from jaxserve.step_io import SAMPLINGS, Sampling
 from jaxserve.text.grammar import Grammar, GrammarCompiler
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError

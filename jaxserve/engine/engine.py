@@ -17,23 +17,12 @@ from jaxserve.engine.loras import PlacedLora
 from jaxserve.engine.mirror import LeadingRunner
 from jaxserve.engine.output import completions_of, embedding_of
 from jaxserve.engine.step_times import StepTimes
+from jaxserve.errors import QueueFullError, RequestError
 from jaxserve.execution.runner import Progress
 from jaxserve.execution.step import StageParams
 from jaxserve.model.lora import Adapter
-from jaxserve.request import (
-    Completion,
-    Embedding,
-    EngineStats,
-    LoadedAdapter,
-    PageMap,
-    Pooling,
-    QueueFullError,
-    Request,
-    RequestError,
-    SamplingParams,
-    TokenEvent,
-    sampling_params_from,
-)
+from jaxserve.request import Completion, Embedding, EngineStats, LoadedAdapter, PageMap, Pooling, Request, TokenEvent
+from jaxserve.sampling_params import SamplingParams, sampling_params_from
 from jaxserve.text.tokenizer import Tokenizer
 
 

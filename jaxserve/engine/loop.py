@@ -13,8 +13,9 @@ from jaxserve.engine.asides import Asides
 from jaxserve.engine.output import NOTHING, RequestOutput
 from jaxserve.engine.step_times import SECONDS, StepTimes
 from jaxserve.engine.structured import StructuredOutput
+from jaxserve.errors import RequestError
 from jaxserve.execution.runner import Computed, Runner
-from jaxserve.request import FinishReason, Request, RequestError, TokenEvent
+from jaxserve.request import FinishReason, Request, TokenEvent
 from jaxserve.scheduler.batch import ScheduledBatch, build_inputs, choose_sampling, slot_loads
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.stages import Entered, Stages, Tick

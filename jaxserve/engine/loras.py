@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import LoraConfig, ModelConfig
+from jaxserve.errors import RequestError, UnknownLoraError
 from jaxserve.execution.adapters import StageAdapters, place_adapter
 from jaxserve.execution.runner import Runner
 from jaxserve.model.lora import Adapter, check_adapter
-from jaxserve.request import LoadedAdapter, LoraLoad, Request, RequestError, UnknownLoraError
+from jaxserve.request import LoadedAdapter, LoraLoad, Request
 from jaxserve.scheduler.scheduler import Scheduler
 
 MAX_NAME_LEN = 256

@@ -8,16 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxserve.engine.structured import StructuredOutput
-from jaxserve.request import (
-    ALL_LOGPROBS,
-    Completion,
-    Embedding,
-    FinishReason,
-    Request,
-    TokenEvent,
-    TokenLogprobs,
-    Usage,
-)
+from jaxserve.request import Completion, Embedding, FinishReason, Request, TokenEvent, TokenLogprobs, Usage
+from jaxserve.sampling_params import ALL_LOGPROBS
 from jaxserve.scheduler.scheduler import CommittedToken
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.step_io import StepOutputs

@@ -16,7 +16,7 @@ import grpc
 
 from jaxserve.bench.environment import command_line
 from jaxserve.loadtest.process import Served, cpu_seconds, server_process
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.channels import CHANNEL_OPTIONS
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc

@@ -1,7 +1,8 @@
 """Which requests an engine can serve at all."""
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import Request, RequestError
+from jaxserve.errors import RequestError
+from jaxserve.request import Request
 from jaxserve.step_io import StepDims
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxserve.cache.pool import PagePool, extend_digests
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import STEP_TOKEN_BOUNDS, FinishReason, PageMap, QueueFullError, Request, RequestError
+from jaxserve.errors import QueueFullError, RequestError
+from jaxserve.request import STEP_TOKEN_BOUNDS, FinishReason, PageMap, Request
 from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, first_chunk
 from jaxserve.scheduler.figures import Counts, SchedulerStats, page_map, stats
 from jaxserve.scheduler.limits import check_request

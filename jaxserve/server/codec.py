@@ -14,20 +14,18 @@ from typing import Any
 import numpy as np
 
 from jaxserve.engine.core import EngineCore
+from jaxserve.errors import RequestError
 from jaxserve.request import (
     Embedding,
     EngineStats,
     FinishReason,
     LoadedAdapter,
     Pooling,
-    RequestError,
-    SamplingParams,
-    StructuredOutputs,
     TokenEvent,
     TokenLogprobs,
     Usage,
-    sampling_params_from,
 )
+from jaxserve.sampling_params import SamplingParams, StructuredOutputs, sampling_params_from
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.v1 import inference_pb2 as pb
 

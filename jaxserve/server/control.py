@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from jaxserve.engine.async_engine import AsyncEngine, NotServingError
-from jaxserve.request import RequestError, UnknownLoraError
+from jaxserve.errors import RequestError, UnknownLoraError
 from jaxserve.server import codec
 from jaxserve.server.loras import NotAllowedError, check_path, load_lora
 from jaxserve.server.options import ServerOptions

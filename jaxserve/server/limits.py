@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from jaxserve.engine.core import EngineCore
-from jaxserve.request import Request, RequestError, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.options import ServerOptions
 
 # A prompt in a message of so few bytes is read on the event loop: tokenizing it takes less than going to a thread and

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.request import LoadedAdapter, RequestError
+from jaxserve.errors import RequestError
+from jaxserve.request import LoadedAdapter
 from jaxserve.server.options import ServerOptions
 
 

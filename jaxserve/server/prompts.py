@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxserve.engine.core import EngineCore
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.text.chat_template import ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 

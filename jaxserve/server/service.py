@@ -19,7 +19,8 @@ from jaxserve.engine.async_engine import (
     RequestEndedError,
 )
 from jaxserve.engine.event_stream import SlowReaderError
-from jaxserve.request import QueueFullError, Request, RequestError, UnknownLoraError
+from jaxserve.errors import QueueFullError, RequestError, UnknownLoraError
+from jaxserve.request import Request
 from jaxserve.server import codec
 from jaxserve.server.batch import MissingIdError, run_batch
 from jaxserve.server.clients import CLIENT_HEADER, address_of_peer, client_name

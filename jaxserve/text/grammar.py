@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxserve.constraint_io import set_bits
-from jaxserve.request import RequestError, StructuredOutputs
+from jaxserve.errors import RequestError
+from jaxserve.sampling_params import StructuredOutputs
 from jaxserve.text.tokenizer import Tokenizer
 
 FIELD = "structured_outputs"

@@ -5,6 +5,8 @@ from tests.architecture.imports import imports_of, modules
 ROOMS = {
     "pallas_kernels": "kernels",
     "jaxserve.config": "configs",
+    "jaxserve.errors": "configs",
+    "jaxserve.sampling_params": "configs",
     "jaxserve.request": "configs",
     "jaxserve.step_io": "configs",
     "jaxserve.constraint_io": "configs",

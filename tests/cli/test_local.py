@@ -14,7 +14,7 @@ from jaxserve.checkpoint import GGUFCheckpoint, checkpoint_info
 from jaxserve.checkpoint.resolve import DEFAULT_MODEL
 from jaxserve.cli.app import run
 from jaxserve.engine.engine import Engine
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 GREEDY = ["--max-tokens=12", "--temperature=0", "--ignore-eos"]
 

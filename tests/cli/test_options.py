@@ -15,7 +15,7 @@ from jaxserve.cli.app import app
 from jaxserve.cli.options import FIELD_OF_OPTION, EngineOptions, SamplingOptions, flatten_options
 from jaxserve.engine.construction import build_parts
 from jaxserve.engine.engine import Engine
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from tests.cli.conftest import ENVIRONMENT
 
 

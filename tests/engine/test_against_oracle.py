@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from tests import tiny
 from tests.oracle import oracle_greedy, oracle_logits
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.errors import RequestError
 from jaxserve.model.params import Params, init_params
-from jaxserve.request import MAX_ALL_LOGPROBS, RequestError, SamplingParams, TokenLogprobs
+from jaxserve.request import TokenLogprobs
+from jaxserve.sampling_params import MAX_ALL_LOGPROBS, SamplingParams
 from tests import tiny
 from tests.oracle import oracle_logits
 

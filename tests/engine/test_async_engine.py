@@ -13,7 +13,8 @@ from jaxserve.engine.async_engine import (
     NotServingError,
 )
 from jaxserve.engine.event_stream import SlowReaderError
-from jaxserve.request import QueueFullError, SamplingParams
+from jaxserve.errors import QueueFullError
+from jaxserve.sampling_params import SamplingParams
 from tests.server.fake_engine import FakeEngine, expected_tokens
 
 ENDLESS = SamplingParams()

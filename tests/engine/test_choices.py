@@ -2,7 +2,9 @@
 
 import pytest
 
-from jaxserve.request import QueueFullError, RequestError, SamplingParams, TokenEvent
+from jaxserve.errors import QueueFullError, RequestError
+from jaxserve.request import TokenEvent
+from jaxserve.sampling_params import SamplingParams
 from tests import tiny
 
 PROMPT = list(range(30, 57))  # six full pages of 4, and three tokens; two chunks

@@ -9,7 +9,9 @@ import pytest
 
 from jaxserve.constraint_io import MAX_BAD_LEN, MAX_BAD_SEQUENCES, MAX_BIASES
 from jaxserve.engine.constraints import check_constraints
-from jaxserve.request import Request, RequestError, SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from tests import tiny
 from tests.constraint_reference import constrained_logits
 from tests.oracle import oracle_logits

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from jaxserve.engine.event_stream import EventStream, SlowReaderError
-from jaxserve.request import Request, SamplingParams, TokenEvent
+from jaxserve.request import Request, TokenEvent
+from jaxserve.sampling_params import SamplingParams
 
 FOREVER = 60.0
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.request import Request, SamplingParams, StructuredOutputs
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams, StructuredOutputs
 from tests import tiny
 from tests.constraint_reference import constrained_logits
 from tests.oracle import oracle_logits

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxserve.engine.output import RequestOutput
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.scheduler import CommittedToken
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.step_io import StepOutputs

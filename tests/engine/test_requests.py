@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxserve import Engine, RequestError, SamplingParams
+from jaxserve.errors import QueueFullError
 from jaxserve.model.params import init_params
-from jaxserve.request import QueueFullError
 from tests import tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -8,7 +8,7 @@ import pytest
 
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.step_times import StepTimes
-from jaxserve.request import SamplingParams, StructuredOutputs
+from jaxserve.sampling_params import SamplingParams, StructuredOutputs
 from tests import tiny
 from tests.oracle import oracle_greedy
 

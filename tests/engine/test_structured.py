@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.request import Request, RequestError, SamplingParams, StructuredOutputs
+from jaxserve.errors import RequestError
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams, StructuredOutputs
 from tests import tiny
 from tests.constraint_reference import constrained_logits
 from tests.oracle import oracle_logits

@@ -19,7 +19,8 @@ from jaxserve.constraint_io import (
     set_bits,
 )
 from jaxserve.execution import constraints
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.step_io import Bucket, StepDims, StepInputs, new_inputs
 from tests.constraint_reference import constrained_logits
 

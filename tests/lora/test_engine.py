@@ -11,10 +11,10 @@ import pytest
 from jaxserve import Engine, SamplingParams
 from jaxserve.config import LoraConfig, MatrixFormat, ParallelConfig
 from jaxserve.engine.loras import Loras
+from jaxserve.errors import RequestError
 from jaxserve.execution.adapters import adapters_shape, bytes_a_device, one_slot_shape, place_adapter
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.parallel.placed import placed_config
-from jaxserve.request import RequestError
 from jaxserve.step_io import Bucket, StepDims, input_shapes
 from tests import tiny
 from tests.families.golden import sampled_logits

@@ -20,7 +20,7 @@ from jaxserve.engine.joining import follow, joined, leave_cluster
 from jaxserve.model.params import TreeSource, init_params
 from jaxserve.multihost.cluster import Timeouts
 from jaxserve.multihost.process import Process
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from tests import tiny
 
 CONFIG = replace(tiny.CONFIG, num_layers=2)

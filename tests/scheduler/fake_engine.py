@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.batch import ScheduledBatch, all_buckets, build_inputs
 from jaxserve.scheduler.scheduler import CommittedToken, Scheduler
 from jaxserve.scheduler.stages import Entered, Stages

@@ -8,7 +8,8 @@ import pytest
 
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.constraint_io import ConstraintDims, pack_slot
-from jaxserve.request import LoadedAdapter, Request, SamplingParams
+from jaxserve.request import LoadedAdapter, Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.batch import (
     ScheduledBatch,
     ScheduledRow,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import STEP_TOKEN_BOUNDS, QueueFullError, RequestError
+from jaxserve.errors import QueueFullError, RequestError
+from jaxserve.request import STEP_TOKEN_BOUNDS
 from jaxserve.scheduler.batch import ScheduledBatch
 from jaxserve.scheduler.scheduler import CommittedToken, Scheduler
 from tests.scheduler.fake_engine import EOS_ID, FakeEngine, dims_of, make_request

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import QueueFullError
+from jaxserve.errors import QueueFullError
 from tests.scheduler.fake_engine import VOCAB_SIZE, FakeEngine, make_request
 
 MAX_MODEL_LEN = 24

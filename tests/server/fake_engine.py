@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.config import CacheConfig, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.errors import QueueFullError, RequestError, UnknownLoraError
 from jaxserve.request import (
     EngineStats,
     FinishReason,
@@ -27,15 +28,12 @@ from jaxserve.request import (
     LoraLoad,
     PageMap,
     Pooling,
-    QueueFullError,
     Request,
-    RequestError,
-    SamplingParams,
     TokenEvent,
     TokenLogprobs,
-    UnknownLoraError,
     Usage,
 )
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.decoding import BYTE_OF_CHAR
 from jaxserve.text.tokenizer import Tokenizer
 

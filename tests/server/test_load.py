@@ -21,7 +21,8 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.event_stream import EventStream
 from jaxserve.loadtest.faults.known import Known, Site
 from jaxserve.loadtest.faults.storm import KINDS, site_of, storm
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.server.app import Server, serve
 from jaxserve.server.options import ServerOptions

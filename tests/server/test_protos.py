@@ -1,6 +1,7 @@
 from dataclasses import fields
 
-from jaxserve.request import EngineStats, SamplingParams
+from jaxserve.request import EngineStats
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server import v1
 from jaxserve.server.v1 import inference_pb2 as pb
 from scripts.generate_protos import OUT, generate

@@ -8,7 +8,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from jaxserve.request import MAX_SEED, RequestError, SamplingParams, StructuredOutputs
+from jaxserve.errors import RequestError
+from jaxserve.sampling_params import MAX_SEED, SamplingParams, StructuredOutputs
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
 from tests.server.conftest import endless_engine, serving

@@ -30,7 +30,8 @@ from jaxserve import __version__
 from jaxserve.cli.app import run
 from jaxserve.engine.async_engine import DuplicateRequestError, EngineFailedError
 from jaxserve.engine.event_stream import SlowReaderError
-from jaxserve.request import FinishReason, LoadedAdapter, Request, SamplingParams, TokenEvent, Usage
+from jaxserve.request import FinishReason, LoadedAdapter, Request, TokenEvent, Usage
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.app import Server
 from jaxserve.server.client import Client, batch_request
 from jaxserve.server.options import ServerOptions

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxserve.request import RequestError, StructuredOutputs
+from jaxserve.errors import RequestError
+from jaxserve.sampling_params import StructuredOutputs
 from jaxserve.text.grammar import MAX_CACHED, Filler, Grammar, GrammarCompiler, Matcher, Vocabulary
 from jaxserve.text.sentencepiece_model import read_sentencepiece_model
 from jaxserve.text.tokenizer import Tokenizer

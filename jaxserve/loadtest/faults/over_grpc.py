@@ -12,7 +12,7 @@ import grpc.aio
 
 from jaxserve.loadtest.faults.known import Kind, Known, Part, Site, WrongAnswerError, expect, read, some
 from jaxserve.loadtest.faults.tap import Tap
-from jaxserve.request import ALL_LOGPROBS
+from jaxserve.sampling_params import ALL_LOGPROBS
 from jaxserve.server import codec
 from jaxserve.server.client import AsyncClient, batch_request
 from jaxserve.server.codec import Chunk, RequestFailure

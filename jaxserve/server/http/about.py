@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response
 
 from jaxserve import __version__
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.conversation import encode_conversation
 from jaxserve.server.http.errors import NO_SUCH_MODEL, NOT_SERVING, HTTPError

@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from jaxserve.errors import RequestError
 from jaxserve.request import Request as EngineRequest
-from jaxserve.request import RequestError, TokenEvent
+from jaxserve.request import TokenEvent
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.completions import by_choice, entries_of
 from jaxserve.server.http.conversation import encode_conversation

@@ -9,8 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from jaxserve.errors import RequestError
 from jaxserve.request import Request as EngineRequest
-from jaxserve.request import RequestError, SamplingParams, TokenEvent
+from jaxserve.request import TokenEvent
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import (

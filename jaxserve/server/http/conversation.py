@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.prompts import encode_chat
 from jaxserve.text.chat_template import ChatTemplateError

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response
 
-from jaxserve.request import Pooling, RequestError
+from jaxserve.errors import RequestError
+from jaxserve.request import Pooling
 from jaxserve.request import Request as EngineRequest
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.completions import read_prompts, token_ids_of

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse
 
 from jaxserve.engine.async_engine import DuplicateRequestError, EngineFailedError, NotServingError
 from jaxserve.engine.event_stream import SlowReaderError
-from jaxserve.request import FinishReason, QueueFullError, RequestError, UnknownLoraError
+from jaxserve.errors import QueueFullError, RequestError, UnknownLoraError
+from jaxserve.request import FinishReason
 from jaxserve.server.loras import NotAllowedError
 from jaxserve.server.prompts import UnsupportedByModelError
 

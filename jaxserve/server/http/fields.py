@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jaxserve.request import RequestError, SamplingParams, sampling_params_from
+from jaxserve.errors import RequestError
+from jaxserve.sampling_params import SamplingParams, sampling_params_from
 
 NO_OPS = {
     "user": "who asks: nothing is kept about users",

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from starlette.requests import HTTPConnection
 
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.request import FinishReason, Request, RequestError, TokenEvent, Usage
+from jaxserve.errors import RequestError
+from jaxserve.request import FinishReason, Request, TokenEvent, Usage
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.errors import unfinished
 from jaxserve.server.http.guard import Receive, until_left

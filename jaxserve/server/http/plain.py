@@ -18,8 +18,9 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from jaxserve.errors import RequestError
 from jaxserve.request import Request as EngineRequest
-from jaxserve.request import RequestError, TokenEvent
+from jaxserve.request import TokenEvent
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.completions import by_choice, read_prompts, token_ids_of
 from jaxserve.server.http.conversation import encode_conversation

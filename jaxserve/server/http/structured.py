@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.http.fields import Body
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxserve.request import RequestError
+from jaxserve.errors import RequestError
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.fields import boolean
 from jaxserve.server.tool_calls import Arguments, Content, Delta, Parser, Start, make_parser

@@ -1,6 +1,6 @@
 """``/v1/completions`` against an engine whose answers are known."""
 
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from tests.server.fake_engine import FakeEngine, byte_tokenizer, expected_text
 from tests.server.http.conftest import Web, web
 

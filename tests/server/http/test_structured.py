@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.server.http.chat import ChatRequest
 from jaxserve.server.http.structured import constraint_name, constraint_of
 from tests.server.http.conftest import Web, web
