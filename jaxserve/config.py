@@ -85,11 +85,14 @@ class MatrixFormat:
     kind: Literal["int4", "int8", "fp8"]
     group_size: int | None = None  # input columns that share a scale; None: all of them
     has_bias: bool = False
+    has_whole_zeros: bool = False  # int4: every bias is minus the scale times a whole zero point, of 0 to 16
     has_perm: bool = False  # GPTQ's act-order: input columns are sorted by group, ``perm`` says where they came from
     activations: Literal["none", "int8", "fp8"] = "none"  # what a product rounds its tokens to, by dynamic scales
     activation_group: int | None = None  # columns of a token that share a scale; None: all
 
     def __post_init__(self):
+        if self.has_whole_zeros and (self.kind != "int4" or not self.has_bias):
+            raise ValueError(f"MatrixFormat.has_whole_zeros is of int4 with biases, not of {self.kind}")
         for name in ("group_size", "activation_group"):
             value = getattr(self, name)
             if value is not None and (value < 1 or (self.kind == "int4" and value % 2)):

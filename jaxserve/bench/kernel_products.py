@@ -87,9 +87,16 @@ def plain_product(setting: Setting, num_tokens: int, shape: tuple[int, int]) -> 
 
 
 def quantized_cases(
-    setting: Setting, name: str, kernel: Any, hopper: Any, about: Callable[[int], dict[str, Any]], refused: Any
+    setting: Setting,
+    name: str,
+    kernel: Any,
+    hopper: Any,
+    about: Callable[[int], dict[str, Any]],
+    refused: Any,
+    **prepared: Any,
 ) -> Iterator[Case]:
-    """Of int4 or int8. ``about`` of D: keywords of the matrix, or none; ``refused(F, D)``: why Hopper's does not."""
+    """Of int4 or int8. ``about`` of D: keywords of the matrix, or none; ``refused(F, D)``: why Hopper's does not;
+    ``prepared``: keywords of the kernel's ``prepare``."""
     original = int4_matrix if kernel is int4_matmul else int8_matrix
     for matrix, (f, d) in matrices(setting.config).items():
         keywords = about(d)
@@ -98,7 +105,7 @@ def quantized_cases(
         implementations: list[Any] = ["reference", "xla"] + (["mosaic_gpu"] if taken and on_hopper() else [])
 
         def make(seed: Any, implementation: Any, f: int = f, d: int = d, keywords: Any = keywords) -> Any:
-            return kernel.prepare(original(f, d, **keywords, seed=seed), implementation=implementation)
+            return kernel.prepare(original(f, d, **keywords, seed=seed), implementation=implementation, **prepared)
 
         for m in setting.batches:
             ways = []
@@ -111,7 +118,7 @@ def quantized_cases(
                 made = functools.partial(make, implementation="mosaic_gpu")
                 ways.append(product_way(setting, "mosaic_gpu, tuned", "", multiply, made, m, (f, d)))
             ways.append(plain_product(setting, m, (f, d)))
-            yield Case(name, {"matrix": matrix, "tokens": m} | keywords, ways)
+            yield Case(name, {"matrix": matrix, "tokens": m} | keywords | prepared, ways)
 
 
 def int4_cases(setting: Setting) -> Iterator[Case]:
@@ -127,7 +134,8 @@ def int4_cases(setting: Setting) -> Iterator[Case]:
     def refused(f: int, d: int) -> str | None:
         return hopper_int4.refusal(f, d, d // about(d)["group"])
 
-    return quantized_cases(setting, "int4_matmul", int4_matmul, hopper_int4, about, refused)
+    whole_zeros = bool(formats) and formats[0].has_whole_zeros
+    return quantized_cases(setting, "int4_matmul", int4_matmul, hopper_int4, about, refused, whole_zeros=whole_zeros)
 
 
 def int8_cases(setting: Setting) -> Iterator[Case]:

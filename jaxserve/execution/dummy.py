@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxserve.config import ModelConfig
 from jaxserve.execution.placement import prepare_params, stage_param_formats
 from jaxserve.execution.step import StageParams, stage_param_shapes
-from jaxserve.model.params import named_leaves
+from jaxserve.model.params import key_name, named_leaves
 from jaxserve.model.quantized import random_leaf
 
 
@@ -61,15 +61,15 @@ def dummy_params(
         return jax.jit(make, out_shardings=place_as)
 
     named = list(zip(named_leaves(shapes), named_leaves(formats), strict=True))
+    numbers = {name: number for number, ((name, _), _) in enumerate(named)}
     made: list[jax.Array] = []
-    for number, ((name, spec), (_, place_as)) in enumerate(named):
-        made.append(
-            maker(spec.shape, spec.dtype, place_as, name.rpartition(".")[2] if spec.dtype else _kind(name))(number)
-        )
+    for (name, spec), (_, place_as) in named:
+        kind = name.rpartition(".")[2] if spec.dtype else _kind(name)
+        made.append(maker(spec.shape, spec.dtype, place_as, kind)(numbers[key_name(name, spec)]))
         if on_tensor is not None:
             # The next one's workspace comes on top of what is there: made one by one, it is one array's, not all's.
             made[-1].block_until_ready()
-            on_tensor(number + 1, len(named))
+            on_tensor(len(made), len(named))
     jax.block_until_ready(made)
     return prepare_params(jax.tree.unflatten(jax.tree.structure(formats), made), mesh)
 

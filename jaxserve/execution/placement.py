@@ -19,7 +19,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import MatrixFormat, ModelConfig
 from jaxserve.execution.step import StageParams, stage_param_shapes, stage_param_specs
 from jaxserve.model.array_spec import ArraySpec
 from jaxserve.model.params import ParamSource, TreeSource, layer_fields, named_leaves, path_name
@@ -139,7 +139,7 @@ def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
             return replace(matrix, implementation=implementation)
         lead = is_layer(name)
         specs = tuple(None if x is None else x.sharding.spec for x in (matrix.q, matrix.scale, matrix.bias))
-        make = _preparer(mesh, matrix.format.kind, implementation, lead, specs)
+        make = _preparer(mesh, matrix.format, implementation, lead, specs)
         return replace(
             matrix,
             q=None,
@@ -156,15 +156,17 @@ def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
 
 @cache  # a function for all the matrices of a kind: what it compiles it finds again by their shapes
 def _preparer(
-    mesh: Mesh, kind: str, implementation: dispatch.Implementation, lead: bool, specs: tuple[P | None, ...]
+    mesh: Mesh, form: MatrixFormat, implementation: dispatch.Implementation, lead: bool, specs: tuple[P | None, ...]
 ) -> Callable[..., Any]:
     """From q, scale and bias as they are placed, by ``specs``, to what the kernel for them takes."""
 
     def prepare_part(q: jax.Array, scale: jax.Array, bias: jax.Array | None) -> Any:
         parts = [x if x is None else x[0] if lead else x for x in (q, scale, bias)]
         flat = [x if x is None else x.reshape(-1, x.shape[-1]) for x in parts]
-        if kind == "int4":
-            made = int4_matmul.prepare(int4_matmul.Int4Matrix(*flat), implementation=implementation)
+        if form.kind == "int4":
+            made = int4_matmul.prepare(
+                int4_matmul.Int4Matrix(*flat), whole_zeros=form.has_whole_zeros, implementation=implementation
+            )
         else:
             made = int8_matmul.prepare(int8_matmul.Int8Matrix(*flat), implementation=implementation)
         return jax.tree.map(lambda x: x[None], made) if lead else made

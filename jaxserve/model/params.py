@@ -210,6 +210,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, keys))
 
 
+def key_name(name: str, spec: Any) -> str:
+    """The parameter whose random key is that of this one: the arrays of a quantized matrix share one."""
+    return name if spec.dtype is None else f"{name.rpartition('.')[0]}.q"
+
+
 def num_params(config: ModelConfig) -> int:
     """Parameters of a model, each weight one however it is kept; a tied embedding counts once."""
     plain = dataclasses.replace(config, quantization=None)
@@ -233,7 +238,8 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype | type = j
             x = noise * spec.shape[-1] ** -0.5
         return x.astype(dtype)
 
-    leaves = [init(k, *n) for k, n in zip(jax.random.split(key, len(named)), named)]
+    keys = dict(zip((name for name, _ in named), jax.random.split(key, len(named)), strict=True))
+    leaves = [init(keys[key_name(name, spec)], name, spec) for name, spec in named]
     return jax.tree.unflatten(jax.tree.structure(param_specs(config), is_leaf=is_spec), leaves)
 
 

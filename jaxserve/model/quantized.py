@@ -132,7 +132,11 @@ def check_split(name: str, matrix: QuantizedMatrix, tensor: int) -> None:
 
 
 def random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """A random array in place of the leaf ``name`` of a quantized matrix: weights of standard deviation 0.02."""
+    """A random array in place of the leaf ``name`` of a quantized matrix: weights of standard deviation 0.02.
+
+    Args:
+        key: the matrix' own, the same for all its leaves: zero points are whole numbers.
+    """
     match name.rpartition(".")[2]:
         case "q":
             if dtype == "uint8":
@@ -141,8 +145,9 @@ def random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: str) -
         case "perm":
             return jax.random.permutation(key, jnp.broadcast_to(jnp.arange(shape[-1], dtype=dtype), shape), axis=-1)
         case leaf:
-            scale = INIT_STD / LEVEL_STD * (1 + 0.1 * jax.random.normal(key, shape, dtype))
-            return -7.5 * scale if leaf == "bias" else scale
+            scale_key, zero_key = jax.random.split(key)
+            scale = INIT_STD / LEVEL_STD * (1 + 0.1 * jax.random.normal(scale_key, shape, dtype))
+            return -jax.random.randint(zero_key, shape, 7, 9).astype(dtype) * scale if leaf == "bias" else scale
 
 
 def matmul(x: jax.Array, w: QuantizedMatrix, out_dtype: Any = None) -> jax.Array:

@@ -9,7 +9,7 @@ from jaxserve.model.array_spec import ArraySpec
 from jaxserve.model.params import named_leaves, param_specs
 from jaxserve.model.quantized import QUANTIZABLE, quantized_specs
 
-_INT4 = MatrixFormat(kind="int4", has_bias=True)
+_INT4 = MatrixFormat(kind="int4", has_bias=True, has_whole_zeros=True)
 METHODS = {
     "int8": MatrixFormat(kind="int8"),
     "w8a8": MatrixFormat(kind="int8", activations="int8"),
@@ -52,7 +52,7 @@ def quantized_config(
     if symmetric:
         if method not in SYMMETRIC:
             raise CheckpointError(f"symmetric: quantize={method!r} is not one of {', '.join(SYMMETRIC)}")
-        matrix_format = dataclasses.replace(matrix_format, has_bias=False)
+        matrix_format = dataclasses.replace(matrix_format, has_bias=False, has_whole_zeros=False)
     specs = {name: spec for name, spec in named_leaves(param_specs(config)) if name.rpartition(".")[2] in _MATRICES}
     if matrix_format.kind == "int4":
         if group_size is None:

@@ -31,15 +31,18 @@ class Int4Matrix(NamedTuple):
     bias: Any = None
 
 
-def prepare(w: Int4Matrix, *, implementation: dispatch.Implementation | None = None) -> Any:
+def prepare(w: Int4Matrix, *, whole_zeros: bool = False, implementation: dispatch.Implementation | None = None) -> Any:
     """What ``int4_matmul`` takes for ``w``: a pytree of arrays in the layout that the implementation wants, made on the
     device. Those without an entry in ``PREPARE`` take the matrix as it is.
+
+    Args:
+        whole_zeros: that every bias is minus the scale times a whole number of 0 to 127, which some do faster with.
 
     Raises:
         ValueError: shapes that do not fit each other, with both numbers.
     """
     check_matrix(w)
-    return PREPARE[implementation](w) if implementation in PREPARE else w
+    return PREPARE[implementation](w, whole_zeros=whole_zeros) if implementation in PREPARE else w
 
 
 def int4_matmul(

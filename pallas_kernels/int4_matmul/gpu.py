@@ -14,12 +14,13 @@ _TOP = 15  # scales and biases of a feature are kept below 2**15: float16 has 29
 
 
 class PreparedInt4(NamedTuple):
-    """An int4 matrix as the kernel reads it, ``weight = (scale * (number - 8) + bias) * row_scale``; F and D padded to
-    multiples of 128."""
+    """An int4 matrix as the kernel reads it, ``weight = (scale * (number - 8) + bias) * row_scale``, or with whole zero
+    points ``scale * (number - zero point) * row_scale``; F and D padded to multiples of 128."""
 
     weights: jax.Array  # [F/64, D/128, 8, 128] int32 of ``gpu_unpack.pack``
     scale: jax.Array  # [F/64, D/G, 64] float16
     bias: jax.Array | None  # as scale, or None for zeros
+    origin: jax.Array | None  # as scale, bfloat16: ``gpu_unpack.ORIGIN`` + zero points, which cost next to nothing
     row_scale: jax.Array  # [F] float32, not padded: powers of two, which keep float16 within its range
 
 
@@ -35,12 +36,13 @@ def refusal(num_features: int, num_inputs: int, num_groups: int) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("repack",))
-def prepare(w: Any, *, repack: bool = True) -> PreparedInt4:
+@functools.partial(jax.jit, static_argnames=("whole_zeros", "repack"))
+def prepare(w: Any, *, whole_zeros: bool = False, repack: bool = True) -> PreparedInt4:
     """Puts an ``Int4Matrix`` into the kernel's order, on its device.
 
     Args:
         w: ``q`` uint8 ``[F, D/2]``, ``scale`` and ``bias`` (or None: -8 scale) ``[F, D/G]``; G is 32, 64, 128 or D.
+        whole_zeros: every bias is minus the scale times a whole number of 0 to 127.
         repack: False keeps the nibbles where they are, ``weights [F, D]`` int4: Mosaic's own conversion is used, which
             takes twice the instructions; groups of 128 only.
 
@@ -53,6 +55,10 @@ def prepare(w: Any, *, repack: bool = True) -> PreparedInt4:
     d, group = 2 * half, 2 * half // num_groups
     scale = w.scale.astype(jnp.float32)
     bias = None if w.bias is None else w.bias.astype(jnp.float32) + gpu_unpack.MIDDLE * scale
+    origin = None
+    if whole_zeros and w.bias is not None:
+        bias, zero = None, -w.bias.astype(jnp.float32) / jnp.where(scale == 0, 1, scale)
+        origin = gpu_unpack.ORIGIN + jnp.round(zero)
     largest = jnp.max(jnp.abs(scale), axis=1)
     if bias is not None:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(bias), axis=1))
@@ -60,22 +66,28 @@ def prepare(w: Any, *, repack: bool = True) -> PreparedInt4:
     exponent = jnp.clip(jnp.where(largest > 0, exponent - _TOP, 0), -126, 126)
     row_scale = jnp.ldexp(jnp.float32(1), exponent)
 
-    def arrange(a: jax.Array) -> jax.Array:
-        a = a / row_scale[:, None]
+    def arrange(a: jax.Array, dtype: Any = jnp.float16) -> jax.Array:
         if group not in GROUPS:  # one a row: as groups of the padded matrix
             a = jnp.repeat(a, -(-d // 128), axis=1)
         per_tile = 1 if group not in GROUPS else 128 // group
         a = jnp.pad(a, ((0, -f % 128), (0, -a.shape[1] % per_tile)))
-        return a.reshape(-1, gpu_unpack.ROWS, a.shape[1]).transpose(0, 2, 1).astype(jnp.float16)
+        return a.reshape(-1, gpu_unpack.ROWS, a.shape[1]).transpose(0, 2, 1).astype(dtype)
 
     q = jnp.pad(w.q, ((0, -f % 128), (0, -half % 64)), constant_values=0x88)
     if repack:
         weights = gpu_unpack.pack(gpu_unpack.nibbles(q), 4)
     else:
-        if group != 128:
-            raise ValueError(f"groups of {group}: a matrix that is not repacked has groups of 128")
+        if group != 128 or origin is not None:
+            raise ValueError(f"groups of {group}: a matrix that is not repacked has groups of 128, and biases")
         weights = jax.lax.bitcast_convert_type(q ^ 0x88, jnp.int4).reshape(q.shape[0], -1)
-    return PreparedInt4(weights, arrange(scale), None if bias is None else arrange(bias), row_scale)
+    per_row = row_scale[:, None]
+    return PreparedInt4(
+        weights,
+        arrange(scale / per_row),
+        None if bias is None else arrange(bias / per_row),
+        None if origin is None else arrange(origin, jnp.bfloat16),
+        row_scale,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "tuning", "interpret"))

@@ -25,11 +25,12 @@ def dequantize(
     weights: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    origin: jax.Array | None,
     row_scale: jax.Array,
     *,
     interpret: Any = None,
 ) -> jax.Array:
-    """``row_scale * (scale * q + bias)``; arguments as of ``gpu_stream.multiply``, repacked weights only.
+    """``row_scale * (scale * q + bias)``, or with an origin; arguments as of ``gpu_stream.multiply``, weights repacked.
 
     Returns:
         ``[F, D]`` bfloat16.
@@ -38,33 +39,36 @@ def dequantize(
     groups = 1 if scale is None else scale.shape[1] // steps
     group = COLUMNS // groups
     tiles = max(n for n in range(1, _TILES + 1) if steps % n == 0)
-    scales = [a for a in (scale, bias) if a is not None]
+    per_group = [a for a in (scale, bias, origin) if a is not None]
     swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
     row_layout = plgpu.Layout.WGMMA.reduce(1)
 
     def kernel(
         w_ref,  # [F/64, D/128, 2 bits, 128]
-        *refs,  # scale_ref, bias_ref [F/64, D/G, 64], if there are such; row_scale_ref [F]; out_ref [F, D]
+        *refs,  # scale, bias and origin [F/64, D/G, 64], if there are such; row_scale_ref [F]; out_ref [F, D]
         o_smem,  # [2, 64, 128]
     ):
-        *scale_refs, row_scale_ref, out_ref = refs
+        *group_refs, row_scale_ref, out_ref = refs
+        origin_ref = None if origin is None else group_refs.pop()
         block, first = lax.axis_index("block"), lax.axis_index("part") * tiles
 
         def load_vector(ref):
-            return plgpu.load(ref, layout=row_layout, optimized=False).astype(jnp.float32)
+            return plgpu.load(ref, layout=row_layout, optimized=False)
 
         def load_tile(step):
-            factors = [[load_vector(ref.at[block, step * groups + g]) for ref in scale_refs] for g in range(groups)]
-            return gpu_unpack.load_words(w_ref.at[block, step]), factors
+            places = [(block, step * groups + g) for g in range(groups)]
+            origins = None if origin_ref is None else [load_vector(origin_ref.at[p]) for p in places]
+            factors = [[load_vector(ref.at[p]).astype(jnp.float32) for ref in group_refs] for p in places]
+            return gpu_unpack.load_words(w_ref.at[block, step]), origins, factors
 
         per_row = load_vector(row_scale_ref.at[pl.ds(block * ROWS, ROWS)])
 
         def write_tile(i, carry):
-            words, factors = carry
+            words, origins, factors = carry
             following = load_tile(jnp.minimum(first + i + 1, steps - 1))
             buffer = lax.rem(i, jnp.int32(2))
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            for g, numbers in enumerate(gpu_unpack.operands(words, group, interpret)):
+            for g, numbers in enumerate(gpu_unpack.operands(words, group, interpret, origins)):
                 value = numbers.astype(jnp.float32)
                 for factor, combine in zip(factors[g], (jnp.multiply, jnp.add)):
                     value = combine(value, lax.broadcast_in_dim(factor, value.shape, [0]))
@@ -86,4 +90,4 @@ def dequantize(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=dict(o_smem=plgpu.SMEM((2, ROWS, COLUMNS), jnp.bfloat16, transforms=swizzled)),
         interpret=interpret,
-    )(weights, *scales, row_scale)
+    )(weights, *per_group, row_scale)

@@ -114,6 +114,7 @@ def multiply(
     weights: jax.Array,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    origin: jax.Array | None,
     row_scale: jax.Array,
     *,
     split: Split,
@@ -121,12 +122,14 @@ def multiply(
     t: Tuning,
     interpret: Any = None,
 ) -> jax.Array:
-    """``x @ (row_scale * (scale * q + bias)).T``, q from -8 to 7, or of 8 bits from -128 to 127.
+    """``x @ (row_scale * (scale * q + bias)).T``, q from -8 to 7, or of 8 bits from -128 to 127; or with an origin
+    ``x @ (row_scale * scale * (q + MIDDLE + ORIGIN - origin)).T``.
 
     Args:
         x: ``[MB, tokens, D]`` bfloat16.
         weights: ``[F/64, D/128, 2 bits, 128]`` int32 of ``gpu_unpack.pack``, or ``[F, D]`` int4 with groups of 128.
         scale, bias: ``[F/64, D/G, 64]`` float16; G is 32, 64 or 128. Or None, for ones and zeros.
+        origin: as scale, bfloat16 (``gpu_unpack.operands``), of repacked weights without a bias; or None.
         row_scale: ``[F]`` float32.
 
     Returns:
@@ -148,8 +151,8 @@ def multiply(
     if bias is not None:  # of the inputs of a group: [MB, D/G, tokens]
         by_group = x.reshape(token_blocks, tokens, -1, group).transpose(0, 2, 1, 3)
         sums = jnp.sum(by_group, axis=3, dtype=jnp.float32)
-    scales = [a for a in (scale, bias, sums) if a is not None]
-    operands = [x, weights, *scales, row_scale]
+    per_group = {n: a for n, a in (("scale", scale), ("bias", bias), ("origin", origin)) if a is not None}
+    operands = [x, weights, *per_group.values(), *(() if sums is None else (sums,)), row_scale]
 
     columns = min(64, group)  # a slice of the inputs is a number of whole swizzled tiles
     x_tiles = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
@@ -158,7 +161,7 @@ def multiply(
     w_tiles = () if repacked else (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(COLUMNS // 2))
     bits = gpu_unpack.bits_of(weights.shape[2]) if repacked else 4
     tile_bytes = across * ROWS * width * bits // 8 + 2 * tokens * width
-    tile_bytes += 2 * across * ROWS * along * groups * len(scales[:2]) + (0 if sums is None else 4 * sum_rows * tokens)
+    tile_bytes += 2 * across * ROWS * along * groups * len(per_group) + (0 if sums is None else 4 * sum_rows * tokens)
     out_bytes = across * ROWS * tokens * (2 * halves + (4 if along > 1 else 0))
     ring = t.ring or min(_MAX_RING, (_SMEM_BYTES - out_bytes) // tile_bytes)
     o_tiles = (plgpu.TilingTransform((8, ROWS)), plgpu.SwizzleTransform(128))
@@ -167,7 +170,7 @@ def multiply(
     def kernel(
         x_ref,  # [MB, tokens, D]
         w_ref,  # [F/64, D/128, 2 bits, 128], or [F, D]
-        *refs,  # scale_ref, bias_ref [F/64, D/G, 64], sums_ref [MB, D/G, tokens], if there are such; row_scale_ref [F];
+        *refs,  # of ``per_group`` [F/64, D/G, 64], sums_ref [MB, D/G, tokens], if there are such; row_scale_ref [F];
         # out_ref [1, MB tokens, F], or of pieces [P, 2, MB tokens, F]
         x_smem,  # [ring, tokens, 128 along]
         w_smem,  # [ring, across, along, 2 bits, 128], or [ring, 64 across, 128 along]
@@ -177,11 +180,11 @@ def multiply(
         given,  # [across]
         taken,  # [across]
         other_smem: Any = None,  # [across, 64, tokens]
-        scale_smem: Any = None,  # [ring, across, along * groups, 64]
-        bias_smem: Any = None,  # [ring, across, along * groups, 64]
         sums_smem: Any = None,  # [ring, along * groups or more, tokens]
+        **group_smem: Any,  # of each of ``per_group`` [ring, across, along * groups, 64]
     ):
-        *scale_refs, row_scale_ref, out_ref = refs
+        *group_refs, row_scale_ref, out_ref = refs
+        sums_ref = None if sums is None else group_refs.pop()
         warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
         start = jnp.minimum(sm * stretch, total)
         count = jnp.minimum(start + stretch, total) - start  # tiles of this stretch
@@ -210,17 +213,17 @@ def multiply(
                 else:
                     whole = pl.ds(features * (across * ROWS), across * ROWS), pl.ds(step * width, width)
                     plgpu.copy_gmem_to_smem(w_ref.at[whole], w_smem.at[slot], full.at[slot])
-                for ref, smem in zip(scale_refs[:2], (scale_smem, bias_smem)):
-                    plgpu.copy_gmem_to_smem(ref.at[rows, cut], smem.at[slot], full.at[slot])
+                for ref, name in zip(group_refs, per_group, strict=True):
+                    plgpu.copy_gmem_to_smem(ref.at[rows, cut], group_smem[name].at[slot], full.at[slot])
 
             def load_tokens(entry):
                 slot, step, _, token_block = place_of(entry)
                 inputs = x_ref.at[token_block, :, pl.ds(step * width, width)]
                 plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot], full.at[slot])
-                if sums is not None:
+                if sums_ref is not None:
                     cut = pl.ds(step * (along * groups), along * groups)
                     target = sums_smem.at[slot, pl.ds(0, along * groups)]
-                    plgpu.copy_gmem_to_smem(scale_refs[2].at[token_block, cut], target, full.at[slot])
+                    plgpu.copy_gmem_to_smem(sums_ref.at[token_block, cut], target, full.at[slot])
 
             first = jnp.minimum(count, ring)
             if t.launch_early:
@@ -256,7 +259,9 @@ def multiply(
             def operands_of(slot):
                 """The tile's groups as left operands."""
                 if repacked:
-                    return gpu_unpack.operands(gpu_unpack.load_words(w_smem.at[slot, rows, section]), group, interpret)
+                    words = gpu_unpack.load_words(w_smem.at[slot, rows, section])
+                    origins = None if origin is None else [of_group("origin", slot, g) for g in range(groups)]
+                    return gpu_unpack.operands(words, group, interpret, origins)
                 tile = w_smem.at[slot, pl.ds(rows * ROWS, ROWS), pl.ds(section * COLUMNS, COLUMNS)]
                 w = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_4X)
                 return [plgpu.layout_cast(w, plgpu.Layout.WGMMA).astype(x.dtype)]
@@ -292,11 +297,14 @@ def multiply(
                 """A group's scales [64] and biases [64] and the sums of its inputs [tokens], if there are any."""
                 if scale is None:
                     return None, None, None
-                s = plgpu.load(scale_smem.at[slot, rows, section * groups + g], layout=row_layout).astype(jnp.float32)
+                s = of_group("scale", slot, g).astype(jnp.float32)
                 if bias is None:
                     return s, None, None
-                b = plgpu.load(bias_smem.at[slot, rows, section * groups + g], layout=row_layout).astype(jnp.float32)
+                b = of_group("bias", slot, g).astype(jnp.float32)
                 return s, b, plgpu.load(sums_smem.at[slot, section * groups + g], layout=column_layout)
+
+            def of_group(name, slot, g):
+                return plgpu.load(group_smem[name].at[slot, rows, section * groups + g], layout=row_layout)
 
             @pl.loop(jnp.int32(0), num_pieces)
             def _(j):
@@ -360,9 +368,7 @@ def multiply(
     )
     if along > 1:
         scratch["other_smem"] = plgpu.SMEM((across, ROWS, tokens), jnp.float32)
-    for name, a in (("scale_smem", scale), ("bias_smem", bias)):
-        if a is not None:
-            scratch[name] = plgpu.SMEM((ring, across, along * groups, ROWS), a.dtype)
+    scratch |= {n: plgpu.SMEM((ring, across, along * groups, ROWS), a.dtype) for n, a in per_group.items()}
     if sums is not None:
         scratch["sums_smem"] = plgpu.SMEM((ring, sum_rows, tokens), jnp.float32)
     shape = (token_blocks * tokens, weights.shape[0] * (ROWS if repacked else 1))

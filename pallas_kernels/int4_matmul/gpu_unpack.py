@@ -23,7 +23,8 @@ plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 ROWS = 64  # features of a tile: the rows of a warpgroup's matrix instruction
 COLUMNS = 128  # inputs of a tile
 WORD_COLUMNS = 128  # of a tile's words: (lane, word); its 2 * bits rows are (half, load, warp)
-MIDDLE = 8  # what 4 bits count from: the value of an operand is its number minus this; 8 bits are two's complement
+MIDDLE = 8  # what 4 bits count from, if nothing else: an operand is its number minus this; 8 bits are two's complement
+ORIGIN = 128  # bfloat16 has all the whole numbers from here to 256, with the number in the last bits
 
 
 def bits_of(word_rows: int) -> int:
@@ -70,22 +71,35 @@ def load_words(ref: Any) -> Any:
     return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=4))
 
 
-def operands(words: Any, group: int, interpret: Any) -> list[Any]:
+def operands(words: Any, group: int, interpret: Any, origins: list[Any] | None = None) -> list[Any]:
     """What ``load_words`` has read -> the tile's groups as left operands, ``[64, group]`` bfloat16 each.
+
+    Args:
+        origins: for each group ``ORIGIN`` plus what the rows' nibbles count from, ``[64]`` bfloat16 of the operand's
+            row layout; None is ``MIDDLE`` for all.
 
     The interpreter gets the same from ``unpack``: it has no inline code.
     """
     if interpret:
         tile = unpack(words)
-        return [tile[:, g : g + group] for g in range(0, COLUMNS, group)]
+        groups = [tile[:, g : g + group] for g in range(0, COLUMNS, group)]
+        if origins is None:
+            return groups
+        return [x - (o - (ORIGIN + MIDDLE))[:, None] for x, o in zip(groups, origins, strict=True)]
     bits = bits_of(words.shape[0])
     layout = plgpu.Layout.WG_STRIDED(words.shape, vec_size=4)
     shape = plgpu.ShapeDtypeStruct((ROWS, group), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    rows = [plgpu.Layout.WGMMA.reduce(1)] * len(origins or ())
 
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=[shape] * (COLUMNS // group))
-    def take_out(_, words):
+    @plgpu.inline_mgpu(arg_types=(layout, *rows), return_type=[shape] * (COLUMNS // group))
+    def take_out(_, words, *origins):
         loaded = [vector.extract(four, [], [j]) for four in words.registers.flat for j in range(4)]
-        taken = [x for word in loaded for x in _pairs(word, bits)]
+        per_word = 16 // bits * 8  # columns that a word has numbers of
+        taken = []
+        for place, word in enumerate(loaded):  # those of the upper half of the rows come first
+            half, column = divmod(place * per_word, COLUMNS)
+            origin = _twice(origins[column // group].registers.flat[half]) if origins else None
+            taken += _pairs(word, bits, origin)
         registers = np.empty(2 * COLUMNS // 8, dtype=object)
         registers[:] = taken
         registers = registers.reshape(2, COLUMNS // 8).T  # [8 columns, half of the rows]
@@ -97,25 +111,35 @@ def operands(words: Any, group: int, interpret: Any) -> list[Any]:
             for some in np.split(registers, COLUMNS // group)
         ]
 
-    return take_out(words)
+    return take_out(words, *(origins or ()))
 
 
-# A number or-ed into the mantissa of 128 is 128 + number, as bfloat16 has 7 bits there; 136 less is a nibble's value.
-# Of 8 bits the highest goes into the exponent of another 128 and makes it 256: the difference is two's complement.
+# A number or-ed into the mantissa of 128 is 128 + number, as bfloat16 has 7 bits there; what it counts from,
+# plus 128, is taken away exactly. Of 8 bits the highest goes into the exponent of another 128 and makes it 256: the
+# difference is two's complement.
 _NIBBLES = """{ .reg .b32 t; lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, $2; }"""
 _BYTES = """{ .reg .b32 t, u; lop3.b32 t, $1, 0x007f007f, 0x43004300, 0xea;
 lop3.b32 u, $1, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, u; }"""
 
 
-def _pairs(word: Any, bits: int) -> list[Any]:
-    """The registers of an operand that are in a word: two bfloat16 each."""
+def _twice(one: Any) -> Any:
+    """A register with two of the bfloat16 that is in a vector of one."""
+    i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
+    bits = arith.extui(i32, mosaic.utils.bitcast(vector.extract(one, [], [0]), i16))
+    return arith.ori(bits, arith.shli(bits, mosaic.c(16, i32)))
+
+
+def _pairs(word: Any, bits: int, origin: Any = None) -> list[Any]:
+    """The registers of an operand that are in a word: two bfloat16 each. ``origin`` (of 4 bits) is what is taken from
+    128 + number, twice; None is 128 + ``MIDDLE``."""
     i32 = ir.IntegerType.get_signless(32)
+    origin = mosaic.c(0x43084308, i32) if origin is None else origin
     two = ir.VectorType.get((2,), ir.BF16Type.get())
     found = []
     for shift in range(0, 16, bits):
         shifted = arith.shrui(word, mosaic.c(shift, i32)) if shift else word
         if bits == 4:
-            pair = mosaic.utils.llvm.inline_asm(i32, [shifted, mosaic.c(0x43084308, i32)], _NIBBLES, "=r,r,r")
+            pair = mosaic.utils.llvm.inline_asm(i32, [shifted, origin], _NIBBLES, "=r,r,r")
         else:
             pair = mosaic.utils.llvm.inline_asm(i32, [shifted], _BYTES, "=r,r")
         found.append(mosaic.utils.bitcast(pair, two))

@@ -57,4 +57,4 @@ def int8_matmul(
     Raises:
         ValueError: x is not of the matrix' D, or of another type.
     """
-    return gpu_product.multiply(x, w.weights, None, None, w.row_scale, out_dtype, tuning or Tuning(), interpret)
+    return gpu_product.multiply(x, w.weights, None, None, None, w.row_scale, out_dtype, tuning or Tuning(), interpret)

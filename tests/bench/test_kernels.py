@@ -50,7 +50,7 @@ def test_work_of_products():
         [("qkv", 128, 32), ("out", 32, 64), ("gate_up", 96, 32), ("down", 32, 48)],
         strict=True,
     ):
-        assert about == {"matrix": matrix, "tokens": 3, "group": 16, "symmetric": False}
+        assert about == {"matrix": matrix, "tokens": 3, "group": 16, "symmetric": False, "whole_zeros": False}
         activations, flops = 4 * 3 * (f + d), 2 * 3 * f * d
         assert found["reference"] == found["xla"] == (f * d // 2 + 2 * 4 * f * (d // 16) + activations, flops)
         assert found["float32 product"] == (4 * f * d + activations, flops)

@@ -55,6 +55,14 @@ def test_the_parameters_are_those_of_the_dequantized_model(name, tmp_path):
             array, part = checkpoint.read(leaf, whole(spec.shape)), parts(spec.shape, r)
             assert array.shape == spec.shape and array.dtype.name == (spec.dtype or array.dtype.name), leaf
             np.testing.assert_array_equal(checkpoint.read(leaf, part), array[part], err_msg=f"{leaf} {part}")
+            name, _, array_name = leaf.rpartition(".")
+            if array_name == "bias" and spec.dtype is not None:
+                scale = checkpoint.read(f"{name}.scale", whole(spec.shape))
+                zeros = -array / np.where(scale == 0, 1, scale)
+                form = checkpoint.config.quantization.formats()[name]
+                assert form.has_whole_zeros == (form.kind == "int4")
+                np.testing.assert_allclose(zeros, np.round(zeros), atol=1e-5)
+                assert form.kind != "int4" or (zeros.min() >= 0 and zeros.max() <= 16)
 
 
 def formats_of(folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from jaxserve.model.quantized import QUANTIZABLE
 FORMATS = {
     "bfloat16": None,
     "int4 with zero points": MatrixFormat(kind="int4", group_size=128, has_bias=True),
+    "int4 with whole zero points": MatrixFormat(kind="int4", group_size=128, has_bias=True, has_whole_zeros=True),
     "int8": MatrixFormat(kind="int8"),
 }
 

@@ -31,6 +31,7 @@ class ProductCase(NamedTuple):
     bits: int = 4
     group: int = 128
     biases: bool = False
+    whole_zeros: bool = False
     tuning: ProductTuning = ProductTuning()
     spilled_bytes: int = 0
 
@@ -98,6 +99,11 @@ PRODUCTS = {
     "int4-16-tokens-groups-of-32-biases": ProductCase(16, group=32, biases=True),
     "int4-64-tokens-groups-of-64": ProductCase(64, group=64),
     "int4-64-tokens-biases": ProductCase(64, biases=True, spilled_bytes=16),
+    "int4-1-token-zeros": ProductCase(1, whole_zeros=True),
+    "int4-64-tokens-zeros": ProductCase(64, whole_zeros=True),
+    "int4-64-tokens-groups-of-32-zeros": ProductCase(64, group=32, whole_zeros=True, spilled_bytes=12),
+    "int4-512-tokens-zeros": ProductCase(512, whole_zeros=True),
+    "int4-dequantized-zeros": ProductCase(1024, group=64, whole_zeros=True),
     "int4-512-tokens-whole-blocks": ProductCase(512),
     "int4-16-tokens-launched-early": ProductCase(16, tuning=ProductTuning(launch_early=True)),
     "int4-dequantized-biases": ProductCase(1024, biases=True),

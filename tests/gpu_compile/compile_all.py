@@ -104,7 +104,8 @@ def compile_product(case: ProductCase) -> dict[str, Any]:
     weights = shape((4096 // 64, 4096 // 128, 2 * case.bits, 128), jnp.int32)
     scale = shape((4096 // 64, 4096 // case.group, 64), jnp.float16) if case.bits == 4 else None
     multiply = jax.jit(functools.partial(gpu_product.multiply, out_dtype=None, t=case.tuning, interpret=None))
-    arguments = x, weights, scale, scale if case.biases else None, row_scale
+    origin = shape(scale.shape, jnp.bfloat16) if case.whole_zeros and scale is not None else None
+    arguments = x, weights, scale, scale if case.biases else None, origin, row_scale
     return assembled(with_output(lambda: multiply.lower(*arguments).compile())[1])
 
 

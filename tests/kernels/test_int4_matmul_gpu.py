@@ -46,7 +46,7 @@ def tokens(seed, m, d):
 
 
 CASES = {
-    # m, f, d, group, symmetric, tuning
+    # m, f, d, group, symmetric (or "whole": zero points as whole numbers), tuning
     "halves of a tile, pieces of a block": (1, 128, 1280, 128, True, Tuning(num_sms=3, ring=2)),
     "several blocks a stretch, groups of 32 with biases": (9, 384, 256, 32, False, Tuning(num_sms=2)),
     "more streams than tiles, groups of 64": (16, 128, 256, 64, True, Tuning(num_sms=5)),
@@ -56,6 +56,11 @@ CASES = {
     "odd number of tiles, padded": (3, 72, 320, 32, False, Tuning(num_sms=2)),
     "one scale a row": (2, 136, 288, 288, False, Tuning(num_sms=2)),
     "whole blocks": (5, 384, 384, 128, False, Tuning(num_sms=2, ring=2, busy=0.7)),
+    "halves of a tile, whole zero points": (1, 128, 768, 128, "whole", Tuning(num_sms=3, ring=2)),
+    "groups of 32, whole zero points": (20, 256, 256, 32, "whole", Tuning(num_sms=2)),
+    "two blocks of tokens, whole zero points": (70, 256, 256, 64, "whole", Tuning(num_sms=3)),
+    "padded, whole zero points": (3, 72, 320, 64, "whole", Tuning(num_sms=2)),
+    "one whole zero point a row": (2, 136, 288, 288, "whole", Tuning(num_sms=2)),
     "whole blocks of features and tokens": (70, 512, 128, 64, True, Tuning(num_sms=2, busy=0.7)),
 }
 
@@ -63,9 +68,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(name):
     m, f, d, group, symmetric, tuning = CASES[name]
-    w, weight = matrix(0, f, d, group, symmetric=symmetric)
+    w, weight = matrix(0, f, d, group, symmetric=symmetric is True)
+    prepared = prepare(w, whole_zeros=symmetric == "whole")
+    assert (prepared.bias is None, prepared.origin is None) == (symmetric is not False, symmetric != "whole")
     x = tokens(1, m, d)
-    check(int4_matmul(x, prepare(w), tuning=tuning, interpret=INTERPRET), x, weight)
+    check(int4_matmul(x, prepared, tuning=tuning, interpret=INTERPRET), x, weight)
     assert not races_found()
 
 
@@ -132,13 +139,13 @@ def test_every_piece_has_one_place():
             assert len(set(owner[block * steps : (block + 1) * steps])) == count <= split.pieces
 
 
-@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (32, False)])
+@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (32, False), (32, "whole")])
 def test_many_tokens_take_the_dequantized_matrix(group, symmetric):
-    w, weight = matrix(4, 72, {128: 256, 32: 192}[group], group, symmetric=symmetric)
-    prepared = prepare(w)
+    w, weight = matrix(4, 72, {128: 256, 32: 192}[group], group, symmetric=symmetric is True)
+    prepared = prepare(w, whole_zeros=symmetric == "whole")
     f, d = weight.shape
     padded = jnp.pad(prepared.row_scale, (0, -f % 128))
-    arrays = prepared.weights, prepared.scale, prepared.bias, padded
+    arrays = prepared.weights, prepared.scale, prepared.bias, prepared.origin, padded
     got = gpu_dequantize.dequantize(*arrays, interpret=INTERPRET)
     assert not races_found()
     np.testing.assert_array_equal(np.asarray(got), np.asarray(gpu_product.dequantize(*arrays)))

@@ -43,6 +43,7 @@ class Int4(NamedTuple):
     num_inputs: int
     group: int = 128
     symmetric: bool = True
+    whole_zeros: bool = False  # where it is not symmetric
 
 
 LLAMA_8B = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -53,6 +54,9 @@ INT4 = [
     *(Int4(m, *LLAMA_8B["gate_up"]) for m in (16, MANY)),
     Int4(256, *LLAMA_8B["down"]),
     *(Int4(m, *LLAMA_8B["out"], symmetric=False) for m in (1, 17, 256, MANY)),
+    *(Int4(m, *LLAMA_8B["out"], symmetric=False, whole_zeros=True) for m in (1, 17, 256, MANY)),
+    Int4(256, *LLAMA_8B["gate_up"], symmetric=False, whole_zeros=True),
+    Int4(64, *SMOLLM2_135M["gate_up"], group=32, symmetric=False, whole_zeros=True),
     Int4(16, *LLAMA_8B["gate_up"], symmetric=False),
     Int4(64, *SMOLLM2_135M["qkv"], group=32),
     Int4(8, *SMOLLM2_135M["gate_up"], group=64, symmetric=False),
@@ -65,10 +69,11 @@ INT4 = [
 
 
 def check_int4(case: Int4, implementation: Any, dtype: Any = jnp.bfloat16) -> None:
-    m, f, d, group, symmetric = case
+    m, f, d, group, symmetric, whole_zeros = case
     w = int4_matrix(f, d, group=group, symmetric=symmetric, seed=m)
     x = random_normal(m, (m, d), dtype)
-    out = int4.int4_matmul(x, int4.prepare(w, implementation=implementation), implementation=implementation)
+    prepared = int4.prepare(w, whole_zeros=whole_zeros, implementation=implementation)
+    out = int4.int4_matmul(x, prepared, implementation=implementation)
     assert out.dtype == dtype
     # Scales are rounded to float16 beside each other, weights to bfloat16 where XLA multiplies.
     rounded = implementation != "mosaic_gpu" or m > Tuning().many_tokens

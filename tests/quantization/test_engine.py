@@ -125,7 +125,8 @@ def test_experts_are_put_together_for_their_rows():
 def test_a_kernels_own_layout_is_made_on_the_devices(monkeypatch):
     """A kernel that keeps the low nibbles of all columns, then the high ones, in two arrays."""
 
-    def prepare(w):
+    def prepare(w, whole_zeros):
+        assert whole_zeros
         return {"low": w.q & 15, "high": w.q >> 4, "per_group": jnp.stack([w.scale, w.bias])}
 
     def multiply(x, w, out_dtype):
@@ -138,7 +139,7 @@ def test_a_kernels_own_layout_is_made_on_the_devices(monkeypatch):
     monkeypatch.setattr(
         dispatch, "best_quantized_matmul", lambda device, hopper: "mosaic_gpu" if hopper else "reference"
     )
-    biased = MatrixFormat(kind="int4", group_size=8, has_bias=True)
+    biased = MatrixFormat(kind="int4", group_size=8, has_bias=True, has_whole_zeros=True)
     config, params, plain = quantized_model(
         tiny.CONFIG, tiny.params(), {"qkv": biased, "down": biased, "embed": biased, "head": biased}
     )

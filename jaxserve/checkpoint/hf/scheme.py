@@ -62,6 +62,7 @@ class Scheme:
             kind=self.kind,
             group_size=self.group_size,
             has_bias=not self.symmetric,
+            has_whole_zeros=not self.symmetric and self.kind == "int4",
             has_perm=has_perm,
             activations=self.activations,
             activation_group=self.activation_group,
