@@ -200,6 +200,7 @@ class EngineStats:
     step_tokens: int = 0  # computed by all steps, prompt and decode
     loras: tuple["LoraLoad", ...] = ()  # of the adapters that are loaded, or unloaded and still in use
     steps_by_size: tuple[int, ...] = ()  # steps of at most STEP_TOKEN_BOUNDS[i] tokens; one more for larger ones
+    replicas: tuple["EngineStats", ...] = ()  # of each, where there are several; without ``loras``
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from jaxserve.engine.door import Door
 from jaxserve.engine.loop import StepLoop
 from jaxserve.engine.loras import Loras
 from jaxserve.engine.mirror import LeadingRunner
+from jaxserve.engine.replicas import Replicas
 from jaxserve.execution.dummy import DummyWeights, dummy_params
 from jaxserve.execution.kept import version_folder
 from jaxserve.execution.placement import place_params
@@ -42,7 +43,7 @@ class EngineParts:
     cache_config: CacheConfig
     dtype: str
     door: Door
-    loop: StepLoop
+    replicas: Replicas
     loras: Loras
 
 
@@ -109,7 +110,7 @@ def build_parts(
             code here.
         on_progress: called with (stage, done, total) while loading, compiling and warming up.
         cluster: the processes whose devices the mesh has, each of which calls this with the same model and options
-            (``cluster.joined``); followers then run a ``mirror.Replica``.
+            (``cluster.joined``); followers then run a ``mirror.Follower``.
 
     Raises:
         ValueError: an option that does not fit the model or the memory, with both numbers.
@@ -202,7 +203,7 @@ def build_parts(
         cache_config=cache_config,
         dtype=jnp_dtype.name,
         door=Door(model_config, scheduler_config.max_model_len, tokenizer, scheduler.check, samplings),
-        loop=StepLoop(scheduler, runner, tokenizer),
+        replicas=Replicas([StepLoop(scheduler, runner, tokenizer)]),
         loras=loras,
     )
 

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +12,7 @@ from jaxserve.engine.construction import GivenParams, build_parts, placed_params
 from jaxserve.engine.door import Prompt, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.loading import LoadFormat, opened_model
+from jaxserve.engine.loop import StepLoop
 from jaxserve.engine.loras import PlacedLora
 from jaxserve.engine.mirror import LeadingRunner
 from jaxserve.engine.output import completions_of, embedding_of
@@ -37,7 +37,7 @@ class Engine:
         model_name, model_config, cache_config, scheduler_config, parallel_config, dtype: what was resolved.
         sampling_defaults: what ``default_sampling_params`` starts from.
         tokenizer: None where the engine was made without; prompts are then token ids and completions have no text.
-        loop: the step loop, its scheduler and its runner: for tests and benchmarks.
+        replicas: the step loops: for tests and benchmarks.
     """
 
     @classmethod
@@ -120,11 +120,16 @@ class Engine:
         parts = build_parts(model_config, params, tokenizer, base_names=(model_name,), **options)
         self.parallel_config, self.dtype = parts.parallel_config, parts.dtype
         self.scheduler_config, self.cache_config = parts.scheduler_config, parts.cache_config
-        self.loop, self._door, self._loras = parts.loop, parts.door, parts.loras
+        self.replicas, self._door, self._loras = parts.replicas, parts.door, parts.loras
         self._events: list[TokenEvent] = []  # for the next ``step``
         self._inboxes: dict[str, deque[TokenEvent]] = {}  # requests of ``generate`` and ``stream``
         self._closed = False
         self._failure: BaseException | None = None
+
+    @property
+    def loop(self) -> StepLoop:
+        """The step loop of the first replica, its scheduler and its runner: for tests and benchmarks."""
+        return self.replicas.loops[0]
 
     def default_sampling_params(self, **fields: Any) -> SamplingParams:
         """The model's own sampling with ``fields`` instead of what it says of them.
@@ -312,18 +317,18 @@ class Engine:
         self._check_usable()
         self._loras.check_loaded(request)
         with interrupts_held():
-            self.loop.add(request)
+            self.replicas.add(request)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and frees its pages; its last event comes with the next ``step``. False if unknown."""
         with interrupts_held():
-            was_known = self.loop.abort(request_id)
+            was_known = self.replicas.abort(request_id)
             self._take_events()
             return was_known
 
     def has_unfinished(self) -> bool:
         """Whether ``step`` has anything to do: requests, steps in flight, or events to hand out."""
-        return self.loop.has_unfinished() or bool(self._events)
+        return self.replicas.has_unfinished() or bool(self._events)
 
     def step(
         self,
@@ -331,6 +336,7 @@ class Engine:
         on_times: Callable[[StepTimes], None] | None = None,
     ) -> list[TokenEvent]:
         """Schedules and dispatches one step, and returns the events of the one before it (of itself at lookahead 0).
+        With replicas one of each that has none under way, and the events of those that have come to their ends.
 
         ``on_dispatch`` is called with the figures of the moment the device spends its time in: after a dispatch, before
         what the step before ended is freed. ``on_times`` is called last, with what the step did.
@@ -348,18 +354,19 @@ class Engine:
         # A step cut short would leave the scheduler and the device with different ideas of what is in the pages.
         with interrupts_held():
             try:
-                with self.loop.runner.compile_counter.watch():
-                    times = self.loop.advance(on_dispatch and (lambda: on_dispatch(self.stats())))
+                times: list[StepTimes] = []
+                self.replicas.advance(on_dispatch and (lambda: on_dispatch(self.stats())), times.append)
             except BaseException as error:
                 self._failure = error
                 raise
         self._take_events()
         if on_times is not None:
-            on_times(times)
+            for each in times:
+                on_times(each)
 
     def _take_events(self) -> None:
         """From the loop to whom they are for."""
-        for event in self.loop.take_events():
+        for event in self.replicas.take_events():
             inbox = self._inboxes.get(event.request_id)
             (self._events if inbox is None else inbox).append(event)
 
@@ -388,9 +395,7 @@ class Engine:
         self._check_usable()
         placed = self._placed(params)
         with interrupts_held():
-            self.loop.finish_stages()  # a step is of one set of weights
-            self.loop.runner.update_params(placed)
-            self.loop.forget_computed()
+            self.replicas.update_params([placed])
 
     def load_params(self, name_or_path: str | Path) -> StageParams:
         """The weights of a checkpoint of the same model, where this engine wants them, for ``update_params``. Any
@@ -435,7 +440,7 @@ class Engine:
     def add_lora(self, name: str, adapter: Adapter | PlacedLora) -> LoadedAdapter:
         """As ``load_lora``, an adapter of ``read_lora`` or of live arrays (``model.lora.Adapter``)."""
         self._check_usable()
-        with interrupts_held(), self.loop.runner.compile_counter.watch():
+        with interrupts_held(), self.replicas.watch():
             return self._loras.add(name, self._loras.place(adapter) if isinstance(adapter, Adapter) else adapter)
 
     def unload_lora(self, name: str) -> None:
@@ -456,25 +461,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Figures of now. Read from another thread they may be of neighbouring steps."""
-        stats: dict[str, Any] = asdict(self.loop.scheduler.stats())
-        stats |= {
-            "num_steps": self.loop.num_steps,
-            "recompilations_after_ready": self.loop.runner.compile_counter.count,
-            "loras": self._loras.loads(),
-        }
-        return EngineStats(**{name: stats[name] for name in EngineStats.__dataclass_fields__})
+        return self.replicas.stats(self._loras.loads())
 
     def page_map(self) -> PageMap:
         """Who holds which KV pages. Between two steps only, as ``step``."""
-        return self.loop.scheduler.page_map()
+        return self.replicas.page_map()
 
     def close(self) -> None:
         """Frees the device's memory. Unfinished requests are dropped. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self.loop.in_flight.clear()
-            self.loop.stages.clear()
-            self.loop.runner.close()
+            self.replicas.close()
 
     def __enter__(self) -> Self:
         return self

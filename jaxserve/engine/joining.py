@@ -3,7 +3,7 @@
 import jax
 
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.mirror import Replica
+from jaxserve.engine.mirror import Follower
 from jaxserve.multihost.cluster import Cluster, Timeouts, join
 from jaxserve.multihost.process import Process
 
@@ -37,7 +37,7 @@ def follow(engine: Engine, cluster: Cluster) -> None:
 
     Raises ClusterError where the leader sends what does not follow.
     """
-    Replica(engine.loop.runner, cluster, engine.load_params).run()
+    Follower(engine.loop.runner, cluster, engine.load_params).run()
 
 
 def leave_cluster(cluster: Cluster) -> None:

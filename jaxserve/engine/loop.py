@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -32,8 +32,12 @@ class InFlight(NamedTuple):
     asides: Asides | None
 
 
+# What a step is about to read, before it does; a step that is ended without looking at these waits where it must.
+Waits = Generator[jax.Array]
+
+
 class StepLoop:
-    """Runs one engine's scheduler and runner against each other. One thread at a time.
+    """Runs one scheduler and its runner against each other. One thread at a time.
 
     Attributes:
         scheduler, runner: the loop is the only one that makes them go on.
@@ -56,12 +60,12 @@ class StepLoop:
         self._times = dict.fromkeys(SECONDS, 0.0)  # of the step that runs
         self._lap = time.perf_counter()
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises as ``Engine.add_request``."""
+    def add(self, request: Request, num_cached: int = 0, waiting_elsewhere: int = 0) -> None:
+        """Queues a request. Raises as ``Engine.add_request``. The numbers are of ``Scheduler.add_group``."""
         choices = request.choices()
         if request.request_id in self._groups or self.scheduler.get(request.request_id):
             raise RequestError("request_id", f"{request.request_id!r} is already in use")
-        for sequence in self.scheduler.add_group(choices):
+        for sequence in self.scheduler.add_group(choices, num_cached, waiting_elsewhere):
             self._outputs[sequence.request_id] = RequestOutput(sequence, self._tokenizer)
         if request.params.n > 1:
             self._groups[request.request_id] = {choice.choice: choice.request_id for choice in choices}
@@ -81,8 +85,11 @@ class StepLoop:
         events, self._events = self._events, []
         return events
 
-    def advance(self, on_dispatch: Callable[[], None] | None) -> StepTimes:
+    def advance(self, on_dispatch: Callable[[], None] | None) -> Generator[jax.Array, None, StepTimes]:
         """Schedules and dispatches one step, and reads and commits the one before it (itself at lookahead 0).
+
+        It yields what it is about to read: its owner may do other things until that is ready, requests that come and
+        go included, and other weights, ``forget_computed`` and another step excepted.
 
         With stages, what is dispatched is a tick, with or without a step that enters them, and what is read the step
         that left them in the tick before.
@@ -100,19 +107,29 @@ class StepLoop:
         self._spent("schedule_s")
         tick, may_be_unread = None, 0
         if batch is not None or self.stages.is_busy:
-            tick = self._tick(batch, on_dispatch)
+            tick = yield from self._tick(batch, on_dispatch)
             if not self.scheduler.config.lookahead:
-                self.finish_stages()
+                yield from self._finish_stages()
             elif tick.leaving is not None:
                 may_be_unread = 1
         if len(self.in_flight) > may_be_unread:
-            self._read()
+            yield from self._read()
         return StepTimes(batch, tick, **self._times)
 
     def finish_stages(self) -> None:
-        """Dispatches the steps in the stages to their ends; no other enters."""
+        """Dispatches the steps in the stages to their ends; no other enters. Not while a step is under way."""
+        for _ in self._finish_stages():
+            pass
+
+    def _finish_stages(self) -> Waits:
         while self.stages.is_busy:
-            self._tick(None, None)
+            yield from self._tick(None, None)
+
+    def close(self) -> None:
+        """Frees the device's memory; what is in flight is dropped."""
+        self.in_flight.clear()
+        self.stages.clear()
+        self.runner.close()
 
     def _spent(self, part: str) -> None:
         """Counts the time since the last call for a part of the step."""
@@ -120,7 +137,9 @@ class StepLoop:
         self._times[part] += now - self._lap
         self._lap = now
 
-    def _tick(self, batch: ScheduledBatch | None, on_dispatch: Callable[[], None] | None) -> Tick:
+    def _tick(
+        self, batch: ScheduledBatch | None, on_dispatch: Callable[[], None] | None
+    ) -> Generator[jax.Array, None, Tick]:
         entering = None
         if batch is not None:
             built = build_inputs(batch, self.scheduler.slots, self.runner.dims)
@@ -130,13 +149,13 @@ class StepLoop:
         self._spent("build_s")
         computed = self.runner.forward(tick.bucket, tick.buffers, has_adapters=tick.has_adapters)
         if tick.leaving is not None:
-            self._sample(tick.leaving, computed)
+            yield from self._sample(tick.leaving, computed)
         if on_dispatch is not None:
             on_dispatch()
         self._spent("dispatch_s")
         return tick
 
-    def _sample(self, step: Entered, computed: Computed) -> None:
+    def _sample(self, step: Entered, computed: Computed) -> Waits:
         """Dispatches the end of a step whose logits are ``computed``."""
         batch = step.batch
         asides = allowed = None
@@ -155,7 +174,7 @@ class StepLoop:
             asked = "constrained"
             self._spent("dispatch_s")
             while self.in_flight:
-                self._read()
+                yield from self._read()
             allowed = self._allowed(batch)
             self._spent("masks_s")
         self.in_flight.append(InFlight(batch, self.runner.sample(computed, asked, allowed), asides))
@@ -179,8 +198,9 @@ class StepLoop:
                 self._end(structured.request_id, *ended)
         return allowed
 
-    def _read(self) -> None:
+    def _read(self) -> Waits:
         """Reads and commits the oldest step in flight."""
+        yield self.in_flight[0].handle
         step = self.in_flight.popleft()
         outputs = self.runner.read(step.handle)
         in_full = NOTHING if step.asides is None else step.asides.read(self.runner)

@@ -101,7 +101,7 @@ class LeadingRunner(Runner):
         super().close()
 
 
-class Replica:
+class Follower:
     """A follower's runner, and what the leader has it do.
 
     Args:

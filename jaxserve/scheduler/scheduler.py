@@ -105,21 +105,27 @@ class Scheduler:
         """Queue ``request``. RequestError if it can never be served, QueueFullError if too many wait."""
         return self.add_group([request])[0]
 
-    def add_group(self, requests: list[Request]) -> list[Sequence]:
+    def add_group(self, requests: list[Request], num_cached: int = 0, waiting_elsewhere: int = 0) -> list[Sequence]:
         """Queue requests of one prompt, all or none (errors as of ``add``).
 
         The first computes the prompt, the others wait until its full pages can be shared.
+
+        Args:
+            num_cached: tokens of the prompt that the prefix cache has now, where it was looked up: for ``routing``.
+            waiting_elsewhere: requests in queues that share ``max_num_waiting`` with this one's.
         """
         for request in requests:
             self.check(request)
             if request.request_id in self._sequences:
                 raise RequestError("request_id", f"{request.request_id!r} is already in use")
-        if len(self._waiting) + len(requests) > self.config.max_num_waiting:
+        num_waiting = len(self._waiting) + waiting_elsewhere
+        if num_waiting + len(requests) > self.config.max_num_waiting:
             raise QueueFullError(
-                f"{len(self._waiting)} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
+                f"{num_waiting} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
                 + (f": no room for {len(requests)} more" if len(requests) > 1 else "")
             )
         first = self._queue(requests[0], None)
+        first.num_expected = num_cached
         return [first, *(self._queue(request, first) for request in requests[1:])]
 
     def _queue(self, request: Request, shares_with: Sequence | None) -> Sequence:
@@ -134,6 +140,10 @@ class Scheduler:
     def get(self, request_id: str) -> Sequence | None:
         """The unfinished sequence of ``request_id``."""
         return self._sequences.get(request_id)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def unfinished(self) -> tuple[Sequence, ...]:
         """Every sequence that waits or runs, in no order."""
