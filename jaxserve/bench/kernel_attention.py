@@ -15,6 +15,7 @@ from jaxserve.bench.ceilings import random_normal
 from jaxserve.bench.kernel_cases import Case, Setting, Way, on_hopper
 from jaxserve.bench.kernel_inputs import attention_inputs, rope_append_inputs
 from jaxserve.bench.roofline import Work, attention_pairs
+from jaxserve.cache import pages
 from jaxserve.execution.lowering import best_rope_append
 from jaxserve.model import layers
 from jaxserve.step_io import Bucket
@@ -22,7 +23,7 @@ from pallas_kernels import dispatch
 from pallas_kernels import paged_attention as attention
 from pallas_kernels import rope_append as rope
 from pallas_kernels.paged_attention import gpu as hopper_attention
-from pallas_kernels.paged_attention import gpu_decode, gpu_prefill
+from pallas_kernels.paged_attention import gpu_decode, gpu_decode_quantized, gpu_prefill
 
 
 def attention_program(
@@ -31,9 +32,11 @@ def attention_program(
     decode_lens: Sequence[int],
     chunks: Sequence[tuple[int, int]],
     num_calls: int,
+    cache: str | None,
     attend: Callable[..., jax.Array],
 ) -> Callable[[], Any]:
-    """Calls of ``attend`` with the keywords of ``paged_attention``; the output of each is the queries of the next."""
+    """Calls of ``attend`` with the keywords of ``paged_attention``; the output of each is the queries of the next.
+    ``cache`` is a key of ``pages.NUMBERS``; None: pages of ``Setting.dtype``."""
     config = setting.config
     x = attention_inputs(
         decode_lens,
@@ -46,24 +49,34 @@ def attention_program(
     )
     q, kv = x.pop("q"), x.pop("kv_pages")
     fixed = {name: x.pop(name) for name in ("num_decode_rows", "sm_scale")} | variant
-    held = [kv, *(random_normal(i, kv.shape, setting.dtype) for i in range(1, num_calls))]
+
+    def stored(kv: jax.Array) -> dict[str, jax.Array]:
+        if cache is None:
+            return {"kv_pages": kv}
+        numbers, scale = jax.jit(pages.rounded, static_argnums=1)(kv, pages.NUMBERS[cache])
+        return {"kv_pages": numbers, "kv_scales": scale}
+
+    held = [stored(kv), *(stored(random_normal(i, kv.shape, setting.dtype)) for i in range(1, num_calls))]
 
     @jax.jit
-    def chain(q: jax.Array, held: list[jax.Array], x: dict[str, jax.Array]) -> jax.Array:
-        for kv_pages in held:
-            q = attend(q=q, kv_pages=kv_pages, **x, **fixed)
+    def chain(q: jax.Array, held: list[dict[str, jax.Array]], x: dict[str, jax.Array]) -> jax.Array:
+        for kv in held:
+            q = attend(q=q, **kv, **x, **fixed)
         return q
 
     return functools.partial(chain, q, held, x)
 
 
 def attention_cases(
-    setting: Setting, kernel: str, batches: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]]
+    setting: Setting,
+    kernel: str,
+    batches: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]],
+    cache: str | None = None,
 ) -> Iterator[Case]:
     """For each of the model's windows and each of ``batches``, (decode rows' keys, chunks)."""
     for window in dict.fromkeys(setting.config.window(i) for i in range(setting.config.num_layers)):
         for decode_lens, chunks in batches:
-            yield attention_case(setting, kernel, window, decode_lens, chunks)
+            yield attention_case(setting, kernel, window, decode_lens, chunks, cache)
 
 
 def attention_case(
@@ -72,12 +85,14 @@ def attention_case(
     window: int | None,
     decode_lens: Sequence[int],
     chunks: Sequence[tuple[int, int]],
+    cache: str | None = None,
 ) -> Case:
     config, dtype = setting.config, setting.dtype
+    kv_dtype = dtype if cache is None else jnp.dtype(pages.NUMBERS[cache])
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
     needs = hopper_attention.needs(
-        head_dim=h, page_size=setting.page_size, k_heads=k, group=n // k, dtype=dtype, windows=(window,),
-        softcap=config.attn_softcap, sinks=config.attn_sinks,
+        head_dim=h, page_size=setting.page_size, k_heads=k, group=n // k, dtype=dtype, kv_dtype=kv_dtype,
+        windows=(window,), softcap=config.attn_softcap, sinks=config.attn_sinks,
     )  # fmt: skip
     variant: dict[str, Any] = {"window": window, "softcap": config.attn_softcap}
     if config.attn_sinks:
@@ -85,7 +100,8 @@ def attention_case(
     rows = [(length - 1, 1) for length in decode_lens] + [(keys - new, new) for new, keys in chunks]
     pairs = sum(attention_pairs(start, new, window) for start, new in rows)
     seen = sum(start + new - (max(0, start - window + 1) if window else 0) for start, new in rows)
-    tokens, kv_bytes = sum(new for _, new in rows), seen * k * h * 2 * dtype.itemsize
+    vector_bytes = h * kv_dtype.itemsize + (0 if cache is None else pages.SCALE_DTYPE.itemsize)
+    tokens, kv_bytes = sum(new for _, new in rows), seen * k * 2 * vector_bytes
     work = Work(kv_bytes + 2 * tokens * n * h * dtype.itemsize, 4.0 * n * h * pairs)
     num_calls = setting.num_copies(kv_bytes)
 
@@ -94,31 +110,37 @@ def attention_case(
     attends: dict[str, Callable[..., jax.Array]] = {
         name: functools.partial(attention.paged_attention, implementation=name) for name in names
     }
-    if "mosaic_gpu" in names and (attend := tuned_attention(setting, not chunks)):
+    if "mosaic_gpu" in names and (attend := tuned_attention(setting, not chunks, cache)):
         attends["mosaic_gpu, tuned"] = attend
-    program = functools.partial(attention_program, setting, variant, decode_lens, chunks, num_calls)
+    program = functools.partial(attention_program, setting, variant, decode_lens, chunks, num_calls, cache)
     ways = [
         Way(name, name == selected, work, functools.partial(program, attend), num_calls)
         for name, attend in attends.items()
     ]
     plain = window is None and config.attn_softcap is None and not config.attn_sinks
+    plain = plain and cache is None
     if plain and len(set(rows)) == 1 and jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and h <= 128:
         ways.append(dense_attention(setting, decode_lens, chunks, work, num_calls))
-    about = {"new_tokens": tokens} if chunks else {"rows": len(rows)}
+    about: dict[str, Any] = {"new_tokens": tokens} if chunks else {"rows": len(rows)}
     about |= {"keys": sum(start + new for start, new in rows), "window": window}
+    if cache is not None:  # and what a cache that is not rounded takes
+        whole = attention_case(setting, kernel, window, decode_lens, chunks)
+        [way] = [way for way in whole.ways if way.is_selected]
+        ways.append(way._replace(implementation=f"{dtype.name} cache, {way.implementation}", is_selected=False))
+        about["cache"] = cache
     return Case(kernel, about, ways)
 
 
-def tuned_attention(setting: Setting, decode: bool) -> Callable[..., jax.Array] | None:
+def tuned_attention(setting: Setting, decode: bool, cache: str | None) -> Callable[..., jax.Array] | None:
     """Hopper's kernel with ``Setting.tuning``, for keywords of ``paged_attention``; None if it has no such field."""
-    module = gpu_decode if decode else gpu_prefill
-    tuning = setting.tuned(module.default_tuning(setting.config.head_dim))
+    kernel = gpu_decode if cache is None else gpu_decode_quantized
+    tuning = setting.tuned((kernel if decode else gpu_prefill).default_tuning(setting.config.head_dim))
     if tuning is None:
         return None
 
     def attend(*, prefill_cu_q_lens: jax.Array, num_decode_rows: int, **keywords: Any) -> jax.Array:
         if decode:
-            return gpu_decode.decode_attention(**keywords, tuning=tuning)
+            return kernel.decode_attention(**keywords, tuning=tuning)
         return gpu_prefill.prefill_attention(**keywords, cu_q_lens=prefill_cu_q_lens, tuning=tuning)
 
     return attend
@@ -150,11 +172,21 @@ def dense_attention(
 
 
 def decode_cases(setting: Setting) -> Iterator[Case]:
+    return attention_cases(setting, "decode_attention", decode_batches(setting))
+
+
+def quantized_decode_cases(setting: Setting) -> Iterator[Case]:
+    """As ``decode_cases``, of a cache of each of the few-bit numbers, beside one that is not rounded."""
+    for cache in pages.NUMBERS:
+        yield from attention_cases(setting, "quantized_decode_attention", decode_batches(setting), cache)
+
+
+def decode_batches(setting: Setting) -> list[tuple[list[int], tuple[()]]]:
     """Rows of the same length; and, as many as there are at most, of very different ones."""
     lens = [[setting.context] * rows for rows in setting.batches]
     if max(setting.batches) > 1:
         lens.append(uneven(max(setting.batches), setting.context))
-    return attention_cases(setting, "decode_attention", [(x, ()) for x in lens])
+    return [(x, ()) for x in lens]
 
 
 def uneven(num_rows: int, mean: int) -> list[int]:

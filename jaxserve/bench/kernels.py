@@ -12,7 +12,12 @@ import jax
 
 from jaxserve.bench.ceilings import Ceilings, measure_ceilings, seconds
 from jaxserve.bench.environment import command_line, environment
-from jaxserve.bench.kernel_attention import decode_cases, prefill_cases, rope_append_cases
+from jaxserve.bench.kernel_attention import (
+    decode_cases,
+    prefill_cases,
+    quantized_decode_cases,
+    rope_append_cases,
+)
 from jaxserve.bench.kernel_cases import Case, Setting, Way
 from jaxserve.bench.kernel_products import grouped_cases, int4_cases, int8_cases
 from jaxserve.bench.profile_summary import kernels as kernels_in
@@ -34,6 +39,7 @@ KERNELS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "grouped_matmul": grouped_cases,
     "decode_attention": decode_cases,
     "prefill_attention": prefill_cases,
+    "quantized_decode_attention": quantized_decode_cases,
     "rope_append": rope_append_cases,
 }
 

@@ -99,8 +99,8 @@ class KernelOptions:
     kernels: Annotated[
         str | None,
         typer.Option(
-            help='Some of "int4_matmul,int8_matmul,grouped_matmul,decode_attention,prefill_attention,rope_append". '
-            "(default: all)"
+            help='Some of "int4_matmul,int8_matmul,grouped_matmul,decode_attention,prefill_attention,'
+            'quantized_decode_attention,rope_append". (default: all)'
         ),
     ] = None
     batches: Annotated[

@@ -83,6 +83,18 @@ def test_work_of_attention_with_and_without_a_window():
     assert windowed[1] == {"reference": Work(9 * (token + qo), 4 * 4 * 16 * (1 + 2 + 3 + 4 + 5 * 5))}
 
 
+def test_work_of_attention_of_a_quantized_cache():
+    found = works("quantized_decode_attention")
+    assert [about.get("cache") for about, _ in found] == ["int8", "int8", "fp8", "fp8"]
+    about, ways = found[0]
+    assert about == {"rows": 3, "keys": 63, "window": None, "cache": "int8"}
+    qo, flops = 2 * 4 * 16 * 4, 4 * 4 * 16 * 63
+    assert ways == {  # vectors of 16 bytes and a scale of two
+        "reference": Work(3 * (21 * 2 * 2 * (16 + 2) + qo), flops),
+        "float32 cache, reference": Work(3 * (21 * 2 * 2 * 16 * 4 + qo), flops),
+    }
+
+
 def test_work_of_appends_and_of_experts():
     moved = 2 * 3 * 2 * 4 * 16 * 4 + 3 * 16 * 4  # qkv in, queries and pages out; cos and sin
     work = Work(moved, 3 * 3 * 2 * 3 * 16)
@@ -112,7 +124,9 @@ def test_each_way_runs(name: str):
             assert costs["flops"] >= way.num_calls * way.work.flops  # XLA has left no call out
 
 
-@pytest.mark.parametrize("name", ["int4_matmul", "int8_matmul", "decode_attention", "prefill_attention"])
+@pytest.mark.parametrize(
+    "name", ["int4_matmul", "int8_matmul", "decode_attention", "prefill_attention", "quantized_decode_attention"]
+)
 def test_hopper_has_ways_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch):
     """Traced only: there is none here."""
     for module in (kernel_attention, kernel_products):

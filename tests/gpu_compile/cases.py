@@ -20,6 +20,7 @@ class KernelCase(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    cache: str | None = None  # numbers of the cache, "int8" or "fp8"; None: bfloat16
     spilled_bytes: int = 0  # of registers, at most
     refused: str = ""  # what the compiler's error must say
 
@@ -74,6 +75,20 @@ KERNELS = {
         PrefillTuning(), rows=4, num_heads=9, num_kv_heads=3, head_dim=64, spilled_bytes=PREFILL_SPILLS
     ),
 }
+
+# Decode of a quantized cache.
+for _cache in ("int8", "fp8"):
+    KERNELS |= {
+        f"decode-{_cache}": KernelCase(Tuning(), cache=_cache),
+        f"decode-{_cache}-page-128-of-64": KernelCase(Tuning(), page_size=128, head_dim=64, cache=_cache),
+        f"decode-{_cache}-window-sinks-of-64": KernelCase(
+            Tuning(), rows=8, num_heads=64, head_dim=64, window=128, sinks=True, cache=_cache
+        ),
+        f"decode-{_cache}-page-32-window-softcap": KernelCase(
+            Tuning(), rows=8, num_kv_heads=16, page_size=32, window=4096, softcap=50.0, cache=_cache
+        ),
+        f"decode-{_cache}-32-heads-of-1": KernelCase(Tuning(), rows=1, num_kv_heads=1, cache=_cache),
+    }
 
 # What Mistral, GPT-OSS, Gemma 2 27B, Gemma 2 9B and Gemma 3, and Phi-3 need; spills of decode, of prefill.
 VARIANTS: dict[str, tuple[KernelCase, int, int]] = {

@@ -19,11 +19,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from jaxserve.cache.pages import NUMBERS
 from jaxserve.config import ParallelConfig
 from jaxserve.execution.lowering import compile_step
 from jaxserve.parallel.mesh import make_mesh
 from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import gpu_product
+from pallas_kernels.paged_attention import gpu_decode_quantized
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
 from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
 from pallas_kernels.paged_attention.gpu_prefill import prefill_attention
@@ -76,17 +78,23 @@ def compile_kernel(case: KernelCase) -> dict[str, Any]:
     sharding = jax.sharding.SingleDeviceSharding(hopper.devices(1)[0])
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     is_prefill = isinstance(case.tuning, PrefillTuning)
+    pages = shape(
+        (NUM_PAGES, case.num_kv_heads, 2, case.page_size, case.head_dim),
+        jnp.bfloat16 if case.cache is None else NUMBERS[case.cache],
+    )
     arguments = [
         shape((CHUNK_TOKENS if is_prefill else case.rows, case.num_heads, case.head_dim), jnp.bfloat16),
-        shape((NUM_PAGES, case.num_kv_heads, 2, case.page_size, case.head_dim), jnp.bfloat16),
+        pages,
+        *([] if case.cache is None else [shape(pages.shape[:-1], jnp.bfloat16)]),
         shape((case.rows, MAX_MODEL_LEN // case.page_size), jnp.int32),
         shape((case.rows,), jnp.int32),
     ]
     if is_prefill:
         arguments.append(shape((case.rows + 1,), jnp.int32))
     tuning = None if case.tuning in (Tuning(), PrefillTuning()) else case.tuning  # None: what the shape gets by default
+    decode = decode_attention if case.cache is None else gpu_decode_quantized.decode_attention
     kernel = functools.partial(
-        prefill_attention if is_prefill else decode_attention,
+        prefill_attention if is_prefill else decode,
         sm_scale=case.head_dim**-0.5,
         tuning=tuning,
         window=case.window,
@@ -94,7 +102,13 @@ def compile_kernel(case: KernelCase) -> dict[str, Any]:
     )
     sinks = shape((case.num_heads,), jnp.float32) if case.sinks else None
     attend = jax.jit(lambda sinks, *arguments: kernel(*arguments, sinks=sinks))
-    return assembled(with_output(lambda: attend.lower(sinks, *arguments).compile())[1])
+    compiled, log = with_output(lambda: attend.lower(sinks, *arguments).compile())
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return assembled(log) | {
+        "temp_bytes": analysis.temp_size_in_bytes,
+        "cache_bytes": pages.size * pages.dtype.itemsize,
+    }
 
 
 def compile_product(case: ProductCase) -> dict[str, Any]:

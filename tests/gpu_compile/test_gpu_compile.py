@@ -35,6 +35,7 @@ def test_kernel_fits_in_registers_and_shared_memory(name, report):
     assert "error" not in found, found["error"]
     assert found["registers"]
     assert found["spilled_bytes"] and max(found["spilled_bytes"]) <= case.spilled_bytes
+    assert found["temp_bytes"] < found["cache_bytes"]  # it is read where and as it lies
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxserve.bench.ceilings import random_normal
 from jaxserve.bench.kernel_inputs import attention_inputs
+from jaxserve.cache.pages import NUMBERS, rounded
 from pallas_kernels.paged_attention import paged_attention, query_rows
 
 compiled = jax.jit(
@@ -48,14 +49,24 @@ def uneven(rows: int, mean: int) -> tuple[int, ...]:
     return 32768, *np.clip(r.lognormal(np.log(mean), 1.2, rows - 1).astype(int), 1, 16384).tolist()
 
 
-def unreached_as_nan(x: dict[str, Any]) -> jax.Array:
-    """The pages of ``attention_inputs``, NaN in every place that no row reaches."""
+def stored(x: dict[str, Any], cache: str | None) -> dict[str, jax.Array]:
+    """The pages of ``attention_inputs``, NaN in every place that no row reaches; as numbers of ``cache`` and scales if
+    it is not None, the vectors of different sizes."""
     num_pages, _, _, page_size, _ = x["kv_pages"].shape
     reached = np.zeros((num_pages, page_size), bool)
     for ids, length in zip(np.asarray(x["page_table"]), np.asarray(x["kv_lens"]), strict=True):
         tokens = np.arange(length)
         reached[ids[tokens // page_size], tokens % page_size] = True
-    return jnp.where(jnp.asarray(reached)[:, None, None, :, None], x["kv_pages"], jnp.nan)
+    is_reached = jnp.asarray(reached)[:, None, None, :]
+    if cache is None:
+        return {"kv_pages": jnp.where(is_reached[..., None], x["kv_pages"], jnp.nan)}
+    sizes = jnp.exp2(random_normal(97, x["kv_pages"].shape[:-1]))
+    numbers, scale = rounded(x["kv_pages"].astype(jnp.float32) * sizes[..., None], jnp.dtype(NUMBERS[cache]))
+    garbage = jnp.asarray(0x7F, numbers.dtype)  # as an e4m3, NaN
+    return {
+        "kv_pages": jnp.where(is_reached[..., None], numbers, garbage),
+        "kv_scales": jnp.where(is_reached, scale, jnp.nan),
+    }
 
 
 def in_rows(q: jax.Array, num_kv_heads: int, num_rows: int) -> jax.Array:
@@ -65,7 +76,15 @@ def in_rows(q: jax.Array, num_kv_heads: int, num_rows: int) -> jax.Array:
     return jnp.pad(q, ((0, 0), (0, 0), (0, num_rows - q.shape[2]), (0, 0)), constant_values=jnp.nan)
 
 
-def check(shape: Shape, decode_lens=(), chunks=(), *, implementation="mosaic_gpu", rows: int | None = None) -> None:
+def check(
+    shape: Shape,
+    decode_lens=(),
+    chunks=(),
+    *,
+    implementation="mosaic_gpu",
+    rows: int | None = None,
+    cache: str | None = None,
+) -> None:
     """The implementation in bfloat16 against the reference in float32 on the same numbers. With ``rows`` it gets its
     queries in as many rows a kv head."""
     n, k, h, page_size, window, softcap, sinks = shape
@@ -79,7 +98,7 @@ def check(shape: Shape, decode_lens=(), chunks=(), *, implementation="mosaic_gpu
         num_padding_tokens=5,
         seed=len(decode_lens),
     )
-    x |= {"kv_pages": unreached_as_nan(x), "window": window, "softcap": softcap}
+    x |= {**stored(x, cache), "window": window, "softcap": softcap}
     x |= {"sinks": random_normal(98, (n,)) * 3 if sinks else None}
     wanted = compiled(**(x | {"q": x["q"].astype(jnp.float32)}), implementation="reference")
     if rows is not None:
@@ -130,6 +149,38 @@ def test_decode_of_queries_in_rows(shape):
     check(shape, RAGGED, rows=query_rows(shape.num_heads // shape.num_kv_heads, "mosaic_gpu"))
 
 
+QUANTIZED: dict[str, tuple[Shape, tuple[int, ...]]] = {
+    "llama 8b": (LLAMA_8B, RAGGED),
+    "llama 8b, pages of 32": (LLAMA_8B._replace(page_size=32), RAGGED),
+    "llama 8b, pages of 64": (LLAMA_8B._replace(page_size=64), RAGGED),
+    "llama 8b, pages of 128": (LLAMA_8B._replace(page_size=128), RAGGED),
+    "llama 8b, one row": (LLAMA_8B, (5000,)),
+    "llama 8b, uneven": (LLAMA_8B, uneven(64, 500)),
+    "llama 8b, 256 rows": (LLAMA_8B, tuple(np.random.default_rng(1).integers(1, 1500, 256).tolist())),
+    "llama 8b, one of eight devices": (LLAMA_8B_TENSOR8, RAGGED),
+    "llama 8b, window": (LLAMA_8B._replace(window=128), RAGGED),
+    "20 heads of 1": (Shape(20, 1, 128), RAGGED),
+    "smollm2 135m": (SMOLLM2_135M, RAGGED),
+    "qwen 0.5b, pages of 64": (QWEN_05B._replace(page_size=64), RAGGED),
+    "gpt-oss": (GPT_OSS, RAGGED),
+    "16 kv heads, pages of 32, softcap": (Shape(32, 16, 128, page_size=32, softcap=2.0), RAGGED),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", NUMBERS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_decode(name, cache):
+    check(*QUANTIZED[name], cache=cache)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", NUMBERS)
+def test_quantized_decode_of_queries_in_rows_beside_chunks(cache):
+    check(SMOLLM2_135M, RAGGED, rows=query_rows(3, "mosaic_gpu"), cache=cache)
+    check(LLAMA_8B, (700, 1, 129), CHUNKS[:4], cache=cache)
+
+
 PREFILL: dict[str, tuple[Shape, tuple[int, ...], tuple[tuple[int, int], ...]]] = {
     "llama 8b": (LLAMA_8B, (), CHUNKS),
     "llama 8b, whole prompts": (LLAMA_8B, (), ((2048, 2048), (512, 4096))),
@@ -152,9 +203,11 @@ def test_prefill(name):
 
 
 @pytest.mark.gpu
-def test_decode_gives_the_same_bits_again():
+@pytest.mark.parametrize("cache", [None, *NUMBERS])
+def test_decode_gives_the_same_bits_again(cache):
     """An error that moves would be a race."""
     x = attention_inputs(uneven(100, 900), num_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
+    x |= stored(x, cache)
     outs = [compiled(**x, implementation="mosaic_gpu") for _ in range(20)]
     assert all(jnp.array_equal(out, outs[0]) for out in outs[1:])
 
@@ -164,6 +217,8 @@ def test_small_shapes_by_the_reference():
     check(SMALL, (1, 0, 9, 40), implementation="reference", rows=5)
     variant = SMALL._replace(window=7, softcap=2.0, sinks=True)
     check(variant, (3, 17), ((1, 1), (9, 30), (0, 0)), implementation="reference")
+    for cache in NUMBERS:
+        check(SMALL, (1, 0, 9, 40), ((9, 30),), implementation="reference", cache=cache)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1.05, 0.0])

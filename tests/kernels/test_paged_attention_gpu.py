@@ -251,6 +251,10 @@ def test_shapes_without_a_kernel_are_refused_with_their_figures():
     gemma = gpu.needs(**with_(shape, head_dim=256), windows=(None, 512), softcap=50.0, sinks=True)
     assert gemma == {"head_dim 256", "page_size 16", "window", "softcap", "sinks"}
     assert gpu.needs(**with_(shape, k_heads=1)) == {"head_dim 128", "page_size 16", "one kv head"}
+    for name, numbers in (("int8", jnp.int8), ("fp8", jnp.uint8)):
+        quantized = gpu.needs(**shape, kv_dtype=jnp.dtype(numbers))
+        assert quantized == {"head_dim 128", "page_size 16", f"kv {name}"}
+        assert gpu.needs(**with_(shape, head_dim=96), kv_dtype=jnp.dtype(numbers)) is None
     assert gpu.needs(**with_(shape, dtype=single)) is None
     assert gpu.needs(**with_(shape, page_size=24)) is None
     assert gpu.needs(**shape, value_dim=64) is None
