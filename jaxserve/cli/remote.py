@@ -14,7 +14,7 @@ from jaxserve.cli.terminal import StreamStats, note, print_table, write_answer
 
 if TYPE_CHECKING:
     from jaxserve.server.client import Client
-    from jaxserve.server.codec import Chunk
+    from jaxserve.server.client_codec import Chunk
 
 app = typer.Typer(help="Talk to a running server.")
 

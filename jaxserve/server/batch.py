@@ -7,11 +7,11 @@ from contextlib import aclosing
 import grpc
 
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.request import FinishReason, Request
-from jaxserve.server import codec
+from jaxserve.request import FinishReason
+from jaxserve.server.codec import Asked, ChunkWriter
 from jaxserve.server.v1 import inference_pb2 as pb
 
-Read = Callable[[pb.GenerateRequest], Awaitable[Request]]
+Read = Callable[[pb.GenerateRequest], Awaitable[Asked]]
 Write = Callable[[pb.BatchChunk], Awaitable[None]]
 Failed = Callable[[str, Exception], pb.BatchChunk | None]  # None: the whole call ends by the exception
 
@@ -28,7 +28,7 @@ async def run_batch(
     A request that fails has a chunk that says so, and the others go on; whatever ends the call ends them all.
 
     Args:
-        read: from a message to the engine's request.
+        read: what a message asks for.
         write: hands a chunk to the transport; called by one task at a time.
         failed: the chunk that tells what became of a request.
     """
@@ -41,11 +41,12 @@ async def run_batch(
 
     async def run(message: pb.GenerateRequest) -> None:
         try:
-            request = await read(message)
-            async with aclosing(engine.stream_batches(request)) as batches:
+            asked = await read(message)
+            writer = ChunkWriter(asked.tools)
+            async with aclosing(engine.stream_batches(asked.request)) as batches:
                 async for events in batches:
                     ends.update(e.finish_reason for e in events if e.finish_reason is not None)
-                    for chunk in codec.generate_chunks(events):
+                    for chunk in writer.chunks(events):
                         await say(pb.BatchChunk(chunk=chunk))
         except Exception as error:
             if (chunk := failed(message.request_id, error)) is None:

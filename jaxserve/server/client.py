@@ -5,9 +5,11 @@
         for chunk in client.generate("Once upon a time", max_tokens=32, temperature=0):
             print(chunk.text, end="", flush=True)
 
-``generate`` takes one of ``prompt``, ``token_ids`` and ``messages``, and any field of ``SamplingParams`` by name; what
-is not given is not sent, so the server's default holds. A value that the wire cannot carry raises ``RequestError``.
-Nothing is sent before the first chunk is asked for; leaving the loop early ends the request on the server.
+``generate`` takes one of ``prompt``, ``token_ids`` and ``messages``, and any field of ``SamplingParams`` by name; with
+``messages`` also ``tools``, ``tool_choice`` and the other fields of a chat (``chat.wire.CHAT_FIELDS``), all of them in
+the form that OpenAI's API has for them. What is not given is not sent, so the server's default holds. A value that the
+wire cannot carry raises ``RequestError``. Nothing is sent before the first chunk is asked for; leaving the loop early
+ends the request on the server. ``chat`` takes the same and returns whole answers.
 """
 
 import asyncio
@@ -20,15 +22,14 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from jaxserve.request import Embedding, Pooling
-from jaxserve.server import codec
+from jaxserve.server import client_codec as codec
 from jaxserve.server.channels import TLS, open_async_channel, open_channel, stubs
-from jaxserve.server.codec import Chunk, RequestFailure
+from jaxserve.server.chat.answer import AnswerCollector, ChatAnswer
+from jaxserve.server.client_codec import Chunk, Messages, RequestFailure
 from jaxserve.server.options import DEFAULT_TARGET
 from jaxserve.server.v1 import inference_pb2 as pb
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
-
-Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 
 
 def batch_request(
@@ -39,10 +40,10 @@ def batch_request(
     messages: Messages | None = None,
     priority: int | None = None,
     lora: str | None = None,
-    **sampling: Any,
+    **fields: Any,
 ) -> pb.GenerateRequest:
     """One request for ``generate_batch``; arguments as of ``generate``."""
-    return codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority, lora)
+    return codec.generate_request(prompt, token_ids, messages, fields, request_id, priority, lora)
 
 
 class Client:
@@ -99,12 +100,31 @@ class Client:
         priority: int | None = None,
         lora: str | None = None,
         timeout_s: float | None = None,
-        **sampling: Any,
+        **fields: Any,
     ) -> Generator[Chunk]:
         """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server; ``lora`` names a
         loaded adapter."""
-        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority, lora)
+        request = codec.generate_request(prompt, token_ids, messages, fields, request_id, priority, lora)
         return self._chunks(request, timeout_s)
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> list[ChatAnswer]:
+        """The whole answers to a conversation, one unless ``n`` asks for more.
+
+        Args:
+            tools, tool_choice: functions that the model may call, and whether it must, as in OpenAI's API.
+            fields: what else ``generate`` takes.
+        """
+        collector = AnswerCollector()
+        for chunk in self.generate(messages=messages, tools=tools, tool_choice=tool_choice, **fields):
+            collector.add(chunk)
+        return collector.answers()
 
     def _chunks(self, request: pb.GenerateRequest, timeout_s: float | None) -> Generator[Chunk]:
         call = self._stub.Generate(request, timeout=timeout_s)
@@ -173,10 +193,16 @@ class Client:
         self._stub.Abort(pb.AbortRequest(request_id=request_id))
 
     def tokenize(
-        self, prompt: str | None = None, *, messages: Messages | None = None, add_special_tokens: bool | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        add_special_tokens: bool | None = None,
+        **fields: Any,
     ) -> list[int]:
-        """Token ids of a text or a chat, as ``generate`` would read it."""
-        return list(self._stub.Tokenize(codec.tokenize_request(prompt, messages, add_special_tokens)).token_ids)
+        """Token ids of a text or a chat, as ``generate`` would read it; ``fields`` are those of a chat."""
+        request = codec.tokenize_request(prompt, messages, add_special_tokens, fields)
+        return list(self._stub.Tokenize(request).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """Text of token ids."""
@@ -246,12 +272,31 @@ class AsyncClient:
         priority: int | None = None,
         lora: str | None = None,
         timeout_s: float | None = None,
-        **sampling: Any,
+        **fields: Any,
     ) -> AsyncGenerator[Chunk]:
         """Streams one completion. ``timeout_s`` is the request's deadline, honoured by the server; ``lora`` names a
         loaded adapter."""
-        request = codec.generate_request(prompt, token_ids, messages, sampling, request_id, priority, lora)
+        request = codec.generate_request(prompt, token_ids, messages, fields, request_id, priority, lora)
         return self._chunks(request, timeout_s)
+
+    async def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> list[ChatAnswer]:
+        """The whole answers to a conversation, one unless ``n`` asks for more.
+
+        Args:
+            tools, tool_choice: functions that the model may call, and whether it must, as in OpenAI's API.
+            fields: what else ``generate`` takes.
+        """
+        collector = AnswerCollector()
+        async for chunk in self.generate(messages=messages, tools=tools, tool_choice=tool_choice, **fields):
+            collector.add(chunk)
+        return collector.answers()
 
     async def _chunks(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[Chunk]:
         call = self._stub.Generate(request, timeout=timeout_s)
@@ -323,10 +368,16 @@ class AsyncClient:
         await self._stub.Abort(pb.AbortRequest(request_id=request_id))
 
     async def tokenize(
-        self, prompt: str | None = None, *, messages: Messages | None = None, add_special_tokens: bool | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        add_special_tokens: bool | None = None,
+        **fields: Any,
     ) -> list[int]:
-        """Token ids of a text or a chat, as ``generate`` would read it."""
-        return list((await self._stub.Tokenize(codec.tokenize_request(prompt, messages, add_special_tokens))).token_ids)
+        """Token ids of a text or a chat, as ``generate`` would read it; ``fields`` are those of a chat."""
+        request = codec.tokenize_request(prompt, messages, add_special_tokens, fields)
+        return list((await self._stub.Tokenize(request)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
         """Text of token ids."""

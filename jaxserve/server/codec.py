@@ -1,7 +1,7 @@
-"""Between the wire and the engine's types, in both directions: every conversion and every check of a message.
+"""Between the wire and the engine's types, as a server does it; ``client_codec`` is the client's side.
 
-Messages that need neither (an abort, token ids, a text) are built and read where they are used, and a client passes the
-answers about the model and the server on as they came.
+Here and in ``chat.wire`` is every conversion and every check of a message. Messages that need neither (an abort, token
+ids, a text) are built and read where they are used.
 
 Sampling fields have the same names on both sides, so they are carried by name: a field added to the .proto and to
 ``SamplingParams`` needs no line here unless its type needs one.
@@ -11,31 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from jaxserve.engine.core import EngineCore
 from jaxserve.errors import RequestError
-from jaxserve.request import (
-    Embedding,
-    EngineStats,
-    FinishReason,
-    LoadedAdapter,
-    Pooling,
-    TokenEvent,
-    TokenLogprobs,
-    Usage,
-)
+from jaxserve.request import EngineStats, LoadedAdapter, Pooling, Request, TokenEvent
 from jaxserve.sampling_params import SamplingParams, StructuredOutputs, sampling_params_from
+from jaxserve.server.chat.tools import Answer, ChatFinishReason, ToolPlan
+from jaxserve.server.chat.wire import Chat, call_pieces, read_chat
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.refusing import Refusing
 from jaxserve.server.v1 import inference_pb2 as pb
 
-FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
+FINISH_REASONS: dict[ChatFinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
     "abort": pb.FINISH_REASON_ABORT,
     "deadline": pb.FINISH_REASON_DEADLINE,
+    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
 }
-FINISH_REASON_NAMES: dict[int, FinishReason] = {value: name for name, value in FINISH_REASONS.items()}
+FINISH_REASON_NAMES: dict[int, ChatFinishReason] = {value: name for name, value in FINISH_REASONS.items()}
 
 SERVER_STATES: dict[str, pb.ServerState] = {
     "loading": pb.SERVER_STATE_LOADING,
@@ -56,45 +49,27 @@ READ_FIELD: dict[str, Callable[[Any], Any]] = {
     "structured_outputs": lambda value: _read_structured(value),
 }  # sampling field -> its Python value; the others are scalars
 
-Prompt = str | tuple[int, ...] | list[dict[str, str]]  # text, token ids, chat messages: told apart by their type
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """``GenerateChunk`` as a Python client gets it; the .proto describes the fields."""
-
-    request_id: str
-    index: int
-    token_ids: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens from the second on
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    usage: Usage | None = None
-    choice: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestFailure:
-    """What became of one request of a batch; the .proto describes the fields."""
-
-    request_id: str
-    code: int  # gRPC's
-    message: str
-    field: str | None
+Prompt = str | tuple[int, ...] | Chat  # text, token ids, a chat: told apart by their type
 
 
 # Requests: wire to engine.
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a ``GenerateRequest`` comes to."""
+
+    request: Request
+    tools: ToolPlan
+
+
 def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedRequest) -> Prompt:
-    """Raises RequestError when none is set."""
+    """Raises RequestError when none is set, or for a chat that is none."""
     kind = message.WhichOneof("prompt")
     if kind == "text":
         return message.text
     if kind == "messages" and not isinstance(message, pb.EmbedRequest):
-        return [{"role": m.role, "content": m.content} for m in message.messages.messages]
+        return read_chat(message.messages)
     if not isinstance(message, pb.TokenizeRequest) and kind == "token_ids":
         return tuple(message.token_ids.ids)
     raise RequestError("prompt", "none is set")
@@ -109,12 +84,18 @@ def read_embed_options(message: pb.EmbedRequest) -> dict[str, Any]:
     return given | {"pooling": "mean" if message.pooling == pb.POOLING_MEAN else "last"}
 
 
-def read_sampling(message: pb.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
-    """The fields that are set, the model's ``defaults`` for others.
+def read_sampling(message: pb.SamplingParams, defaults: Mapping[str, Any], tools: ToolPlan) -> SamplingParams:
+    """The fields that are set or that ``tools`` ask for, the model's ``defaults`` for others.
 
     Raises RequestError with the field's name for a value that is refused.
     """
     given = {field.name: READ_FIELD.get(field.name, _same)(value) for field, value in message.ListFields()}
+    if (skips := tools.skips_special_tokens(given.get("skip_special_tokens"))) is not None:
+        given["skip_special_tokens"] = skips
+    if tools.schema is not None:
+        if "structured_outputs" in given:
+            raise RequestError("structured_outputs", "set, but tool_choice holds the answer to something already")
+        given["structured_outputs"] = {"json": tools.schema}
     return sampling_params_from({**defaults, **given})
 
 
@@ -127,142 +108,37 @@ def _read_structured(message: pb.StructuredOutputs) -> StructuredOutputs:
     return StructuredOutputs(**given)
 
 
-# Requests: client to wire.
-
-
-def generate_request(
-    prompt: str | None,
-    token_ids: Sequence[int] | None,
-    messages: Sequence[Mapping[str, str]] | None,
-    sampling: Mapping[str, Any],
-    request_id: str | None,
-    priority: int | None,
-    lora: str | None,
-) -> pb.GenerateRequest:
-    """Raises RequestError for an unknown sampling field and for a value that the wire's type cannot hold."""
-    given = {"prompt": prompt, "token_ids": token_ids, "messages": messages}
-    if sum(value is not None for value in given.values()) != 1:
-        raise RequestError("prompt", f"give exactly one of {', '.join(given)}")
-    request = pb.GenerateRequest(sampling=sampling_message(sampling))
-    with _Refusing("prompt"):
-        if prompt is not None:
-            request.text = prompt
-        elif token_ids is not None:
-            request.token_ids.ids.extend(token_ids)
-            request.token_ids.SetInParent()  # an empty prompt is still a prompt, for the server to refuse
-        else:
-            request.messages.CopyFrom(chat_messages(messages or ()))
-    if request_id is not None:
-        with _Refusing("request_id"):
-            request.request_id = request_id
-    if priority is not None:
-        with _Refusing("priority"):
-            request.priority = priority
-    if lora is not None:
-        with _Refusing("lora"):
-            request.lora = lora
-    return request
-
-
-def embed_request(
-    prompt: str | None,
-    token_ids: Sequence[int] | None,
-    pooling: Pooling | None,
-    normalize: bool | None,
-    truncate_prompt_tokens: int | None,
-    request_id: str | None,
-    priority: int | None,
-    lora: str | None,
-) -> pb.EmbedRequest:
-    """Raises RequestError for a value that the wire cannot hold."""
-    if (prompt is None) == (token_ids is None):
-        raise RequestError("prompt", "give exactly one of prompt, token_ids")
-    if pooling is not None and pooling not in POOLINGS:
-        raise RequestError("pooling", f"{pooling!r} is not one of {', '.join(POOLINGS)}")
-    request = pb.EmbedRequest()
-    given = {"truncate_prompt_tokens": truncate_prompt_tokens, "request_id": request_id, "priority": priority}
-    given |= {
-        "lora": lora,
-        "normalize": normalize,
-        "text": prompt,
-        "pooling": None if pooling is None else POOLINGS[pooling],
-    }
-    for name, value in given.items():
-        if value is not None:
-            with _Refusing("prompt" if name == "text" else name):
-                setattr(request, name, value)
-    if token_ids is not None:
-        with _Refusing("prompt"):
-            request.token_ids.ids.extend(token_ids)
-            request.token_ids.SetInParent()
-    return request
-
-
-def sampling_message(values: Mapping[str, Any]) -> pb.SamplingParams:
-    """The set fields of ``values``; None is unset."""
-    known = {f.name for f in fields(SamplingParams)}
-    message = pb.SamplingParams()
-    for name, value in values.items():
-        if name not in known:
-            raise RequestError(name, "unknown sampling field")
-        if value is None:
-            continue
-        with _Refusing(name):
-            if name == "allowed_token_ids":
-                message.allowed_token_ids.ids.extend(value)
-                message.allowed_token_ids.SetInParent()  # no token allowed is not the same as unset
-            elif name == "structured_outputs":
-                message.structured_outputs.CopyFrom(_structured_message(value))
-            elif name == "logit_bias":
-                message.logit_bias.update(value)
-            elif name in READ_FIELD:
-                getattr(message, name).extend([value] if isinstance(value, str) else value)
-            else:
-                setattr(message, name, value)
-    return message
-
-
-def _structured_message(value: Any) -> pb.StructuredOutputs:
-    structured = SamplingParams(structured_outputs=value).structured_outputs
-    assert structured is not None
-    value = getattr(structured, structured.kind)
-    given: dict[str, Any] = {structured.kind: pb.Texts(texts=value) if structured.kind == "choice" else value}
-    return pb.StructuredOutputs(**given)
-
-
-def chat_messages(messages: Sequence[Mapping[str, str]]) -> pb.ChatMessages:
-    with _Refusing("messages"):
-        return pb.ChatMessages(messages=[pb.ChatMessage(role=m["role"], content=m["content"]) for m in messages])
-
-
-def tokenize_request(
-    prompt: str | None, messages: Sequence[Mapping[str, str]] | None, add_special_tokens: bool | None
-) -> pb.TokenizeRequest:
-    if (prompt is None) == (messages is None):
-        raise RequestError("prompt", "give exactly one of prompt, messages")
-    request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
-    with _Refusing("prompt"):
-        if prompt is not None:
-            request.text = prompt
-        else:
-            request.messages.CopyFrom(chat_messages(messages or ()))
-    return request
-
-
-def detokenize_request(token_ids: Sequence[int], skip_special_tokens: bool | None) -> pb.DetokenizeRequest:
-    with _Refusing("token_ids"):
-        return pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
-
-
 # Answers: engine to wire.
 
 
-def generate_chunks(events: Sequence[TokenEvent]) -> list[pb.GenerateChunk]:
-    """One chunk for each choice of one request's consecutive events."""
-    choices: dict[int, list[TokenEvent]] = {}
-    for event in events:
-        choices.setdefault(event.choice, []).append(event)
-    return [_generate_chunk(of_choice) for of_choice in choices.values()]
+class ChunkWriter:
+    """The chunks of one request, in whose answers ``tools`` may be called."""
+
+    def __init__(self, tools: ToolPlan):
+        self._tools = tools
+        self._answers: dict[int, Answer] = {}  # by choice
+
+    def chunks(self, events: Sequence[TokenEvent]) -> list[pb.GenerateChunk]:
+        """One for each choice of the request's next consecutive events."""
+        if len(events) == 1:
+            return [self._chunk(events)]
+        choices: dict[int, list[TokenEvent]] = {}
+        for event in events:
+            choices.setdefault(event.choice, []).append(event)
+        return [self._chunk(of_choice) for of_choice in choices.values()]
+
+    def _chunk(self, events: Sequence[TokenEvent]) -> pb.GenerateChunk:
+        chunk = _generate_chunk(events)
+        if self._tools.make_parser is None:
+            return chunk
+        if chunk.choice not in self._answers:
+            self._answers[chunk.choice] = Answer(self._tools)
+        answer, reason = self._answers[chunk.choice], events[-1].finish_reason
+        chunk.text, pieces = call_pieces(answer.add(chunk.text, at_end=reason is not None))
+        chunk.tool_calls.extend(pieces)
+        if (reason := answer.finish_reason(reason)) is not None:
+            chunk.finish_reason = FINISH_REASONS[reason]
+        return chunk
 
 
 def _generate_chunk(events: Sequence[TokenEvent]) -> pb.GenerateChunk:
@@ -296,12 +172,6 @@ def _logprobs_message(
 ) -> pb.TokenLogprobs:
     top_messages = [pb.TopLogprob(token_id=i, logprob=value) for i, value in top]
     return pb.TokenLogprobs(logprob=logprob, top=top_messages, token_id=token_id)
-
-
-def _read_logprobs(message: pb.TokenLogprobs, token_id: int) -> TokenLogprobs:
-    return TokenLogprobs(
-        token_id=token_id, logprob=message.logprob, top=tuple((t.token_id, t.logprob) for t in message.top)
-    )
 
 
 def model_info(engine: EngineCore) -> pb.ModelInfo:
@@ -356,59 +226,37 @@ def lora_message(adapter: LoadedAdapter) -> pb.Lora:
     return pb.Lora(lora_name=adapter.name, lora_path=adapter.path or "", rank=adapter.rank)
 
 
-# Answers: wire to client.
+def sampling_message(values: Mapping[str, Any]) -> pb.SamplingParams:
+    """The set fields of ``values``; None is unset."""
+    known = {f.name for f in fields(SamplingParams)}
+    message = pb.SamplingParams()
+    for name, value in values.items():
+        if name not in known:
+            raise RequestError(name, "unknown sampling field")
+        if value is None:
+            continue
+        with Refusing(name):
+            if name == "allowed_token_ids":
+                message.allowed_token_ids.ids.extend(value)
+                message.allowed_token_ids.SetInParent()  # no token allowed is not the same as unset
+            elif name == "structured_outputs":
+                message.structured_outputs.CopyFrom(_structured_message(value))
+            elif name == "logit_bias":
+                message.logit_bias.update(value)
+            elif name in READ_FIELD:
+                getattr(message, name).extend([value] if isinstance(value, str) else value)
+            else:
+                setattr(message, name, value)
+    return message
 
 
-def read_chunk(message: pb.GenerateChunk) -> Chunk:
-    stop = message.WhichOneof("stop_reason")
-    usage = message.usage
-    return Chunk(
-        request_id=message.request_id,
-        index=message.index,
-        token_ids=tuple(message.token_ids),
-        text=message.text,
-        logprobs=tuple(_read_logprobs(entry, i) for i, entry in zip(message.token_ids, message.logprobs)),
-        prompt_logprobs=tuple(_read_logprobs(entry, entry.token_id) for entry in message.prompt_logprobs),
-        finish_reason=FINISH_REASON_NAMES.get(message.finish_reason),
-        stop_reason=getattr(message, stop) if stop else None,
-        usage=Usage(
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-            cached_tokens=usage.cached_tokens,
-        )
-        if message.HasField("usage")
-        else None,
-        choice=message.choice,
-    )
-
-
-def read_batch_chunk(message: pb.BatchChunk) -> Chunk | RequestFailure:
-    if message.WhichOneof("kind") == "chunk":
-        return read_chunk(message.chunk)
-    failure = message.failure
-    return RequestFailure(
-        request_id=failure.request_id, code=failure.code, message=failure.message, field=failure.field or None
-    )
-
-
-def read_embedding(message: pb.EmbedResponse) -> Embedding:
-    values = np.array(message.values, np.float32)
-    return Embedding(request_id=message.request_id, values=values, prompt_len=message.prompt_tokens)
+def _structured_message(value: Any) -> pb.StructuredOutputs:
+    structured = SamplingParams(structured_outputs=value).structured_outputs
+    assert structured is not None
+    value = getattr(structured, structured.kind)
+    given: dict[str, Any] = {structured.kind: pb.Texts(texts=value) if structured.kind == "choice" else value}
+    return pb.StructuredOutputs(**given)
 
 
 def _same(value: Any) -> Any:
     return value
-
-
-class _Refusing:
-    """Turns protobuf's refusal of a value (type, range, invalid Unicode) into a RequestError that names the field."""
-
-    def __init__(self, field: str):
-        self.field = field
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (TypeError, ValueError, KeyError, AttributeError)) and not isinstance(error, RequestError):
-            raise RequestError(self.field, str(error)) from error

@@ -16,6 +16,13 @@ class UnsupportedByModelError(RequestError):
     """The model lacks what the request needs."""
 
 
+def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """``error`` with its field as the client knows it."""
+    if (name := names.get(error.field)) is None:
+        return error
+    return type(error)(name, str(error).removeprefix(f"{error.field}: "))
+
+
 def tokenizer_of(engine: EngineCore, field: str) -> Tokenizer:
     """Raises UnsupportedByModelError, naming ``field``, where the engine has none."""
     if engine.tokenizer is None:

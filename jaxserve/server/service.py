@@ -23,10 +23,13 @@ from jaxserve.errors import QueueFullError, RequestError, UnknownLoraError
 from jaxserve.request import Request
 from jaxserve.server import codec
 from jaxserve.server.batch import MissingIdError, run_batch
+from jaxserve.server.chat.tools import ToolPlan
+from jaxserve.server.chat.wire import Chat
 from jaxserve.server.clients import CLIENT_HEADER, address_of_peer, client_name
+from jaxserve.server.codec import Asked
 from jaxserve.server.limits import limited_deadline, make_request, remaining_deadline
 from jaxserve.server.options import ServerOptions
-from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, encode_chat, tokenizer_of
+from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, renamed, tokenizer_of
 from jaxserve.server.trace_context import trace_context
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.server.v1 import inference_pb2_grpc
@@ -66,13 +69,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         started = False
         try:
             # Tokenizing may take long, and the event loop has other streams to serve.
-            engine_request = await asyncio.to_thread(self._read_request, request, deadline, self._caller(context))
-            async with aclosing(self._engine.stream_batches(engine_request)) as batches:
+            asked = await asyncio.to_thread(self._read_request, request, deadline, self._caller(context))
+            writer = codec.ChunkWriter(asked.tools)
+            async with aclosing(self._engine.stream_batches(asked.request)) as batches:
                 async for events in batches:
                     if not started:  # by themselves: grpc would send them again after a first write given up
                         started = True
                         await context.send_initial_metadata(())
-                    for chunk in codec.generate_chunks(events):
+                    for chunk in writer.chunks(events):
                         await self._write(context, chunk)
                     finish_reason = events[-1].finish_reason
         except SlowReaderError as error:
@@ -93,7 +97,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         caller = self._caller(context)
 
-        async def read(message: pb.GenerateRequest) -> Request:
+        async def read(message: pb.GenerateRequest) -> Asked:
             limited = limited_deadline(self._options, deadline)
             return await asyncio.to_thread(self._read_request, message, limited, caller)
 
@@ -199,33 +203,36 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # In a thread: these may take long.
 
-    def _read_request(self, message: pb.GenerateRequest, deadline: float | None, caller: Mapping[str, Any]) -> Request:
-        engine = self._engine.engine
-        params = codec.read_sampling(message.sampling, engine.sampling_defaults)
+    def _read_request(self, message: pb.GenerateRequest, deadline: float | None, caller: Mapping[str, Any]) -> Asked:
+        engine, options = self._engine.engine, self._options
         prompt = codec.read_prompt(message)
+        tools = prompt.plan(engine, options) if isinstance(prompt, Chat) else ToolPlan()
+        params = codec.read_sampling(message.sampling, engine.sampling_defaults, tools)
         if isinstance(prompt, str):
             tokenizer_of(engine, "prompt")
-            check_bytes("prompt", prompt, self._options.max_prompt_bytes)
-        elif isinstance(prompt, list):
-            cut = params.truncate_prompt_tokens is not None
-            prompt = encode_chat(engine, prompt, self._options.max_prompt_bytes, cut=cut)
-        engine_request = make_request(
-            engine,
-            self._options,
-            prompt,
-            params,
-            request_id=message.request_id if message.HasField("request_id") else None,
-            priority=message.priority,
-            deadline=deadline,
-            lora=message.lora if message.HasField("lora") else None,
-        )
-        return replace(engine_request, **caller)
+            check_bytes("prompt", prompt, options.max_prompt_bytes)
+        elif isinstance(prompt, Chat):
+            prompt = prompt.encode(engine, options, tools, cut=params.truncate_prompt_tokens is not None)
+        try:
+            request = make_request(
+                engine,
+                options,
+                prompt,
+                params,
+                request_id=message.request_id if message.HasField("request_id") else None,
+                priority=message.priority,
+                deadline=deadline,
+                lora=message.lora if message.HasField("lora") else None,
+            )
+        except RequestError as error:  # of a schema that ``tools`` brought
+            raise renamed(error, {} if tools.schema is None else {"structured_outputs": "tools"}) from error
+        return Asked(request=replace(request, **caller), tools=tools)
 
     def _read_embed_request(
         self, message: pb.EmbedRequest, deadline: float | None, caller: Mapping[str, Any]
     ) -> Request:
         prompt = codec.read_prompt(message)
-        assert not isinstance(prompt, list)
+        assert not isinstance(prompt, Chat)
         if isinstance(prompt, str):
             check_bytes("prompt", prompt, self._options.max_prompt_bytes)
         options = codec.read_embed_options(message)
@@ -235,8 +242,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def _tokenize(self, message: pb.TokenizeRequest) -> list[int]:
         engine = self._engine.engine
         prompt = codec.read_prompt(message)
-        if isinstance(prompt, list):
-            return encode_chat(engine, prompt, self._options.max_prompt_bytes, cut=False)
+        if isinstance(prompt, Chat):
+            return prompt.encode(engine, self._options, prompt.plan(engine, self._options), cut=False)
         assert isinstance(prompt, str)
         tokenizer = tokenizer_of(engine, "prompt")
         check_bytes("prompt", prompt, self._options.max_prompt_bytes)

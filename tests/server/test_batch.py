@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.server.client import Client, batch_request
-from jaxserve.server.codec import Chunk, RequestFailure
+from jaxserve.server.client_codec import Chunk, RequestFailure
 from jaxserve.server.v1 import inference_pb2 as pb
 from tests.server.conftest import endless_engine, serving
 from tests.server.fake_engine import embedding_of_prompt, expected_tokens

@@ -5,8 +5,8 @@ import httpx2
 import websockets.asyncio.client as ws
 
 from jaxserve.server.client import AsyncClient, batch_request
+from jaxserve.server.client_codec import Chunk, RequestFailure
 from jaxserve.server.clients import CLIENT_HEADER, address_of_peer
-from jaxserve.server.codec import Chunk, RequestFailure
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
 from tests.server.fake_engine import expected_text
 from tests.server.http.conftest import web

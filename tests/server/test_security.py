@@ -15,7 +15,7 @@ from websockets.exceptions import InvalidStatus
 from jaxserve.server.app import Server
 from jaxserve.server.channels import TLS
 from jaxserve.server.client import AsyncClient, Client, batch_request
-from jaxserve.server.codec import Chunk
+from jaxserve.server.client_codec import Chunk
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.security import ApiKeys, is_loopback, warn_if_open
 from tests.server.conftest import TIMEOUT_S, Serving, serving

@@ -13,9 +13,8 @@ import grpc.aio
 from jaxserve.loadtest.faults.known import Kind, Known, Part, Site, WrongAnswerError, expect, read, some
 from jaxserve.loadtest.faults.tap import Tap
 from jaxserve.sampling_params import ALL_LOGPROBS
-from jaxserve.server import codec
 from jaxserve.server.client import AsyncClient, batch_request
-from jaxserve.server.codec import Chunk, RequestFailure
+from jaxserve.server.client_codec import Chunk, RequestFailure, generate_request, read_chunk
 from jaxserve.server.v1 import inference_pb2 as pb
 
 Code = grpc.StatusCode
@@ -129,9 +128,11 @@ async def choices(site: Site, known: Known, r: random.Random) -> str:
 
 async def impatient(site: Site, known: Known, r: random.Random) -> str:
     """Takes a refusal for an answer, where the others ask again."""
-    request = codec.generate_request(None, known.token_ids, None, known.sampling, None, None, None)
+    request = generate_request(None, known.token_ids, None, known.sampling, None, None, None)
     method = site.channel.unary_stream(
-        METHOD, pb.GenerateRequest.SerializeToString, lambda data: codec.read_chunk(pb.GenerateChunk.FromString(data))
+        METHOD,
+        pb.GenerateRequest.SerializeToString,
+        lambda data: read_chunk(pb.GenerateChunk.FromString(data)),
     )
     try:
         return await read(method(request).__aiter__(), known)
@@ -165,7 +166,7 @@ async def stall(site: Site, known: Known, r: random.Random) -> str:
     num_tokens = min(512, site.model.max_model_len - len(known.token_ids))
     sampling = {"max_tokens": num_tokens, "ignore_eos": True, "n": 4}
     sampling["logprobs"] = ALL_LOGPROBS if site.model.vocab_size < 1000 else 20  # more than the window takes
-    request = codec.generate_request(None, known.token_ids, None, sampling, None, None, None)
+    request = generate_request(None, known.token_ids, None, sampling, None, None, None)
     async with grpc.aio.insecure_channel(site.target, options=SMALL_WINDOW) as channel:
         call = channel.unary_stream(METHOD, pb.GenerateRequest.SerializeToString)(request)
         try:

@@ -10,10 +10,20 @@ from starlette.responses import JSONResponse, Response
 
 from jaxserve import __version__
 from jaxserve.errors import RequestError
+from jaxserve.server.chat.conversation import encode_conversation
 from jaxserve.server.http.backend import Backend
-from jaxserve.server.http.conversation import encode_conversation
 from jaxserve.server.http.errors import NO_SUCH_MODEL, NOT_SERVING, HTTPError
-from jaxserve.server.http.fields import BOOLEAN, MESSAGES, OBJECT, OBJECTS, TOKEN_IDS, boolean, optional, required
+from jaxserve.server.http.fields import (
+    BOOLEAN,
+    MESSAGES,
+    OBJECT,
+    OBJECTS,
+    TOKEN_IDS,
+    boolean,
+    continuation_of,
+    optional,
+    required,
+)
 from jaxserve.server.http.generation import in_thread
 from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
 
@@ -138,13 +148,12 @@ def _tokenize(backend: Backend, body: TokenizeRequest) -> list[int]:
         return tokenizer.encode(body.prompt, add_special_tokens=special)
     if body.add_special_tokens is not None:
         raise RequestError("add_special_tokens", "is for a prompt: a chat template writes its own")
-    continues = boolean("continue_final_message", body.continue_final_message, False)
     return encode_conversation(
-        backend,
+        backend.engine,
         body.messages,
+        backend.options.max_prompt_bytes,
         cut=False,
-        add_generation_prompt=boolean("add_generation_prompt", body.add_generation_prompt, not continues),
-        continue_final_message=continues,
+        **continuation_of(body.add_generation_prompt, body.continue_final_message),
         tools=body.tools,
         variables=body.chat_template_kwargs,
     )

@@ -10,7 +10,6 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.server.http.errors import NO_SUCH_MODEL, HTTPError
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.recent import RecentLatencies
-from jaxserve.server.tool_calls import detect_style
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,3 @@ class Backend:
     def lora_of(self, model: str | None) -> str | None:
         """The adapter that ``model`` names, loaded or not; None where it names the base model, or nothing."""
         return None if model is None or model in self.model_names() else model
-
-    def tool_call_style(self) -> str | None:
-        """How the model writes tool calls; None: not at all."""
-        asked = self.options.tool_call_parser
-        if asked == "none":
-            return None
-        if asked != "auto":
-            return asked
-        tokenizer = self.engine.tokenizer
-        return detect_style(tokenizer.tool_template if tokenizer is not None else None)

@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse, Response
 from jaxserve.errors import RequestError
 from jaxserve.request import Request as EngineRequest
 from jaxserve.request import TokenEvent
+from jaxserve.server.chat.conversation import encode_conversation
+from jaxserve.server.chat.tools import Answer, ToolPlan, tool_plan
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.completions import by_choice, entries_of
-from jaxserve.server.http.conversation import encode_conversation
 from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import (
     BOOLEAN,
@@ -24,6 +25,7 @@ from jaxserve.server.http.fields import (
     OBJECTS,
     Body,
     boolean,
+    continuation_of,
     integer,
     optional,
     priority_of,
@@ -35,7 +37,7 @@ from jaxserve.server.http.generation import Choice, Generation, UsageCount, coll
 from jaxserve.server.http.logprobs import chat_logprobs
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of
-from jaxserve.server.http.tools import Answer, ToolPlan, call_delta, message_of, tool_plan
+from jaxserve.server.http.tools import call_delta, message_of
 from jaxserve.server.limits import make_request
 from jaxserve.server.tool_calls import Content
 
@@ -106,27 +108,25 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
     num_top = integer("top_logprobs", body.top_logprobs, 0, 0, 2**31 - 1) if with_logprobs else None
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RequestError("max_completion_tokens", f"{body.max_completion_tokens}, but max_tokens={body.max_tokens}")
-    tools = tool_plan(backend, body.tools, body.tool_choice, body.parallel_tool_calls)
+    parallel = boolean("parallel_tool_calls", body.parallel_tool_calls, True)
+    tools = tool_plan(engine, backend.options, body.tools, body.tool_choice, parallel=parallel)
     params = sampling_params(
         body,
         engine.sampling_defaults,
         max_tokens=body.max_completion_tokens,
         logprobs=num_top,
-        skip_special_tokens=False if tools.keeps_special_tokens and body.skip_special_tokens is None else None,
+        skip_special_tokens=tools.skips_special_tokens(body.skip_special_tokens),
         **constraint_of(body, body.response_format, tools.schema),
     )
-    continues = boolean("continue_final_message", body.continue_final_message, False)
-    if continues and body.add_generation_prompt is True:
-        raise RequestError("continue_final_message", "true, but add_generation_prompt is true, too")
     variables = body.chat_template_kwargs
     if body.reasoning_effort is not None:
         variables = {"reasoning_effort": body.reasoning_effort} | (variables if isinstance(variables, dict) else {})
     token_ids = encode_conversation(
-        backend,
+        engine,
         body.messages,
+        backend.options.max_prompt_bytes,
         cut=params.truncate_prompt_tokens is not None,
-        add_generation_prompt=boolean("add_generation_prompt", body.add_generation_prompt, not continues),
-        continue_final_message=continues,
+        **continuation_of(body.add_generation_prompt, body.continue_final_message),
         tools=tools.tools,
         documents=body.documents,
         variables=variables,
@@ -144,10 +144,6 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
     return Plan(request=request, tools=tools, num_top=num_top)
 
 
-def _finish_reason(reason: str | None, answer: Answer) -> str | None:
-    return "tool_calls" if reason == "stop" and answer.num_calls else reason
-
-
 def _logprobs(backend: Backend, plan: Plan, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
     if plan.num_top is None:
         return None
@@ -161,7 +157,7 @@ def _choice(backend: Backend, plan: Plan, choice: Choice, index: int) -> dict[st
         "index": index,
         "message": message,
         "logprobs": _logprobs(backend, plan, choice.events),
-        "finish_reason": _finish_reason(choice.finish_reason, answer),
+        "finish_reason": answer.finish_reason(choice.finish_reason),
         "stop_reason": choice.stop_reason,
     }
 
@@ -200,7 +196,7 @@ async def _chunks(
                 if logprobs is not None and logprobs["content"]:
                     yield chunk(index, {"content": ""}, logprobs)
                 if last.finish_reason is not None:
-                    yield chunk(index, {}, None, _finish_reason(last.finish_reason, answers[index]))
+                    yield chunk(index, {}, None, answers[index].finish_reason(last.finish_reason))
         if with_usage:
             yield event({**head, "choices": [], "usage": usage.total()})
     except (*ANSWERED, HTTPError) as error:

@@ -193,6 +193,13 @@ def boolean(name: str, value: Any, default: bool) -> bool:
     return value
 
 
+def continuation_of(add_generation_prompt: Any, continue_final_message: Any) -> dict[str, Any]:
+    """Both fields, checked, for ``encode_conversation``; an ``add_generation_prompt`` of None is unset."""
+    adds = None if add_generation_prompt is None else boolean("add_generation_prompt", add_generation_prompt, True)
+    continues = boolean("continue_final_message", continue_final_message, False)
+    return {"add_generation_prompt": adds, "continue_final_message": continues}
+
+
 def integer(name: str, value: Any, default: int, least: int, most: int) -> int:
     if value is None:
         return default

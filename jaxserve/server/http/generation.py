@@ -17,6 +17,7 @@ from jaxserve.server.http.errors import unfinished
 from jaxserve.server.http.guard import Receive, until_left
 from jaxserve.server.limits import QUICK_BYTES, limited_deadline
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.prompts import renamed
 
 TIMEOUT_HEADER = "jaxserve-timeout-s"
 Piece = tuple[int, list[TokenEvent]]  # which of the requests, and events of it that came together
@@ -167,13 +168,6 @@ class UsageCount:
             "total_tokens": self._prompt + self._completion,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
-
-
-def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
-    """``error`` with its field as the client knows it."""
-    if (name := names.get(error.field)) is None:
-        return error
-    return type(error)(name, str(error).removeprefix(f"{error.field}: "))
 
 
 def is_small(http: HTTPConnection) -> bool:

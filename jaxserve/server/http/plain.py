@@ -21,9 +21,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from jaxserve.errors import RequestError
 from jaxserve.request import Request as EngineRequest
 from jaxserve.request import TokenEvent
+from jaxserve.server.chat.conversation import encode_conversation
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.completions import by_choice, read_prompts, token_ids_of
-from jaxserve.server.http.conversation import encode_conversation
 from jaxserve.server.http.errors import ANSWERED, INVALID, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import MESSAGES, PROMPT, Body, optional, priority_of, sampling_params
 from jaxserve.server.http.generation import Generation, deadline_of, in_thread, is_small
@@ -78,9 +78,7 @@ def _request(backend: Backend, body: PlainRequest, deadline: float | None) -> En
     params = sampling_params(body, backend.engine.sampling_defaults, **constraint_of(body, None, None))
     cut = params.truncate_prompt_tokens is not None
     if body.messages is not None:
-        token_ids = encode_conversation(
-            backend, body.messages, cut=cut, add_generation_prompt=True, continue_final_message=False
-        )
+        token_ids = encode_conversation(backend.engine, body.messages, backend.options.max_prompt_bytes, cut=cut)
     else:
         prompts = read_prompts(body.prompt)
         if len(prompts) != 1:

@@ -116,7 +116,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Text or chat messages to token ids, exactly as Generate would read them.
+        """Text or chat messages (with their tools) to token ids, exactly as Generate would read them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -4,41 +4,51 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxserve.engine.core import EngineCore
 from jaxserve.errors import RequestError
-from jaxserve.server.http.backend import Backend
 from jaxserve.server.prompts import encode_chat
 from jaxserve.text.chat_template import ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer
 
 
 def encode_conversation(
-    backend: Backend,
+    engine: EngineCore,
     messages: Any,
+    max_bytes: int | None,
     *,
     cut: bool,
-    add_generation_prompt: bool,
-    continue_final_message: bool,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Raises RequestError naming the field. ``cut``: a prompt that is too long is cut, and so no error."""
+    """Token ids of a conversation. Raises RequestError naming the field.
+
+    Args:
+        max_bytes: of the messages' contents.
+        cut: a prompt that is too long is cut, and so no error.
+        add_generation_prompt: None: unless the last message is continued.
+        variables: what else the template reads, by name.
+    """
     if not isinstance(messages, list):
         raise RequestError("messages", f"{messages!r:.80} is not a list")
     if variables is not None and not isinstance(variables, Mapping):
         raise RequestError("chat_template_kwargs", f"{variables!r:.80} is not an object")
     if documents is not None and not isinstance(documents, list):
         raise RequestError("documents", f"{documents!r:.80} is not a list")
-    tokenizer = backend.engine.tokenizer
+    if continue_final_message and add_generation_prompt:
+        raise RequestError("continue_final_message", "true, but add_generation_prompt is true, too")
+    tokenizer = engine.tokenizer
     if tokenizer is not None and "developer" not in (tokenizer.tool_template or ""):
         messages = [_without_developer(message) for message in messages]
     return encode_chat(
-        backend.engine,
+        engine,
         messages,
-        backend.options.max_prompt_bytes,
+        max_bytes,
         cut=cut,
         encode=_encode_continued if continue_final_message else Tokenizer.encode_chat,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=not continue_final_message if add_generation_prompt is None else add_generation_prompt,
         tools=tools,
         documents=documents,
         variables=variables,
