@@ -15,18 +15,20 @@ from jaxserve.request import TokenEvent
 from jaxserve.server.chat.conversation import encode_conversation
 from jaxserve.server.chat.tools import Answer, ToolPlan, tool_plan
 from jaxserve.server.http.backend import Backend
-from jaxserve.server.http.completions import by_choice, entries_of
+from jaxserve.server.http.completions import by_choice, entries_of, prompt_entries
 from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import (
     BOOLEAN,
     COUNT,
     MESSAGES,
+    NUM_LOGPROBS,
     OBJECT,
     OBJECTS,
     Body,
     boolean,
     continuation_of,
     integer,
+    num_prompt_logprobs,
     optional,
     priority_of,
     required,
@@ -34,7 +36,7 @@ from jaxserve.server.http.fields import (
     wants_usage,
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
-from jaxserve.server.http.logprobs import chat_logprobs
+from jaxserve.server.http.logprobs import chat_logprobs, prompt_logprobs
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of
 from jaxserve.server.http.tools import call_delta, message_of
@@ -47,6 +49,7 @@ class ChatRequest(Body):
     max_completion_tokens: Any = optional(COUNT)
     logprobs: Any = optional(BOOLEAN)
     top_logprobs: int | None = None
+    prompt_logprobs: Any = optional(NUM_LOGPROBS)
     tools: Any = optional(OBJECTS)
     tool_choice: Any = None
     parallel_tool_calls: Any = optional(BOOLEAN)
@@ -65,6 +68,7 @@ class Plan:
     request: EngineRequest
     tools: ToolPlan
     num_top: int | None  # log-probabilities of so many
+    num_prompt_top: int | None  # of the prompt's tokens
 
 
 def chat_routes(backend: Backend) -> APIRouter:
@@ -93,8 +97,11 @@ def chat_routes(backend: Backend) -> APIRouter:
         usage.cached(0, choices[0].usage)
         for choice in choices:
             usage.add(0, choice.events)
-        shown = [_choice(backend, plan, choice, i) for i, choice in enumerate(choices)]
-        return JSONResponse({**head, "choices": shown, "usage": usage.total()})
+        answer = head | {"choices": [_choice(backend, plan, choice, i) for i, choice in enumerate(choices)]}
+        if plan.num_prompt_top is not None:
+            entries = prompt_entries(plan.request, choices[0].events)
+            answer["prompt_logprobs"] = prompt_logprobs(backend.engine.tokenizer, entries, plan.num_prompt_top)
+        return JSONResponse(answer | {"usage": usage.total()})
 
     return router
 
@@ -108,6 +115,7 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
     num_top = integer("top_logprobs", body.top_logprobs, 0, 0, 2**31 - 1) if with_logprobs else None
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RequestError("max_completion_tokens", f"{body.max_completion_tokens}, but max_tokens={body.max_tokens}")
+    num_prompt_top = num_prompt_logprobs(body, body.prompt_logprobs)
     parallel = boolean("parallel_tool_calls", body.parallel_tool_calls, True)
     tools = tool_plan(engine, backend.options, body.tools, body.tool_choice, parallel=parallel)
     params = sampling_params(
@@ -115,6 +123,7 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
         engine.sampling_defaults,
         max_tokens=body.max_completion_tokens,
         logprobs=num_top,
+        prompt_logprobs=num_prompt_top,
         skip_special_tokens=tools.skips_special_tokens(body.skip_special_tokens),
         **constraint_of(body, body.response_format, tools.schema),
     )
@@ -141,7 +150,7 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
         deadline=deadline,
         lora=backend.lora_of(body.model),
     )
-    return Plan(request=request, tools=tools, num_top=num_top)
+    return Plan(request=request, tools=tools, num_top=num_top, num_prompt_top=num_prompt_top)
 
 
 def _logprobs(backend: Backend, plan: Plan, events: Sequence[TokenEvent]) -> dict[str, Any] | None:

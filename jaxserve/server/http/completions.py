@@ -12,16 +12,18 @@ from starlette.responses import JSONResponse, Response
 from jaxserve.errors import RequestError
 from jaxserve.request import Request as EngineRequest
 from jaxserve.request import TokenEvent
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.sampling_params import ALL_LOGPROBS, SamplingParams
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import (
     BOOLEAN,
+    NUM_LOGPROBS,
     OBJECT,
     PROMPT,
     Body,
     boolean,
     integer,
+    num_prompt_logprobs,
     optional,
     priority_of,
     required,
@@ -29,7 +31,7 @@ from jaxserve.server.http.fields import (
     wants_usage,
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread, is_small
-from jaxserve.server.http.logprobs import CompletionLogprobs, Entry
+from jaxserve.server.http.logprobs import CompletionLogprobs, Entry, prompt_logprobs
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of, is_constrained
 from jaxserve.server.limits import make_request
@@ -44,6 +46,7 @@ class CompletionRequest(Body):
     prompt: Any = required(PROMPT)
     echo: Any = optional(BOOLEAN)
     logprobs: int | None = None
+    prompt_logprobs: Any = optional(NUM_LOGPROBS)
     add_special_tokens: Any = optional(BOOLEAN)
     response_format: Any = optional(OBJECT)
 
@@ -56,6 +59,7 @@ class Plan:
     texts: list[str]  # what ``echo`` puts before each prompt's completions
     echo: bool
     num_top: int | None
+    num_prompt_top: int | None  # ``prompt_logprobs``
     drops_output: bool  # max_tokens 0: the engine makes one token, which nobody gets
 
 
@@ -69,7 +73,7 @@ def completions_routes(backend: Backend) -> APIRouter:
         in_chunks, in_all = wants_usage(body)
         deadline = deadline_of(http.headers, backend.options)
         name = body.request_id or f"cmpl-{secrets.token_hex(12)}"
-        renames = {"prompt_logprobs": "logprobs"}
+        renames = {} if body.prompt_logprobs is not None else {"prompt_logprobs": "logprobs"}
         renames["structured_outputs"] = constraint_name(body, body.response_format)
         is_quick = is_small(http) and not is_constrained(body, body.response_format)
         plan = await in_thread(renames, lambda: _plan(backend, body, name, deadline), is_quick=is_quick)
@@ -97,13 +101,15 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
     engine = backend.engine
     echo = boolean("echo", body.echo, False)
     num_top = None if body.logprobs is None else integer("logprobs", body.logprobs, 0, 0, MAX_LOGPROBS)
+    num_prompt_top = num_prompt_logprobs(body, body.prompt_logprobs)
+    of_prompt = [k for k in (num_top if echo else None, num_prompt_top) if k is not None]
     max_tokens = integer("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, 0, 2**31 - 1)
     params = sampling_params(
         body,
         engine.sampling_defaults,
         max_tokens=max(max_tokens, 1),
         logprobs=num_top,
-        prompt_logprobs=num_top if echo else None,
+        prompt_logprobs=ALL_LOGPROBS if ALL_LOGPROBS in of_prompt else max(of_prompt, default=None),
         **constraint_of(body, body.response_format, None),
     )
     if echo and num_top is not None and params.n > 1 and body.stream:
@@ -134,7 +140,14 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
         requests.append(request)
         if echo:
             texts.append(_text_of(backend, prompt, request, params))
-    return Plan(requests=requests, texts=texts, echo=echo, num_top=num_top, drops_output=max_tokens == 0)
+    return Plan(
+        requests=requests,
+        texts=texts,
+        echo=echo,
+        num_top=num_top,
+        num_prompt_top=num_prompt_top,
+        drops_output=max_tokens == 0,
+    )
 
 
 def token_ids_of(backend: Backend, prompt: str | list[int], add_special_tokens: bool, *, cut: bool) -> list[int]:
@@ -177,30 +190,35 @@ def _choice(
     backend: Backend, plan: Plan, request_index: int, choice: Choice, first: Choice, index: int
 ) -> dict[str, Any]:
     logprobs = None
+    tokenizer = backend.engine.tokenizer
+    of_prompt = prompt_entries(plan.requests[request_index], first.events)
     events = [] if plan.drops_output else choice.events
     if plan.num_top is not None:
-        entries = [*_prompt_entries(plan, request_index, first.events), *entries_of(events)]
-        logprobs = CompletionLogprobs(backend.engine.tokenizer, plan.num_top).add(entries)
-    return {
+        entries = [*(of_prompt if plan.echo else ()), *entries_of(events)]
+        logprobs = CompletionLogprobs(tokenizer, plan.num_top).add(entries)
+    shown = {
         "index": index,
         "text": (plan.texts[request_index] if plan.echo else "") + ("" if plan.drops_output else choice.text),
         "logprobs": logprobs,
         "finish_reason": "length" if plan.drops_output else choice.finish_reason,
         "stop_reason": None if plan.drops_output else choice.stop_reason,
     }
+    if plan.num_prompt_top is not None:
+        shown["prompt_logprobs"] = prompt_logprobs(tokenizer, of_prompt, plan.num_prompt_top)
+    return shown
 
 
 def entries_of(events: Sequence[TokenEvent]) -> list[Entry]:
     return [(e.token_id, e.logprob, e.top_logprobs or ()) for e in events if e.token_id is not None]
 
 
-def _prompt_entries(plan: Plan, request_index: int, events: Sequence[TokenEvent]) -> list[Entry]:
-    """Of the prompt's tokens, where ``echo`` and ``logprobs`` ask for them: they come with the first choice's first
-    token, and of the first token of all there are none."""
+def prompt_entries(request: EngineRequest, events: Sequence[TokenEvent]) -> list[Entry]:
+    """Of the prompt's tokens, where the request asks for them: they come with the first choice's first token, and of
+    the first token of all there are none."""
     found = next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None)
-    if not plan.echo or found is None:
+    if found is None:
         return []
-    ids = plan.requests[request_index].prompt_token_ids
+    ids = request.prompt_token_ids
     return [(i, None, ()) if p is None else (p.token_id, p.logprob, p.top) for i, p in zip(ids, found)]
 
 
@@ -225,7 +243,7 @@ async def _chunks(
                 entries = [] if plan.drops_output else entries_of(of_choice)
                 if first and plan.echo:
                     text = plan.texts[i] + text
-                    entries = [*_prompt_entries(plan, i, of_choice), *entries]
+                    entries = [*prompt_entries(plan.requests[i], of_choice), *entries]
                 has_logprobs = plan.num_top is not None and entries
                 if not (text or has_logprobs or first or last.finish_reason):
                     continue

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxserve.errors import RequestError
-from jaxserve.sampling_params import SamplingParams, sampling_params_from
+from jaxserve.sampling_params import ALL_LOGPROBS, SamplingParams, sampling_params_from
 
 NO_OPS = {
     "user": "who asks: nothing is kept about users",
@@ -24,7 +24,6 @@ NO_OPS = {
 }  # taken and without effect on any answer: field -> why
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "prompt_logprobs": ((), "send logprobs with echo to /v1/completions"),
     "suffix": (("",), "nothing is inserted before a suffix: send a fill-in-the-middle prompt"),
     "best_of": ((1,), "only n completions are made, none is chosen among more"),
     "functions": (([],), "deprecated: send tools"),
@@ -60,6 +59,7 @@ _TEXT = {"type": "string", "minLength": 1}
 
 BOOLEAN = {"type": "boolean"}
 COUNT = {"type": "integer", "minimum": 1}
+NUM_LOGPROBS = {"type": "integer", "minimum": ALL_LOGPROBS}
 PRIORITY = {"type": "integer", "minimum": -(2**31), "maximum": 2**31 - 1}
 TEXTS = _listed(_TEXT)
 TOKEN_IDS = _listed(_TOKEN_ID)
@@ -191,6 +191,15 @@ def boolean(name: str, value: Any, default: bool) -> bool:
     if not isinstance(value, bool):
         raise RequestError(name, f"{value!r:.80} is not true or false")
     return value
+
+
+def num_prompt_logprobs(body: Body, value: Any) -> int | None:
+    """``prompt_logprobs``, checked; None: unset."""
+    if value is None:
+        return None
+    if body.stream:
+        raise RequestError("prompt_logprobs", "come with whole answers: stream is true")
+    return integer("prompt_logprobs", value, 0, ALL_LOGPROBS, 2**31 - 1)
 
 
 def continuation_of(add_generation_prompt: Any, continue_final_message: Any) -> dict[str, Any]:

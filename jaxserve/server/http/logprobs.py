@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+from jaxserve.sampling_params import ALL_LOGPROBS
 from jaxserve.text.tokenizer import Tokenizer
 
 Entry = tuple[int, float | None, Sequence[tuple[int, float]]]  # token id, its log-probability, the k best
@@ -47,6 +48,23 @@ class CompletionLogprobs:
             best.setdefault(text, logprob)
             tops.append(best)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def prompt_logprobs(tokenizer: Tokenizer | None, entries: Sequence[Entry], num_top: int) -> list[Any]:
+    """Of a prompt's tokens, as vLLM's clients read them: for each but the first, which has None, the ``num_top`` best
+    (-1: all) and the token itself by id. ``rank`` is from 1, None where the token is none of the best."""
+
+    def of_token(token_id: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+        if logprob is None:
+            return None
+        best = list(top if num_top == ALL_LOGPROBS else top[:num_top])
+        ranked = {i: (value, rank) for rank, (i, value) in enumerate(best, 1)}
+        return {
+            str(i): {"logprob": value, "rank": rank, "decoded_token": token_text(tokenizer, i)}
+            for i, (value, rank) in ({token_id: (logprob, None)} | ranked).items()
+        }
+
+    return [of_token(*entry) for entry in entries]
 
 
 def chat_logprobs(tokenizer: Tokenizer | None, entries: Sequence[Entry], num_top: int) -> dict[str, Any]:

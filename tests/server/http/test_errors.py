@@ -60,7 +60,7 @@ BAD = [
     ("best_of", 2),
     ("suffix", "end"),
     ("use_beam_search", True),
-    ("prompt_logprobs", 1),
+    ("prompt_logprobs", -2),
 ]
 
 
