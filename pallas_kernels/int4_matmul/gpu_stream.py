@@ -13,6 +13,7 @@ none is cut, and the kernel writes the product itself.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -96,6 +97,13 @@ def split_of(num_tokens: int, row_blocks: int, steps: int, t: Tuning) -> Split:
     return Split(tokens, across, along, token_blocks, blocks, steps, stretch)
 
 
+def aligned_rows(rows: int, row_bytes: int) -> int:
+    """``rows`` or more, a multiple of 128 bytes together: the copy engine puts what it reads at such places in shared
+    memory, and faults elsewhere."""
+    multiple = 128 // math.gcd(128, row_bytes)
+    return -(-rows // multiple) * multiple
+
+
 def add_pieces(pieces: jax.Array, split: Split, out_dtype: Any) -> jax.Array:
     """``[P, 2, MB tokens, F]`` bfloat16, values and what rounding left over of them -> ``[MB tokens, F]``. Places that
     ``Split.counts`` does not name were not written and are left out."""
@@ -146,8 +154,7 @@ def multiply(
     read_late = tokens > (48 if bias is None else FEW_TOKENS)
     repacked = weights.dtype == jnp.int32
     sums = None
-    # The copy engine puts what it reads at multiples of 128 bytes in shared memory, and faults elsewhere.
-    sum_rows = max(along * groups, 128 // (4 * tokens))
+    sum_rows = aligned_rows(along * groups, 4 * tokens)
     if bias is not None:  # of the inputs of a group: [MB, D/G, tokens]
         by_group = x.reshape(token_blocks, tokens, -1, group).transpose(0, 2, 1, 3)
         sums = jnp.sum(by_group, axis=3, dtype=jnp.float32)

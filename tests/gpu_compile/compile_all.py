@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from jaxserve.cache.pages import NUMBERS
 from jaxserve.config import ParallelConfig
 from jaxserve.execution.lowering import compile_step
 from jaxserve.parallel.mesh import make_mesh
-from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import gpu_product
 from pallas_kernels.paged_attention import gpu_decode_quantized
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
@@ -152,8 +150,7 @@ def compile_append(case: AppendCase) -> dict[str, Any]:
 def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     mesh = make_mesh(ParallelConfig(tensor=case.tensor), hopper.devices(case.tensor))
     start = time.perf_counter()
-    with mock.patch.object(dispatch, "MOSAIC_GPU_CHECKED", dispatch.MOSAIC_GPU_CHECKED | {"one kv head"}):
-        lowered, params, state = described_step(mesh, case.bucket, max_loras=case.max_loras)
+    lowered, params, state = described_step(mesh, case.bucket, max_loras=case.max_loras)
     lowered_at = time.perf_counter()
     if case.captures_collectives:
         options = {"xla_gpu_enable_command_buffer": f"{CAPTURED},COLLECTIVES"}

@@ -128,11 +128,13 @@ DECODE: dict[str, tuple[Shape, tuple[int, ...]]] = {
     "gemma 3 270m": (GEMMA3_270M, RAGGED),
     "gemma 2 9b": (GEMMA2_9B, RAGGED),
     "phi 3 mini": (PHI3_MINI, RAGGED),
-    # Gemma 3 270M is wrong on a device: what of it is?
+    "llama 70b, one of two devices": (Shape(32, 4, 128), RAGGED),
+    # Gemma 3 270M is wrong on a device, groups of 2 are right: what of it is?
     "head_dim 256, no window": (GEMMA3_270M._replace(window=None), RAGGED),
     "head_dim 256, pages of 64": (GEMMA3_270M._replace(page_size=64), RAGGED),
     "head_dim 256, 2 kv heads": (GEMMA3_270M._replace(num_heads=8, num_kv_heads=2), RAGGED),
     "head_dim 256, groups of 2": (GEMMA3_270M._replace(num_heads=2), RAGGED),
+    "head_dim 256, groups of 8": (GEMMA3_270M._replace(num_heads=8), RAGGED),
     "head_dim 256, one row": (GEMMA3_270M, (700,)),
 }
 

@@ -128,6 +128,13 @@ def test_a_block_asks_for_no_more_registers_than_it_started_with(warpgroups):
     assert started - 8 * warpgroups < registers * warpgroups + 24 <= started
 
 
+def test_slots_lie_where_the_copy_engine_can_write():
+    for tokens in range(8, 65, 8):
+        for rows in (1, 2, 4, 8):
+            slot = gpu_stream.aligned_rows(rows, 4 * tokens)
+            assert rows <= slot < rows + 4 and slot * 4 * tokens % 128 == 0
+
+
 def test_every_piece_has_one_place():
     for blocks_of_rows, steps, num_tokens in ((32, 32, 1), (224, 32, 16), (64, 112, 64), (6, 5, 300), (2, 1, 8)):
         split = gpu_stream.split_of(num_tokens, 2 * blocks_of_rows, steps, Tuning())
