@@ -143,7 +143,8 @@ class AsyncEngine:
         """As ``stream``, but all events that are pending at once: several when the reader is slower than the engine."""
         stream = EventStream(request, asyncio.get_running_loop(), self._slow_reader_timeout_s, self._drop_soon)
         try:
-            await asyncio.wrap_future(self._post(partial(self._add, stream)))
+            # Not awaited: a refusal comes through the stream, and the first token waits for one wake-up less.
+            self._post(partial(self._add, stream)).add_done_callback(partial(_tell_refusal, stream))
             while not stream.at_end:
                 yield await stream.take()
         except Exception as error:
@@ -418,6 +419,17 @@ def _answer(engine: EngineCore, command: Callable[[EngineCore], Any], future: Fu
         future.set_result(command(engine))
     except Exception as error:
         future.set_exception(error)
+
+
+def _tell_refusal(stream: EventStream, added: Future[Any]) -> None:
+    """Has ``stream`` raise what kept it from being added; on any thread."""
+    error = added.exception()
+    if not isinstance(error, Exception):  # None
+        return
+    try:
+        stream.loop.call_soon_threadsafe(stream.fail, error)
+    except RuntimeError:
+        logger.debug("a stream's loop was closed before its request was refused")
 
 
 def _failed(cause: BaseException) -> EngineFailedError:

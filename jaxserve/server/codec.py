@@ -17,6 +17,7 @@ from jaxserve.request import EngineStats, LoadedAdapter, Pooling, Request, Token
 from jaxserve.sampling_params import SamplingParams, StructuredOutputs, sampling_params_from
 from jaxserve.server.chat.tools import Answer, ChatFinishReason, ToolPlan
 from jaxserve.server.chat.wire import Chat, call_pieces, read_chat
+from jaxserve.server.limits import QUICK_BYTES
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.refusing import Refusing
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -73,6 +74,12 @@ def read_prompt(message: pb.GenerateRequest | pb.TokenizeRequest | pb.EmbedReque
     if not isinstance(message, pb.TokenizeRequest) and kind == "token_ids":
         return tuple(message.token_ids.ids)
     raise RequestError("prompt", "none is set")
+
+
+def is_quick(message: pb.GenerateRequest) -> bool:
+    """Whether reading it takes less than going to a thread and back."""
+    sampling, kind = message.sampling, message.WhichOneof("prompt")
+    return kind != "messages" and not sampling.HasField("structured_outputs") and message.ByteSize() <= QUICK_BYTES
 
 
 def read_embed_options(message: pb.EmbedRequest) -> dict[str, Any]:

@@ -68,8 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finish_reason = None
         started = False
         try:
-            # Tokenizing may take long, and the event loop has other streams to serve.
-            asked = await asyncio.to_thread(self._read_request, request, deadline, self._caller(context))
+            asked = await self._read(request, deadline, self._caller(context))
             writer = codec.ChunkWriter(asked.tools)
             async with aclosing(self._engine.stream_batches(asked.request)) as batches:
                 async for events in batches:
@@ -99,7 +98,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
         async def read(message: pb.GenerateRequest) -> Asked:
             limited = limited_deadline(self._options, deadline)
-            return await asyncio.to_thread(self._read_request, message, limited, caller)
+            return await self._read(message, limited, caller)
 
         async def write(chunk: pb.BatchChunk) -> None:
             await self._write(context, chunk)
@@ -173,6 +172,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             codec.add_engine_info(info, self._engine.engine, stats)
         return info
 
+    async def _read(self, message: pb.GenerateRequest, deadline: float | None, caller: Mapping[str, Any]) -> Asked:
+        """In a thread, unless it ``is_quick``: it may take long, and the event loop has other streams to serve."""
+        if codec.is_quick(message):
+            return self._read_request(message, deadline, caller)
+        return await asyncio.to_thread(self._read_request, message, deadline, caller)
+
     async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk | pb.BatchChunk) -> None:
         """Raises SlowReaderError: by itself a write waits for as long as the client does not read."""
         timeout_s = self._options.slow_reader_timeout_s
@@ -201,7 +206,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             "trace_context": trace_context(self._options.otlp_traces_endpoint, metadata.get),
         }
 
-    # In a thread: these may take long.
+    # These may take long.
 
     def _read_request(self, message: pb.GenerateRequest, deadline: float | None, caller: Mapping[str, Any]) -> Asked:
         engine, options = self._engine.engine, self._options

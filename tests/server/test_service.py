@@ -3,13 +3,14 @@ import dataclasses
 import gc
 import threading
 import time
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
 from jaxserve.request import TokenLogprobs
-from jaxserve.server.client import Client
+from jaxserve.server.client import Client, batch_request
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.text.tokenizer import Tokenizer
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
@@ -313,3 +314,27 @@ async def test_while_loading():
             assert (await refused(call)).code() == Code.UNAVAILABLE
         info = await s.client.server_info()
         assert info.state == pb.SERVER_STATE_LOADING and not info.HasField("load")
+
+
+async def test_only_what_is_small_and_plain_is_read_on_the_event_loop(monkeypatch: pytest.MonkeyPatch):
+    async with serving() as s:
+        threads: list[bool] = []
+        make_request = s.engine.make_request
+
+        def noting(*args, **fields):
+            threads.append(threading.current_thread() is not threading.main_thread())
+            return make_request(*args, **fields)
+
+        monkeypatch.setattr(s.engine, "make_request", noting)
+        hello = [{"role": "user", "content": "hi"}]
+        asked: list[dict[str, Any]] = [
+            {"prompt": "a"},
+            {"token_ids": [97]},
+            {"prompt": "a" * 390, "bad_words": ["b" * 200]},
+            {"prompt": "a", "structured_outputs": {"regex": "a+"}},
+            {"messages": hello},
+        ]
+        for fields in asked:
+            [_ async for _ in s.client.generate(**fields, max_tokens=2)]
+            [_ async for _ in s.client.generate_batch([batch_request("b", **fields, max_tokens=2)])]
+    assert threads == [False] * 4 + [True] * 6
