@@ -295,6 +295,8 @@ class SchedulerConfig:
 
     ``lookahead=1``: a step is dispatched before the last one is read, and follows it into the ``num_stages`` stages of
     the mesh as soon as that has left the first. ``lookahead=0``: each step is read before the next is scheduled.
+    ``lookahead=2``: without stages, a second step that only decodes is dispatched ahead as long as the device would
+    else wait for the host. Who comes then waits for one short step more.
     """
 
     max_model_len: int  # tokens, prompt and output together
@@ -303,7 +305,7 @@ class SchedulerConfig:
     decode_sizes: tuple[int, ...]  # decode rows a step, e.g. (1, 8)
     max_prefill_rows: int = 4
     max_num_waiting: int = 1024
-    lookahead: Literal[0, 1] = 1
+    lookahead: Literal[0, 1, 2] = 1
     num_stages: int = 1  # ST
     batching: Literal["continuous", "static"] = "continuous"
 
@@ -319,6 +321,8 @@ class SchedulerConfig:
                 f"prefill_sizes ends with {self.prefill_sizes[-1]}, which must be more than max_num_seqs="
                 f"{self.max_num_seqs}: a step that reads prompts has the tokens of all that decode, too"
             )
+        if self.lookahead not in (0, 1, 2):
+            raise ValueError(f"lookahead={self.lookahead} is not one of 0, 1, 2")
         if self.num_stages < 1:
             raise ValueError(f"num_stages={self.num_stages} must be at least 1")
         if self.max_prefill_rows < 1 or self.max_num_waiting < 1 or self.max_model_len < 2:

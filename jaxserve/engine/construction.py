@@ -70,7 +70,7 @@ def build_parts(
     max_lora_rank: int = 16,
     lora_modules: Mapping[str, str | Path] | None = None,
     prefix_caching: bool = True,
-    lookahead: Literal[0, 1] = 1,
+    lookahead: Literal[0, 1, 2] | None = None,
     batching: Literal["continuous", "static"] = "continuous",
     allocation: Literal["paged", "static"] = "paged",
     compilation_cache_dir: str | Path | None = None,
@@ -103,7 +103,8 @@ def build_parts(
         max_lora_rank: their rank at most; each slot takes the memory of such a one.
         lora_modules: adapters to load before the engine is ready, by the name that requests give: folders as `peft`
             saves them.
-        lookahead: steps dispatched before the last one is read; 0 lets only one into the stages of a mesh.
+        lookahead: steps dispatched before the last one is read, at most (``SchedulerConfig``); 0 lets only one into
+            the stages of a mesh. None: 1 on CPUs, 2 elsewhere.
         batching, allocation: "static" is for comparison in benchmarks only.
         compilation_cache_dir: where compiled steps are kept for the next start, which then traces none. Sets JAX's
             persistent cache for this process; None leaves the process' own setting. Whoever can write there can run
@@ -137,7 +138,7 @@ def build_parts(
         prefill_sizes=prefill_sizes,
         decode_sizes=decode_sizes,
         max_num_waiting=max_num_waiting,
-        lookahead=lookahead,
+        lookahead=plan.defaults(resolved)["lookahead"] if lookahead is None else lookahead,
         batching=batching,
         **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
     )

@@ -1,5 +1,6 @@
 """The step loop: sequences in, token events out; the host's turn in each step and the order of what it dispatches."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
@@ -22,6 +23,10 @@ from jaxserve.scheduler.stages import Entered, Stages, Tick
 from jaxserve.step_io import StepOutputs
 from jaxserve.text.grammar import Filler
 from jaxserve.text.tokenizer import Tokenizer
+
+# A host that waits no longer than this for a step is about as slow as the device, or slower: with one step dispatched
+# ahead the device has nothing to do while the host reads that and goes on. A step is then a few milliseconds.
+SHORT_WAIT_S = 2e-3
 
 
 class InFlight(NamedTuple):
@@ -59,6 +64,7 @@ class StepLoop:
         self._filler = Filler()
         self._times = dict.fromkeys(SECONDS, 0.0)  # of the step that runs
         self._lap = time.perf_counter()
+        self._last_wait_s = math.inf  # for the last step that was read, or two of them
 
     def add(self, request: Request, num_cached: int = 0, waiting_elsewhere: int = 0) -> None:
         """Queues a request. Raises as ``Engine.add_request``. The numbers are of ``Scheduler.add_group``."""
@@ -86,7 +92,8 @@ class StepLoop:
         return events
 
     def advance(self, on_dispatch: Callable[[], None] | None) -> Generator[jax.Array, None, StepTimes]:
-        """Schedules and dispatches one step, and reads and commits the one before it (itself at lookahead 0).
+        """Schedules and dispatches one step, and reads and commits the one before it (itself at lookahead 0; with 2
+        none where the host is slower than the device, or then the one before that).
 
         It yields what it is about to read: its owner may do other things until that is ready, requests that come and
         go included, and other weights, ``forget_computed`` and another step excepted.
@@ -111,10 +118,20 @@ class StepLoop:
             if not self.scheduler.config.lookahead:
                 yield from self._finish_stages()
             elif tick.leaving is not None:
-                may_be_unread = 1
-        if len(self.in_flight) > may_be_unread:
-            yield from self._read()
+                may_be_unread = self._num_ahead()
+        num_to_read = min(len(self.in_flight) - may_be_unread, 1 if tick is None else 2)
+        if num_to_read > 0:
+            waited_s = self._times["wait_s"]
+            for _ in range(num_to_read):
+                yield from self._read()
+            self._last_wait_s = self._times["wait_s"] - waited_s
         return StepTimes(batch, tick, **self._times)
+
+    def _num_ahead(self) -> int:
+        """Steps that may stay unread, of which one has just been dispatched."""
+        waits_for_host = self.scheduler.config.lookahead == 2 and self._last_wait_s < SHORT_WAIT_S
+        only_decode = all(step.batch.bucket.prefill_tokens == 0 for step in self.in_flight)
+        return 2 if waits_for_host and only_decode and not self.stages.is_busy else 1
 
     def finish_stages(self) -> None:
         """Dispatches the steps in the stages to their ends; no other enters. Not while a step is under way."""

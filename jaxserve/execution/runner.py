@@ -120,10 +120,10 @@ class Runner:
             self._write_slot = lower_write_slot(self._adapters, mesh).compile()
         self._state = _zeros(self._state_shape)
         # Of steps that are read, by rows, for the next ones: new ones would lie where the workspace of the step was,
-        # which would move, and the step's CUDA graph would have to be updated. Two: one step runs, one is read.
+        # which would move, and the step's CUDA graph would have to be updated. Three: two steps run, one is read.
         self._free_outputs: dict[int, list[jax.Array]] = {}
         for num_rows in {b.num_rows for b in buckets}:
-            self._free_outputs[num_rows] = [self._new_outputs(num_rows) for _ in range(2)]
+            self._free_outputs[num_rows] = [self._new_outputs(num_rows) for _ in range(3)]
         self._held: Constraints | None = None
         self._all_allowed: dict[int, jax.Array] = {}  # by rows
         if "constrained" in self._samplings:

@@ -20,8 +20,8 @@ class Sequence:
         order: sort key, best first: lower priority value, earlier arrival, lower number.
         tokens: prompt and committed output token ids.
         num_computed: tokens whose KV is in ``pages``, or will be once the dispatched steps have run.
-        num_in_flight: tokens sampled by dispatched steps and not committed yet: at most one when ``schedule`` begins,
-            one more while a batch of the sequence was scheduled and the one before is not committed.
+        num_in_flight: tokens sampled by dispatched steps and not committed yet: at most ``lookahead`` when ``schedule``
+            begins, one more while a batch of the sequence was scheduled and those before are not committed.
         in_stages: a step that samples its next token has entered the stages of the mesh and not left them. Always False
             where there is one.
         pages: page ids in order of position; empty unless running.

@@ -1,11 +1,13 @@
 """Greedy tokens of the engine, however it batches, chunks, shares, preempts or shards, are those of the oracle."""
 
+import math
 import random
 from functools import cache
 
 import numpy as np
 import pytest
 
+from jaxserve.engine import loop
 from jaxserve.sampling_params import SamplingParams
 from tests import tiny
 from tests.oracle import oracle_greedy, oracle_logits
@@ -35,11 +37,28 @@ def test_every_mesh(mesh):
         assert engine.stats().num_pages_held == 0
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
-def test_batched_is_one_by_one(lookahead):
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_batched_is_one_by_one(lookahead, monkeypatch):
+    monkeypatch.setattr(loop, "SHORT_WAIT_S", math.inf)
     with tiny.engine(lookahead=lookahead, prefix_caching=False) as engine:
         assert tokens(engine.generate(tiny.prompts(7), GREEDY)) == expected()
         assert tokens([engine.generate([p], GREEDY)[0] for p in tiny.prompts(7)]) == expected()
+
+
+@pytest.mark.parametrize("short_wait_s, deepest", [(math.inf, 2), (0, 1)])
+def test_a_second_step_is_ahead_where_the_host_waits_shortly(short_wait_s, deepest, monkeypatch):
+    monkeypatch.setattr(loop, "SHORT_WAIT_S", short_wait_s)
+    with tiny.engine(lookahead=2) as engine:
+        unread = engine.loop.in_flight
+        for prompt in tiny.prompts(7):
+            engine.add_request(engine.make_request(prompt, GREEDY))
+        depths = set()
+        while engine.has_unfinished():
+            engine.step()
+            depths.add(len(unread))
+            assert len(unread) < 2 or not any(step.batch.bucket.prefill_tokens for step in unread)
+        assert max(depths) == deepest
+        assert engine.stats().num_pages_held == 0
 
 
 def test_any_order_of_rows():

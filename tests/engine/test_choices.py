@@ -11,7 +11,7 @@ PROMPT = list(range(30, 57))  # six full pages of 4, and three tokens; two chunk
 DRAWN = {"temperature": 1.0, "max_tokens": 10, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["lookahead0", "lookahead1"])
+@pytest.fixture(scope="module", params=[0, 1, 2], ids=["lookahead0", "lookahead1", "lookahead2"])
 def engine(request):
     with tiny.engine(lookahead=request.param) as engine:
         yield engine

@@ -69,6 +69,7 @@ def expected() -> tuple[list[SamplingParams], list[list[int]]]:
     [
         {"lookahead": 0},
         {"lookahead": 1},
+        {"lookahead": 2},
         {"mesh": "stage=2,tensor=2"},
         {"num_pages": 24, "prefix_caching": False},
     ],

@@ -174,8 +174,8 @@ class FakeDevice:
 
 @dataclass
 class FakeEngine:
-    """The engine's loop: dispatch step n + 1, then read step n (lookahead 1), or one after the other (0). Where there
-    are stages, a step is sampled and dispatched to be read when it leaves them."""
+    """The engine's loop: dispatch step n + 1, then read step n (lookahead 1), step n - 1 (2), or one after the other
+    (0). Where there are stages, a step is sampled and dispatched to be read when it leaves them."""
 
     cache: CacheConfig
     config: SchedulerConfig
@@ -183,7 +183,7 @@ class FakeEngine:
     expected: dict[str, list[int]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
     reasons: dict[str, str | None] = field(default_factory=dict)
-    in_flight: tuple[ScheduledBatch, np.ndarray] | None = None
+    in_flight: deque[tuple[ScheduledBatch, np.ndarray]] = field(default_factory=deque)
     num_steps: int = 0
     num_preempted_in_flight: int = 0
 
@@ -233,14 +233,18 @@ class FakeEngine:
             while self.stages.is_busy:
                 assert dispatched is None
                 dispatched = self.tick(None)
-            ready, self.in_flight = dispatched, None
+            ready = dispatched
         else:
-            ready, self.in_flight = self.in_flight, dispatched
+            may_be_unread = 0
+            if dispatched is not None:
+                self.in_flight.append(dispatched)
+                may_be_unread = 1 if self.config.num_stages > 1 else self.config.lookahead
+            ready = self.in_flight.popleft() if len(self.in_flight) > may_be_unread else None
         if ready is not None:
             self.num_preempted_in_flight += sum(row.sequence.status == "waiting" for row in ready[0].rows)
             for committed in self.scheduler.commit(*ready):
                 self.take(committed)
-        elif batch is None and not self.stages.is_busy and self.in_flight is None:
+        elif batch is None and not self.stages.is_busy and not self.in_flight:
             assert not self.scheduler.has_unfinished(), "nothing to do, but somebody waits"
         return batch
 
@@ -293,12 +297,12 @@ class FakeEngine:
         unfinished = (r.max_total_len for request_id, r in self.requests.items() if request_id not in self.reasons)
         max_steps = self.config.num_shares * (2 * sum(unfinished) + 4)
         for _ in range(max_steps):
-            if not self.scheduler.has_unfinished() and self.in_flight is None and not self.stages.is_busy:
+            if not self.scheduler.has_unfinished() and not self.in_flight and not self.stages.is_busy:
                 break
             self.step()
             self.check_state()
         assert not self.scheduler.has_unfinished(), f"unfinished after {max_steps} steps"
-        assert self.in_flight is None and not self.stages.is_busy
+        assert not self.in_flight and not self.stages.is_busy
         for request_id, reason in self.reasons.items():
             if reason in ("stop", "length"):
                 assert self.outputs[request_id] == self.expected[request_id]
@@ -366,8 +370,7 @@ class FakeEngine:
         assert all(not s.pages and s.slot == -1 and s.num_computed == s.num_registered == 0 for s in waiting)
         unfinished = {s.request_id for s in running + waiting}
         assert unfinished == set(scheduler._sequences) == set(self.requests) - set(self.reasons)
-        assert all(0 <= s.num_in_flight <= 1 for s in running + waiting)
-        assert self.config.lookahead or not any(s.num_in_flight for s in running + waiting)
+        assert all(0 <= s.num_in_flight <= self.config.lookahead for s in running + waiting)
 
         stats = scheduler.stats()
         assert stats.num_tokens_held == sum(filled) and stats.num_pages_held == len(held)

@@ -358,7 +358,7 @@ def test_a_group_is_queued_whole_or_not_at_all():
     assert scheduler.stats().num_waiting == 1 and scheduler.get("a") is None
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
 def test_abort_at_every_moment_of_a_life(lookahead):
     cache = CacheConfig(num_pages=6, page_size=2)
     config = SchedulerConfig(

@@ -1,6 +1,7 @@
 """Any sequence of adds, steps, aborts and expiries, under any limits: a solo run's tokens, and nothing leaks."""
 
 import random
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -54,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         small_decode=st.booleans(),
         prefill_sizes=sizes,
         max_prefill_rows=st.integers(1, 3),
-        lookahead=st.sampled_from([1, 0]),
+        lookahead=st.sampled_from([1, 2, 0]),
         num_stages=st.sampled_from([1, 2, 4]),
         prefix_caching=st.booleans(),
         batching=st.sampled_from(["continuous", "continuous", "continuous", "static"]),
@@ -140,8 +141,8 @@ TestScheduler.settings = settings(
 
 @pytest.mark.parametrize("page_size", [1, 4])
 @pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("lookahead, num_stages", [(0, 1), (1, 1), (1, 3), (0, 3)])
-def test_a_crowd_on_few_pages(lookahead: int, num_stages: int, prefix_caching: bool, page_size: int):
+@pytest.mark.parametrize("lookahead, num_stages", [(0, 1), (1, 1), (2, 1), (1, 3), (0, 3)])
+def test_a_crowd_on_few_pages(lookahead: Literal[0, 1, 2], num_stages: int, prefix_caching: bool, page_size: int):
     """64 requests, some aborted, where 8 run at once on the pages of two: all others get a solo run's tokens."""
     generator = random.Random(page_size)
     cache = CacheConfig(num_pages=48 // page_size, page_size=page_size, prefix_caching=prefix_caching)
@@ -150,7 +151,7 @@ def test_a_crowd_on_few_pages(lookahead: int, num_stages: int, prefix_caching: b
         max_num_seqs=8,
         prefill_sizes=(2, 9),
         decode_sizes=(2, 8),
-        lookahead=1 if lookahead else 0,
+        lookahead=lookahead,
         num_stages=num_stages,
     )
     engine = FakeEngine(cache, config)
