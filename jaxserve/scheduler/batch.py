@@ -23,11 +23,14 @@ INT32_MAX = 2**31 - 1
 def all_buckets(config: SchedulerConfig) -> list[Bucket]:
     """Every bucket that ``choose_bucket`` can return: what the runner compiles before it is ready."""
     buckets = [Bucket(size, 0, 0) for size in config.decode_sizes]
+    # A sequence that runs alone reads its prompt or decodes. With stages a step of the next one can meet its last.
+    is_alone = config.max_num_seqs == config.num_stages == 1
     for tokens in config.prefill_sizes:
         rows = min(config.max_prefill_rows, tokens)
         if tokens <= PROMPTS_ALONE:
             buckets.append(Bucket(0, tokens, rows))
-        buckets.append(Bucket(min(config.max_num_seqs, tokens), tokens, rows))
+        if tokens > PROMPTS_ALONE or not is_alone:
+            buckets.append(Bucket(min(config.max_num_seqs, tokens), tokens, rows))
     return buckets
 
 

@@ -2,6 +2,7 @@
 
 import time
 import timeit
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,6 +125,14 @@ def test_prompts_are_cut_for_what_the_decode_rows_leave(num_tokens, num_decode_r
 def test_every_choice_is_a_known_bucket():
     choices = {choose_bucket(CONFIG, rows, tokens) for rows in range(9) for tokens in range(17 - rows) if rows + tokens}
     assert choices == set(all_buckets(CONFIG))
+
+
+def test_a_sequence_that_runs_alone_reads_its_prompt_or_decodes():
+    config = replace(CONFIG, max_num_seqs=1, decode_sizes=(1,), prefill_sizes=(2, 16, 2048))
+    alone = [(1, 0, 0), (0, 2, 2), (0, 16, 3), (1, 2048, 3)]
+    assert all_buckets(config) == alone
+    assert {choose_bucket(config, *step) for step in ((1, 0), *((0, n) for n in range(1, 2049)))} == set(alone)
+    assert all_buckets(replace(config, num_stages=2)) == [*alone[:2], (1, 2, 2), alone[2], (1, 16, 3), alone[3]]
 
 
 def test_build_inputs_by_hand():
