@@ -12,6 +12,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.model.params import Params, init_params
 from jaxserve.text.tokenizer import Tokenizer
+from tests import compiled
 
 EOS = 0
 CONFIG = ModelConfig(
@@ -54,6 +55,7 @@ def engine(**options: Any) -> Engine:
         "page_size": 4,
         "prefill_sizes": (16,),
         "max_prefill_rows": 3,
+        "compilation_cache_dir": compiled.FOLDER,
     }
     return Engine.from_params(CONFIG, params(), tokenizer(), **(defaults | options))
 
