@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve.checkpoint.shapes import read_shape
-from jaxserve.config import CacheConfig, LoraConfig
+from jaxserve.config import CacheConfig, CacheDtype, LoraConfig
 from jaxserve.execution.adapters import adapters_shape
 from jaxserve.execution.lowering import lower_step, state_shape
 from jaxserve.execution.placement import stage_param_formats
@@ -29,7 +29,9 @@ class DescribedStep(NamedTuple):
     state: DeviceState  # of shapes
 
 
-def described_step(mesh: Mesh, bucket: Bucket, *, max_loras: int = 0) -> DescribedStep:
+def described_step(
+    mesh: Mesh, bucket: Bucket, *, max_loras: int = 0, cache_dtype: CacheDtype = "auto"
+) -> DescribedStep:
     """The step of ``bucket`` of ``MODEL`` with ``NUM_LAYERS`` layers a stage, in bfloat16, for ``mesh``."""
     stages, tensor = mesh.shape["stage"], mesh.shape["tensor"]
     config = replace(read_shape(MODEL), num_layers=NUM_LAYERS * stages)
@@ -49,7 +51,7 @@ def described_step(mesh: Mesh, bucket: Bucket, *, max_loras: int = 0) -> Describ
         max_loras=max_loras,
         hidden_tokens=CHUNK_TOKENS + 128,  # kept for scores and embeddings; no matrix has as many rows
     )
-    cache = CacheConfig(num_pages=NUM_PAGES, page_size=PAGE_SIZE)
+    cache = CacheConfig(num_pages=NUM_PAGES, page_size=PAGE_SIZE, dtype=cache_dtype)
     dtype = jnp.dtype("bfloat16")
     state = state_shape(config, cache, dims, [bucket], mesh, dtype)
     adapters = adapters_shape(config, LoraConfig(max_loras=max_loras), mesh, dtype) if max_loras else None

@@ -134,7 +134,9 @@ def attention_case(
 def tuned_attention(setting: Setting, decode: bool, cache: str | None) -> Callable[..., jax.Array] | None:
     """Hopper's kernel with ``Setting.tuning``, for keywords of ``paged_attention``; None if it has no such field."""
     kernel = gpu_decode if cache is None else gpu_decode_quantized
-    tuning = setting.tuned((kernel if decode else gpu_prefill).default_tuning(setting.config.head_dim))
+    head_dim, quantized = setting.config.head_dim, cache is not None
+    default = kernel.default_tuning(head_dim) if decode else gpu_prefill.default_tuning(head_dim, quantized=quantized)
+    tuning = setting.tuned(default)
     if tuning is None:
         return None
 
@@ -196,10 +198,20 @@ def uneven(num_rows: int, mean: int) -> list[int]:
 
 
 def prefill_cases(setting: Setting) -> Iterator[Case]:
+    return attention_cases(setting, "prefill_attention", prefill_batches(setting))
+
+
+def quantized_prefill_cases(setting: Setting) -> Iterator[Case]:
+    """As ``quantized_decode_cases``."""
+    for cache in pages.NUMBERS:
+        yield from attention_cases(setting, "quantized_prefill_attention", prefill_batches(setting), cache)
+
+
+def prefill_batches(setting: Setting) -> list[tuple[tuple[()], list[tuple[int, int]]]]:
     """Whole prompts, and the last quarter of the longest."""
     longest = max(setting.prompt_lens)
     chunks = [(n, n) for n in setting.prompt_lens] + [(max(1, longest // 4), longest)]
-    return attention_cases(setting, "prefill_attention", [((), [chunk]) for chunk in chunks])
+    return [((), [chunk]) for chunk in chunks]
 
 
 # Rotation and append.

@@ -16,6 +16,7 @@ from jaxserve.bench.kernel_attention import (
     decode_cases,
     prefill_cases,
     quantized_decode_cases,
+    quantized_prefill_cases,
     rope_append_cases,
 )
 from jaxserve.bench.kernel_cases import Case, Setting, Way
@@ -40,6 +41,7 @@ KERNELS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "decode_attention": decode_cases,
     "prefill_attention": prefill_cases,
     "quantized_decode_attention": quantized_decode_cases,
+    "quantized_prefill_attention": quantized_prefill_cases,
     "rope_append": rope_append_cases,
 }
 

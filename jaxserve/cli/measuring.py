@@ -100,7 +100,7 @@ class KernelOptions:
         str | None,
         typer.Option(
             help='Some of "int4_matmul,int8_matmul,grouped_matmul,decode_attention,prefill_attention,'
-            'quantized_decode_attention,rope_append". (default: all)'
+            'quantized_decode_attention,quantized_prefill_attention,rope_append". (default: all)'
         ),
     ] = None
     batches: Annotated[

@@ -19,6 +19,7 @@ from jaxserve.parallel.memory import DEFAULT_FRACTION, free_bytes
 from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
 from jaxserve.scheduler.batch import all_buckets
 from jaxserve.step_io import SAMPLINGS, Sampling, StepDims
+from pallas_kernels import dispatch
 
 CACHE_DTYPES = get_args(CacheDtype)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -85,12 +86,16 @@ def resolve_dtype(dtype: str, mesh: Mesh) -> jnp.dtype:
 
 
 def check_cache_dtype(cache_dtype: str, mesh: Mesh) -> None:
-    """Raises ValueError where ``kv_cache_dtype`` is none, or the mesh's devices have no kernel for it."""
+    """Raises ValueError where ``kv_cache_dtype`` is none, or one that the mesh's devices have no checked kernel for."""
     if cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype={cache_dtype!r:.40} is not one of {', '.join(CACHE_DTYPES)}")
-    if cache_dtype != "auto" and mesh.devices.flat[0].platform == "gpu":
+    device = mesh.devices.flat[0]
+    if cache_dtype == "auto" or device.platform != "gpu":
+        return
+    if not dispatch.is_hopper(device) or f"kv {cache_dtype}" not in dispatch.MOSAIC_GPU_CHECKED:
         raise ValueError(
-            f"kv_cache_dtype={cache_dtype!r}: the GPU kernels of paged attention take no scales; only 'auto' there"
+            f"kv_cache_dtype={cache_dtype!r}: paged attention has no kernel for it that has been right on this GPU; "
+            "only 'auto' there"
         )
 
 

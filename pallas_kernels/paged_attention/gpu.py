@@ -1,5 +1,5 @@
 """Paged attention on Mosaic GPU (Hopper): decode rows by one kernel, of a quantized cache by another, and prompt chunks
-by a third; those of a quantized cache by the reference."""
+by a third."""
 
 import functools
 from collections.abc import Collection
@@ -72,15 +72,12 @@ def paged_attention(
     if page_table.shape[0] > bd and group is not None:
         q, group = reference.queries(q, group), None
     if bd:
-        decode = gpu_decode.decode_attention
+        decode: Any = gpu_decode.decode_attention
         if kv_scales is not None:
             decode = functools.partial(gpu_decode_quantized.decode_attention, kv_scales=kv_scales)
-        decoded = decode(q[:bd], kv_pages, page_table=page_table[:bd], kv_lens=kv_lens[:bd], group=group, **variant)
-    if page_table.shape[0] > bd and kv_scales is not None:
-        rows = page_table[bd:], kv_lens[bd:], prefill_cu_q_lens
-        chunks = reference.paged_attention(q, kv_pages, *rows, num_decode_rows=0, kv_scales=kv_scales, **variant)
-    elif page_table.shape[0] > bd:
+        decoded = decode(q[:bd], kv_pages, page_table[:bd], kv_lens[:bd], group=group, **variant)  # [BD, N, H]
+    if page_table.shape[0] > bd:
         chunks = gpu_prefill.prefill_attention(
-            q, kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, **variant
+            q, kv_pages, page_table[bd:], kv_lens[bd:], prefill_cu_q_lens, kv_scales=kv_scales, **variant
         )  # [T, N, H]
     return reference.merged(decoded, chunks, prefill_cu_q_lens)

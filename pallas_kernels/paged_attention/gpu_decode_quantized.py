@@ -85,14 +85,20 @@ def over_keys(x: Any, op: str, scratch: Any, interpret: Any) -> Any:
     return reduce(x, scratch)
 
 
-def scales_of_rows(ref: Any, interpret: Any) -> Any:
-    """The scales of a tile's 64 keys, ``ref`` [pages, 64 / pages] bf16 in shared memory with gaps between pages, as f32
-    [64] where a thread has those of its rows."""
+def numbers_as_bf16(x: Any) -> Any:
+    """Int8 or e4m3 as bfloat16, exactly."""
+    # There is no instruction from e4m3 to it, but one to float16.
+    return (x.astype(jnp.float16) if x.dtype == jnp.float8_e4m3fn else x).astype(jnp.bfloat16)
+
+
+def scales_of_rows(ref: Any, layout: Any, interpret: Any) -> Any:
+    """The scales of 64 keys, ``ref`` [pages, 64 / pages] bf16 in shared memory with gaps between pages, as [64] where a
+    thread has those of its rows; ``layout`` (WGMMA, or the one that is read to become it) of what they multiply."""
     rows = ref.shape[1]
     if interpret:
-        return ref[...].reshape(_KEYS).astype(jnp.float32)
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    out = plgpu.ShapeDtypeStruct((_KEYS,), jnp.bfloat16, layout=layout)
+        return ref[...].reshape(_KEYS)
+    out = plgpu.ShapeDtypeStruct((_KEYS,), jnp.bfloat16, layout=layout.reduce(1))
+    row_layout = layout.reduce(1).to_mgpu()
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=out)
     def load(_, ref):
@@ -101,7 +107,6 @@ def scales_of_rows(ref: Any, interpret: Any) -> Any:
         # Of a warp's 16 rows a thread has the one of its lane / 4, and the one 8 further.
         warp, lane = arith.divui(thread, mosaic.c(32, index)), arith.remui(thread, mosaic.c(32, index))
         first = arith.addi(arith.muli(warp, mosaic.c(16, index)), arith.divui(lane, mosaic.c(4, index)))
-        row_layout = fragmented_array.WGMMA_ROW_LAYOUT
         registers = np.empty(2, dtype=object)
         for i in range(2):
             row = arith.addi(first, mosaic.c(8 * i, index))
@@ -112,17 +117,17 @@ def scales_of_rows(ref: Any, interpret: Any) -> Any:
             _registers=registers.reshape(row_layout.registers_shape((_KEYS,))), _layout=row_layout, _is_signed=None
         )
 
-    return load(ref).astype(jnp.float32)
+    return load(ref)
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "group", "window", "softcap", "tuning", "interpret"))
 def decode_attention(
     q: jax.Array,
     kv_pages: jax.Array,
-    kv_scales: jax.Array,
     page_table: jax.Array,
     kv_lens: jax.Array,
     *,
+    kv_scales: jax.Array,
     sm_scale: float,
     group: int | None = None,
     window: int | None = None,
@@ -137,10 +142,10 @@ def decode_attention(
         q: ``[B, N, H]`` bfloat16; H is one of ``HEAD_DIMS``, at most 32 query heads a kv head. With ``group``
             ``[B, K, query_rows(group), H]``, which spares a copy.
         kv_pages: ``[NP, K, 2, PS, H]`` int8, or uint8 for the bytes of e4m3; PS as of ``gpu_decode``.
-        kv_scales: ``[NP, K, 2, PS]`` bfloat16. Contents of ``kv_pages`` and of this that no row reaches may be
-            anything, NaN included.
         page_table: ``[B, MP]`` int32.
         kv_lens: ``[B]`` int32; 0 gives zeros.
+        kv_scales: ``[NP, K, 2, PS]`` bfloat16. Contents of ``kv_pages`` and of this that no row reaches may be
+            anything, NaN included.
         group, window, softcap, sinks: as of ``paged_attention``.
         tuning: None takes the defaults; ``block_kv`` is 64.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
@@ -223,7 +228,7 @@ def _attend(
         v_smem,  # [P, 64, H] bf16
         p_smem,  # [P, QR, 64] bf16
         o_smem,  # [P, 2, QR, H]
-        lse_smem,  # [P, QR]
+        lse_smem,  # [P, 64], of which QR are used: the copy engine reads from multiples of 128 bytes
         reduced,  # [P, 256] f32
         q_full,  # [P]
         kv_full,  # [P * ring]
@@ -337,9 +342,6 @@ def _attend(
                 """[64, H] of the ring, eight bits each, as the matrix instruction's left operand lies."""
                 return plgpu.load(kv_smem.at[place, slot, which], layout=plgpu.Layout.WGMMA_UPCAST_2X)
 
-            def as_bf16(x):  # there is no instruction from e4m3 to it, but one to float16
-                return (x.astype(jnp.float16) if is_fp8 else x).astype(q.dtype)
-
             def down_rows(x, like):
                 """[64] over the columns of [64, QR]."""
                 return lax.broadcast_in_dim(x, like.shape, [0])
@@ -364,11 +366,11 @@ def _attend(
                     valid = keys - (first + i) * _KEYS  # keys of the tile, if less than all
                     slot = lax.rem(entry, jnp.int32(ring))
                     plgpu.barrier_wait(kv_full.at[place * ring + slot])
-                    k = as_bf16(plgpu.layout_cast(numbers(slot, 0), wgmma_layout))
+                    k = numbers_as_bf16(plgpu.layout_cast(numbers(slot, 0), wgmma_layout))
 
                     def scores(s_ref):
                         plgpu.wgmma(s_ref, k, q_smem.at[place].transpose((1, 0)))
-                        v_smem[place] = as_bf16(numbers(slot, 1))  # while the product is made
+                        v_smem[place] = numbers_as_bf16(numbers(slot, 1))  # while the product is made
                         return s_ref[...]
 
                     s = pl.run_scoped(scores, plgpu.ACC((_KEYS, q_rows), jnp.float32))
@@ -381,8 +383,10 @@ def _attend(
                             v = plgpu.load(v_smem.at[place], layout=wgmma_layout)
                             v_smem[place] = jnp.where(row < valid, v, jnp.zeros_like(v))
 
-                    k_scale = scales_of_rows(scale_smem.at[place, slot, :, 0], interpret)
-                    v_scale = scales_of_rows(scale_smem.at[place, slot, :, 1], interpret)
+                    k_scale, v_scale = (
+                        scales_of_rows(scale_smem.at[place, slot, :, i], wgmma_layout, interpret).astype(jnp.float32)
+                        for i in range(2)
+                    )
                     if softcap is None:
                         s = s * down_rows(k_scale * scale, s)
                     else:
@@ -435,11 +439,11 @@ def _attend(
                 @pl.when(jnp.logical_not(is_whole))
                 def _():
                     o_smem.at[place, 1].transpose((1, 0))[...] = (o - high.astype(jnp.float32)).astype(q.dtype)
-                    lse_smem[place] = m + jnp.log2(norm_safe)
+                    lse_smem[place, pl.ds(0, q_rows)] = m + jnp.log2(norm_safe)
                     plgpu.commit_smem()
                     for x in range(2):
                         plgpu.copy_smem_to_gmem(o_smem.at[place, x, pl.ds(0, part_rows)], parts_ref.at[target, x])
-                    plgpu.copy_smem_to_gmem(lse_smem.at[place], lse_ref.at[target])
+                    plgpu.copy_smem_to_gmem(lse_smem.at[place, pl.ds(0, q_rows)], lse_ref.at[target])
 
                 return jnp.int32(0), left - count, entry, next_keys
 
@@ -467,7 +471,7 @@ def _attend(
             v_smem=plgpu.SMEM((per_sm, _KEYS, h), q.dtype, transforms=tiles_16),
             p_smem=plgpu.SMEM((per_sm, q_rows, _KEYS), q.dtype, transforms=tiles_16),
             o_smem=plgpu.SMEM((per_sm, 2, q_rows, h), q.dtype),
-            lse_smem=plgpu.SMEM((per_sm, q_rows), jnp.float32),
+            lse_smem=plgpu.SMEM((per_sm, 64), jnp.float32),
             reduced=plgpu.SMEM((per_sm, 256), jnp.float32),
             q_full=plgpu.Barrier(num_barriers=per_sm),
             kv_full=plgpu.Barrier(num_arrivals=3 * pages_per_tile, num_barriers=per_sm * ring),

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.paged_attention import gpu_decode_quantized, gpu_prefill_quantized
 from pallas_kernels.paged_attention.gpu_decode import accumulator_columns, refusal, smem_tiles
 
 plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
@@ -36,10 +37,13 @@ class Tuning:
 
     block_kv: int = 128  # keys of a tile
     ring: int = 5  # tiles of K or of V in shared memory, for head_dim 128: twice that for 64
+    raw: int = 3  # of a quantized cache: tiles of K and V, as they are kept, on their way to it; as many more for 64
 
 
-def default_tuning(head_dim: int) -> Tuning:
-    """Of head_dim 256, two tiles of 128 would fill shared memory."""
+def default_tuning(head_dim: int, *, quantized: bool = False) -> Tuning:
+    """Of head_dim 256, two tiles of 128 would fill shared memory, and of a quantized cache two rings."""
+    if quantized:
+        return Tuning(block_kv=64, ring=6)
     return Tuning() if head_dim <= 128 else Tuning(block_kv=64, ring=10)
 
 
@@ -55,6 +59,7 @@ def prefill_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
     tuning: Tuning | None = None,
     interpret: Any = None,
 ) -> jax.Array:
@@ -62,12 +67,13 @@ def prefill_attention(
 
     Args:
         q: ``[T, N, H]`` bfloat16; H and PS as of ``decode_attention``, at most 64 query heads a kv head.
-        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16.
+        kv_pages: ``[NP, K, 2, PS, H]`` bfloat16; with ``kv_scales`` as of ``gpu_decode_quantized``, and so H and the
+            query heads.
         page_table: ``[BP, MP]`` int32.
         kv_lens: ``[BP]`` int32.
         cu_q_lens: ``[BP + 1]`` int32.
         sm_scale: factor on the scores before the softmax.
-        window, softcap, sinks: as of ``paged_attention``.
+        window, softcap, sinks, kv_scales: as of ``paged_attention``.
         tuning: None takes the defaults.
         interpret: ``plgpu.InterpretGPUParams`` runs on a CPU.
 
@@ -77,8 +83,12 @@ def prefill_attention(
     num_tokens, n, h = q.shape
     k_heads, num_rows = kv_pages.shape[1], page_table.shape[0]
     group = n // k_heads
-    if why := refusal(h, kv_pages.shape[3], group, q.dtype, kv_pages.dtype):
+    refused = refusal if kv_scales is None else gpu_decode_quantized.refusal
+    if why := refused(h, kv_pages.shape[3], group, q.dtype, kv_pages.dtype):
         raise ValueError(why)
+    t = tuning or default_tuning(h, quantized=kv_scales is not None)
+    if kv_pages.dtype == jnp.uint8:  # the same bytes: XLA for GPUs copies nothing
+        kv_pages = lax.bitcast_convert_type(kv_pages, jnp.float8_e4m3fn)
     tokens = _ROWS // group  # of one warpgroup's rows
     qb = _CONSUMERS * tokens  # of a block
     num_blocks = num_tokens // qb + num_rows  # NB: at most one ragged block a row
@@ -107,22 +117,23 @@ def prefill_attention(
         sinks = jnp.pad(sinks, ((0, 0), (0, pad)))
 
     out = _attend(
-        q_blocks, kv_pages, page_table, meta.astype(jnp.int32), limit.astype(jnp.int32), sinks, sm_scale, window,
-        softcap, tuning or default_tuning(h), interpret,
+        q_blocks, kv_pages, kv_scales, page_table, meta.astype(jnp.int32), limit.astype(jnp.int32), sinks, sm_scale,
+        window, softcap, t, interpret,
     )  # [NB, K, 2, 64, H]  # fmt: skip
     out = out[:, :, :, : tokens * group].reshape(num_blocks, k_heads, _CONSUMERS, tokens, group, h)
     out = out.transpose(0, 2, 3, 1, 4, 5).reshape(num_blocks * qb, n, h)
     # Where each token's block is.
-    t = jnp.arange(num_tokens)  # [T]
-    t_row = jnp.minimum(jnp.sum(cu_q_lens[None, 1:] <= t[:, None], axis=1), num_rows - 1)  # [T]
-    flat = (last_block - blocks)[t_row] * qb + t - cu_q_lens[t_row]  # [T]
-    flat = jnp.where((t >= cu_q_lens[0]) & (t < cu_q_lens[-1]), flat, num_blocks * qb)
+    i = jnp.arange(num_tokens)  # [T]
+    i_row = jnp.minimum(jnp.sum(cu_q_lens[None, 1:] <= i[:, None], axis=1), num_rows - 1)  # [T]
+    flat = (last_block - blocks)[i_row] * qb + i - cu_q_lens[i_row]  # [T]
+    flat = jnp.where((i >= cu_q_lens[0]) & (i < cu_q_lens[-1]), flat, num_blocks * qb)
     return out.at[flat].get(mode="fill", fill_value=0)
 
 
 def _attend(
     q: jax.Array,  # [NB, K, 2, 64, H]
     kv_pages: jax.Array,  # [NP, K, 2, PS, H]
+    kv_scales: jax.Array | None,  # [NP, K, 2, PS]
     page_table: jax.Array,  # [BP, MP]
     meta: jax.Array,  # [NB, 4]: row, keys the block needs (0: padding), its first query's position, keys of the row
     limit: jax.Array,  # [NB, 2, 64]
@@ -149,15 +160,17 @@ def _attend(
         table_ref,  # [BP, MP]
         meta_ref,  # [NB, 4]
         limit_ref,  # [NB, 2, 64]
-        *refs,  # with sinks: sinks_ref [K, 64]; then out_ref [NB, K, 2, 64, H]
+        *refs,  # with sinks: sinks_ref [K, 64]; with scales: scales_ref [NP, K, 2, PS]; then out_ref [NB, K, 2, 64, H]
         q_smem,  # [2, 64, H], the output's place at the end
         kv_smem,  # [ring, block_kv, H]
         q_full,  # [2]
         kv_full,  # [ring]
         kv_free,  # [ring]
-        v_clean,
+        v_clean: Any = None,
+        **raw,  # of a quantized cache: what gpu_prefill_quantized.scratch names
     ):
         *sinks_ref, out_ref = refs
+        scales_ref = None if kv_scales is None else sinks_ref.pop()
         warpgroup = lax.axis_index("warpgroup")
         head = lax.axis_index("head")
         block = num_blocks - 1 - lax.axis_index("block")
@@ -171,7 +184,19 @@ def _attend(
         def entry_of(tile):
             return tile if window is None else tile - first_tile
 
-        @pl.when(warpgroup == _CONSUMERS)
+        def _convert():
+            plgpu.set_max_registers(gpu_prefill_quantized.CONVERTING_REGISTERS, action="decrease")
+            gpu_prefill_quantized.fill_ring(
+                kv_ref, scales_ref, lambda page: table_ref[row, jnp.minimum(page, max_pages - 1)], head, first_tile,
+                num_tiles, row_keys, kv_smem, kv_full, kv_free, **raw, page_size=page_size, interpret=interpret,
+            )  # fmt: skip
+            drain(2 * entry_of(num_tiles))
+
+        def drain(num_entries):
+            @pl.loop(jnp.maximum(num_entries - ring, 0), num_entries)
+            def _(entry):  # who waits on a barrier at all must see each of its phases
+                plgpu.barrier_wait(kv_free.at[lax.rem(entry, jnp.int32(ring))])
+
         def _load():
             plgpu.set_max_registers(24, action="decrease")
             num_pages = lax.div(row_keys + (page_size - 1), jnp.int32(page_size))
@@ -211,15 +236,14 @@ def _attend(
                 return next_ids
 
             lax.fori_loop(first_tile, num_tiles, load_tile, page_ids(0 if window is None else page_of(first_tile)))
-            num_entries = 2 * entry_of(num_tiles)
+            drain(2 * entry_of(num_tiles))
 
-            @pl.loop(jnp.maximum(num_entries - ring, 0), num_entries)
-            def _(entry):  # who waits on a barrier at all must see each of its phases
-                plgpu.barrier_wait(kv_free.at[lax.rem(entry, jnp.int32(ring))])
+        pl.when(warpgroup == _CONSUMERS)(_load if kv_scales is None else _convert)
 
         @pl.when((warpgroup < _CONSUMERS) & (num_tiles > 0))
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            registers = 240 if kv_scales is None else gpu_prefill_quantized.MULTIPLYING_REGISTERS
+            plgpu.set_max_registers(registers, action="increase")
             plgpu.copy_gmem_to_smem(q_ref.at[block, head, warpgroup], q_smem.at[warpgroup], q_full.at[warpgroup])
             last_key = plgpu.load(limit_ref.at[block, warpgroup], layout=row_layout, optimized=False)
             plgpu.barrier_wait(q_full.at[warpgroup])
@@ -258,7 +282,7 @@ def _attend(
                 acc = [a * lax.broadcast_in_dim(alpha, a.shape, [0]) for a in acc]
                 p = p.astype(q.dtype)
                 plgpu.barrier_wait(kv_full.at[v_slot])
-                if masked:
+                if masked and kv_scales is None:
                     clean(row_keys - first_key, v_slot)
 
                 def values(o_ref, piece):
@@ -315,6 +339,20 @@ def _attend(
             plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_ref.at[block, head, warpgroup])
             plgpu.wait_smem_to_gmem(0)
 
+    scratch: dict[str, Any] = dict(
+        q_smem=plgpu.SMEM((_CONSUMERS, _ROWS, h), q.dtype, transforms=tiled),
+        kv_smem=plgpu.SMEM((ring, block_kv, h), q.dtype, transforms=tiled),
+        q_full=plgpu.Barrier(num_barriers=_CONSUMERS),
+        kv_full=plgpu.Barrier(num_arrivals=pages_per_tile if kv_scales is None else 1, num_barriers=ring),
+        kv_free=plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=ring),
+    )
+    if kv_scales is None:
+        scratch["v_clean"] = plgpu.Barrier()
+    else:
+        scratch |= gpu_prefill_quantized.scratch(
+            h, page_size, block_kv, t.raw * 128 // h, kv_pages.dtype, kv_scales.dtype
+        )
+    optional = [x for x in (sinks, kv_scales) if x is not None]
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -323,13 +361,6 @@ def _attend(
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
-        scratch_types=dict(
-            q_smem=plgpu.SMEM((_CONSUMERS, _ROWS, h), q.dtype, transforms=tiled),
-            kv_smem=plgpu.SMEM((ring, block_kv, h), q.dtype, transforms=tiled),
-            q_full=plgpu.Barrier(num_barriers=_CONSUMERS),
-            kv_full=plgpu.Barrier(num_arrivals=pages_per_tile, num_barriers=ring),
-            kv_free=plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=ring),
-            v_clean=plgpu.Barrier(),
-        ),
+        scratch_types=scratch,
         interpret=interpret,
-    )(q, kv_pages, page_table, meta, limit, *([] if sinks is None else [sinks]))
+    )(q, kv_pages, page_table, meta, limit, *optional)

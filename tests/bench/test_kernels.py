@@ -93,6 +93,9 @@ def test_work_of_attention_of_a_quantized_cache():
         "reference": Work(3 * (21 * 2 * 2 * (16 + 2) + qo), flops),
         "float32 cache, reference": Work(3 * (21 * 2 * 2 * 16 * 4 + qo), flops),
     }
+    about, ways = works("quantized_prefill_attention")[-1]  # a quarter of a prompt
+    assert about == {"new_tokens": 2, "keys": 9, "window": None, "cache": "fp8"}
+    assert ways["reference"] == Work(9 * 2 * 2 * (16 + 2) + 2 * 2 * 4 * 16 * 4, 4 * 4 * 16 * (8 + 9))
 
 
 def test_work_of_appends_and_of_experts():
@@ -125,7 +128,15 @@ def test_each_way_runs(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["int4_matmul", "int8_matmul", "decode_attention", "prefill_attention", "quantized_decode_attention"]
+    "name",
+    [
+        "int4_matmul",
+        "int8_matmul",
+        "decode_attention",
+        "prefill_attention",
+        "quantized_decode_attention",
+        "quantized_prefill_attention",
+    ],
 )
 def test_hopper_has_ways_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch):
     """Traced only: there is none here."""

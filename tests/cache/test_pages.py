@@ -13,6 +13,7 @@ from jaxserve.cache import pages
 from jaxserve.config import CacheConfig, MLAConfig, ParallelConfig
 from jaxserve.engine import plan
 from jaxserve.parallel.mesh import make_mesh
+from pallas_kernels import dispatch
 from tests import tiny
 
 NP, K, PS, H = 6, 2, 4, 16
@@ -68,10 +69,20 @@ def test_a_cache_of_few_bits_holds_twice_the_tokens():
     assert pages.page_bytes(latent, 1, jnp.dtype("bfloat16"), ParallelConfig(), "int8") == 4 * (36 + 2)
 
 
-def test_what_is_no_dtype_of_a_cache_is_refused():
+def test_what_is_no_dtype_of_a_cache_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="kv_cache_dtype='fp4' is not one of auto, int8, fp8"):
         tiny.engine(kv_cache_dtype="fp4")
-    gpu: Any = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    plan.check_cache_dtype("auto", gpu)
-    with pytest.raises(ValueError, match="kv_cache_dtype='int8': the GPU kernels of paged attention take no scales"):
-        plan.check_cache_dtype("int8", gpu)
+    hopper, ampere = (SimpleNamespace(platform="gpu", compute_capability=x) for x in ("9.0", "8.0"))
+    for checked, device, taken in (
+        (frozenset({"kv int8"}), hopper, ("auto", "int8")),
+        (frozenset({"kv int8"}), ampere, ("auto",)),
+        (frozenset(), hopper, ("auto",)),
+    ):
+        monkeypatch.setattr(dispatch, "MOSAIC_GPU_CHECKED", checked)
+        gpu: Any = SimpleNamespace(devices=np.array([device]))
+        for dtype in ("auto", "int8", "fp8"):
+            if dtype in taken:
+                plan.check_cache_dtype(dtype, gpu)
+                continue
+            with pytest.raises(ValueError, match=f"kv_cache_dtype='{dtype}': paged attention has no kernel for it"):
+                plan.check_cache_dtype(dtype, gpu)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from jaxserve.config import CacheDtype
 from jaxserve.step_io import Bucket
 from pallas_kernels.int4_matmul.gpu_stream import Tuning as ProductTuning
 from pallas_kernels.paged_attention.gpu_prefill import Tuning as PrefillTuning
@@ -54,6 +55,7 @@ class StepCase(NamedTuple):
     tensor: int
     bucket: Bucket
     captures_collectives: bool = False  # compiled with an option that the engine does not set
+    cache: CacheDtype = "auto"
     max_loras: int = 0  # adapters that its tokens may have
     rope_append: bool = False  # that rotation and append are expected to be one kernel
 
@@ -76,19 +78,22 @@ KERNELS = {
     ),
 }
 
-# Decode of a quantized cache.
-for _cache in ("int8", "fp8"):
-    KERNELS |= {
-        f"decode-{_cache}": KernelCase(Tuning(), cache=_cache),
-        f"decode-{_cache}-page-128-of-64": KernelCase(Tuning(), page_size=128, head_dim=64, cache=_cache),
-        f"decode-{_cache}-window-sinks-of-64": KernelCase(
-            Tuning(), rows=8, num_heads=64, head_dim=64, window=128, sinks=True, cache=_cache
-        ),
-        f"decode-{_cache}-page-32-window-softcap": KernelCase(
-            Tuning(), rows=8, num_kv_heads=16, page_size=32, window=4096, softcap=50.0, cache=_cache
-        ),
-        f"decode-{_cache}-32-heads-of-1": KernelCase(Tuning(), rows=1, num_kv_heads=1, cache=_cache),
-    }
+# Of a quantized cache.
+QUANTIZED = {
+    "int8": KernelCase(Tuning(), cache="int8"),
+    "fp8": KernelCase(Tuning(), cache="fp8"),
+    "int8-page-128-of-64": KernelCase(Tuning(), page_size=128, head_dim=64, cache="int8"),
+    "fp8-window-sinks-of-64": KernelCase(
+        Tuning(), rows=8, num_heads=64, head_dim=64, window=128, sinks=True, cache="fp8"
+    ),
+    "int8-page-32-window-softcap": KernelCase(
+        Tuning(), rows=8, num_kv_heads=16, page_size=32, window=4096, softcap=50.0, cache="int8"
+    ),
+    "fp8-32-heads-of-1": KernelCase(Tuning(), rows=1, num_kv_heads=1, cache="fp8"),
+}
+for _name, _case in QUANTIZED.items():
+    KERNELS[f"decode-{_name}"] = _case
+    KERNELS[f"prefill-{_name}"] = _case._replace(tuning=PrefillTuning(), spilled_bytes=8)
 
 # What Mistral, GPT-OSS, Gemma 2 27B, Gemma 2 9B and Gemma 3, and Phi-3 need; spills of decode, of prefill.
 VARIANTS: dict[str, tuple[KernelCase, int, int]] = {
@@ -149,5 +154,7 @@ STEPS["tensor-1-prefill"] = StepCase(1, PREFILL)
 STEPS["tensor-8-decode"] = StepCase(8, DECODE)  # a whole host
 STEPS["tensor-1-decode-loras"] = StepCase(1, DECODE, max_loras=4)
 STEPS |= {f"tensor-{tensor}-many-rows": StepCase(tensor, Bucket(128, 0, 0), rope_append=True) for tensor in (1, 2)}
+STEPS["tensor-1-mixed-int8-cache"] = StepCase(1, MIXED, cache="int8")
+STEPS["tensor-2-decode-fp8-cache"] = StepCase(2, DECODE, cache="fp8")
 STEPS["tensor-1-one-row"] = StepCase(1, Bucket(1, 0, 0))
 STEPS["tensor-2-decode-collectives-captured"] = StepCase(2, DECODE, captures_collectives=True)

@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.cache.pages import NUMBERS
+from jaxserve.cache.pages import NUMBERS, values_and_scales
 from jaxserve.config import ParallelConfig
 from jaxserve.execution.lowering import compile_step
 from jaxserve.parallel.mesh import make_mesh
+from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import gpu_product
 from pallas_kernels.paged_attention import gpu_decode_quantized
 from pallas_kernels.paged_attention.gpu_decode import decode_attention
@@ -83,7 +85,6 @@ def compile_kernel(case: KernelCase) -> dict[str, Any]:
     arguments = [
         shape((CHUNK_TOKENS if is_prefill else case.rows, case.num_heads, case.head_dim), jnp.bfloat16),
         pages,
-        *([] if case.cache is None else [shape(pages.shape[:-1], jnp.bfloat16)]),
         shape((case.rows, MAX_MODEL_LEN // case.page_size), jnp.int32),
         shape((case.rows,), jnp.int32),
     ]
@@ -98,9 +99,11 @@ def compile_kernel(case: KernelCase) -> dict[str, Any]:
         window=case.window,
         softcap=case.softcap,
     )
-    sinks = shape((case.num_heads,), jnp.float32) if case.sinks else None
-    attend = jax.jit(lambda sinks, *arguments: kernel(*arguments, sinks=sinks))
-    compiled, log = with_output(lambda: attend.lower(sinks, *arguments).compile())
+    named = {"sinks": shape((case.num_heads,), jnp.float32) if case.sinks else None}
+    if case.cache is not None:
+        named["kv_scales"] = shape(pages.shape[:-1], jnp.bfloat16)
+    attend = jax.jit(lambda named, *arguments: kernel(*arguments, **named))
+    compiled, log = with_output(lambda: attend.lower(named, *arguments).compile())
     analysis = compiled.memory_analysis()
     assert analysis is not None
     return assembled(log) | {
@@ -150,7 +153,8 @@ def compile_append(case: AppendCase) -> dict[str, Any]:
 def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     mesh = make_mesh(ParallelConfig(tensor=case.tensor), hopper.devices(case.tensor))
     start = time.perf_counter()
-    lowered, params, state = described_step(mesh, case.bucket, max_loras=case.max_loras)
+    with mock.patch.object(dispatch, "MOSAIC_GPU_CHECKED", dispatch.MOSAIC_GPU_CHECKED | {"kv int8", "kv fp8"}):
+        lowered, params, state = described_step(mesh, case.bucket, max_loras=case.max_loras, cache_dtype=case.cache)
     lowered_at = time.perf_counter()
     if case.captures_collectives:
         options = {"xla_gpu_enable_command_buffer": f"{CAPTURED},COLLECTIVES"}
@@ -164,7 +168,8 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
     instructions = hlo.entry(text)
     local = {name: x.sharding.shard_shape(x.shape) for name, x in params.items()}  # on one device
     matrices = {name: shape for name, shape in local.items() if len(shape) - name.startswith("layers.") > 1}
-    pages = state.kv_pages[0].sharding.shard_shape(state.kv_pages[0].shape)
+    values, _ = values_and_scales(state.kv_pages[0])
+    pages = values.sharding.shard_shape(values.shape)
     sizes = [math.prod(shape) for shape in (*matrices.values(), pages)]
 
     def described(found: list[hlo.Instruction]) -> list[tuple[str, int]]:
@@ -175,7 +180,7 @@ def compile_bucket(case: StepCase, dump: Path) -> dict[str, Any]:
         "kernels_called": text.count(f'custom_call_target="{MOSAIC_CALL}"'),
         "alias_bytes": analysis.alias_size_in_bytes,
         "temp_bytes": analysis.temp_size_in_bytes,
-        "layer_cache_bytes": sizes[-1] * state.kv_pages[0].dtype.itemsize,
+        "layer_cache_bytes": sizes[-1] * values.dtype.itemsize,
         "opcodes": sorted({x.opcode for x in instructions}),
         "copies": described([x for x in instructions if x.opcode in ("copy", "copy-start", "transpose")]),
         "weight_readers": {
