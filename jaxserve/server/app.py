@@ -58,6 +58,9 @@ FLUSH_TIMEOUT_S = 2.0  # for readers to take the last chunks when the engine has
 CLOSE_TIMEOUT_S = 10.0  # for the step that runs
 BUSY_TIMEOUT_S = 0.5  # for an engine that loads, or whose device hangs: that may take minutes, uninterrupted
 STOP_GRACE_S = 0.2  # for unary calls; a health watch never ends by itself
+# By default a thread that wants the interpreter gets it after 5 ms: a token would wait while the engine's thread
+# prepares its next step.
+SWITCH_INTERVAL_S = 2e-4
 
 
 class Server:
@@ -246,7 +249,7 @@ async def serve(
 
     Without ``stop`` it is the process's main coroutine: SIGTERM and SIGINT drain, a second one exits at once. When told
     to stop while the engine loads, whose thread cannot be interrupted, it returns, and the process ends without
-    finalizing the interpreter (exit 0).
+    finalizing the interpreter (exit 0). Threads that want the interpreter get it after ``SWITCH_INTERVAL_S``.
 
     Args:
         on_bound: called when the ports are bound (``server.port``, ``server.metrics_port``); the engine loads then.
@@ -261,6 +264,7 @@ async def serve(
     owns_process = stop is None
     if stop is None:
         stop = asyncio.Event()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
     server = Server(engine_factory, options or ServerOptions())

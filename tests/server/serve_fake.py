@@ -1,6 +1,7 @@
 """A server process before the fake engine, for the tests of signals, ports and exit codes.
 
-Prints "bound PORT" and "ready"; errors are one line on standard error and exit status 1.
+Prints "bound PORT" and "ready", and in the end how often its threads take turns; errors are one line on standard error
+and exit status 1.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def main() -> None:
     except (ServeError, EngineFailedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    print(f"switch interval {sys.getswitchinterval():g} s")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from jaxserve.server.app import SWITCH_INTERVAL_S
 from jaxserve.server.client import Client
 from tests.server.conftest import TIMEOUT_S
 from tests.server.fake_engine import expected_text
@@ -48,6 +49,14 @@ def test_a_signal_drains_and_exits_0(number):
         server.send_signal(number)
         assert text + "".join(chunk.text for chunk in stream) == expected_text("a", 300)
         assert end_of(server) == (0, "")
+
+
+def test_the_process_lets_its_threads_take_turns_more_often():
+    """A token must not wait for the engine's thread, which has the interpreter until the next step is on its way."""
+    with process() as (server, _):
+        server.send_signal(signal.SIGTERM)
+        out, _ = server.communicate(timeout=TIMEOUT_S)
+        assert out == f"switch interval {SWITCH_INTERVAL_S:g} s\n" and SWITCH_INTERVAL_S < 0.001
 
 
 def test_drain_timeout_aborts_and_exits_0():
