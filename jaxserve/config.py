@@ -241,10 +241,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Mesh axis sizes, in the order of the mesh: ``("stage", "tensor")``."""
+    """Mesh axis sizes, in the order of the mesh: ``("stage", "tensor")``; and how many such meshes there are, each
+    with a copy of the weights, pages and a scheduler of its own."""
 
     stage: int = 1  # ST
     tensor: int = 1
+    replica: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        """Of all replicas."""
+        return self.replica * self.stage * self.tensor
+
+    def __str__(self) -> str:
+        """As users write it."""
+        replicas = "" if self.replica == 1 else f"replica={self.replica},"
+        return f"{replicas}stage={self.stage},tensor={self.tensor}"
 
 
 CacheDtype = Literal["auto", "int8", "fp8"]

@@ -25,7 +25,7 @@ from jaxserve.bench.roofline import Roofline
 from jaxserve.config import ParallelConfig
 from jaxserve.engine import plan
 from jaxserve.engine.engine import Engine
-from jaxserve.parallel.mesh import make_mesh
+from jaxserve.parallel.mesh import make_mesh, parse_mesh
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 DECIDED_HERE = ("prefix_caching", "skip_tokenizer_init", "lookahead")
@@ -92,6 +92,8 @@ def run(
     for name, value in {"num_requests": num_requests, "repeats": repeats}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if isinstance(mesh := options.get("mesh"), str) and (replica := parse_mesh(mesh).replica) != 1:
+        raise ValueError(f"mesh {mesh}: replica={replica} must be 1, the benchmark is of one engine's steps")
     on_cpu = jax.default_backend() == "cpu"
     batch_sizes = batch_sizes or tuple(b for b in DECODE_BATCHES if b <= 8 or not on_cpu)
     prompt_lens = prompt_lens or tuple(n for n in LATENCY_PROMPTS if n <= 1024 or not on_cpu)
@@ -152,7 +154,7 @@ class Record:
         on_row: Callable[[Row], None] | None = None,
         about: dict[str, Any] | None = None,
     ):
-        num_devices = engine.parallel_config.stage * engine.parallel_config.tensor
+        num_devices = engine.parallel_config.num_devices
         itemsize, cache_dtype = jnp.dtype(engine.dtype).itemsize, engine.cache_config.dtype
         self.roofline = Roofline.of(engine.model_config, itemsize, ceilings, num_devices, cache_dtype)
         self.rows: list[Row] = []
@@ -162,7 +164,7 @@ class Record:
         self._about = {
             "model": engine.model_name,
             "dtype": engine.dtype,
-            "mesh": f"stage={engine.parallel_config.stage},tensor={engine.parallel_config.tensor}",
+            "mesh": str(engine.parallel_config),
             "max_model_len": scheduler.max_model_len,
             "max_num_seqs": scheduler.max_num_seqs,
             "decode_sizes": scheduler.decode_sizes,

@@ -54,11 +54,10 @@ def launch(model: Model, engine: EngineOptions, hosts: HostOptions, serving: Ser
 
     file = read_mesh_file(str(engine.mesh)) if is_mesh_file(engine.mesh) else None
     if file is not None:
-        axes = f"stage={file.parallel.stage},tensor={file.parallel.tensor}"
-        engine = replace(engine, mesh=axes, platform=engine.platform or file.platform)
+        engine = replace(engine, mesh=str(file.parallel), platform=engine.platform or file.platform)
     process, timeouts = _process(hosts, file), _timeouts(hosts, file)
     token = b"" if hosts.token_file is None else _token(hosts.token_file)
-    facts = _facts(model, engine)
+    facts = _facts(model, engine, process)
     if process.leads:
         _lead(model, engine, serving, process, facts, token, timeouts)
     else:
@@ -96,17 +95,19 @@ def _token(path: Path) -> bytes:
     return token
 
 
-def _facts(model: str, engine: EngineOptions) -> dict[str, object]:
+def _facts(model: str, engine: EngineOptions, process: Process) -> dict[str, object]:
     """What must be the same everywhere. Checks the mesh against the model, too, before anything is allocated."""
     import jaxserve
     from jaxserve.engine.loading import model_digest, opened_model
     from jaxserve.parallel.mesh import check_mesh, parse_mesh
 
-    options = engine.keywords()
+    options, parallel = engine.keywords(), parse_mesh(engine.mesh or "")
+    if parallel.replica > 1 and process.count > 1:
+        raise ValueError(f"mesh {parallel}: replica must be 1 with num_processes={process.count}: replicas share one")
     with ProgressDisplay() as progress:
         digest = model_digest(model, on_progress=progress)
     with opened_model(model, skip_tokenizer_init=True) as found:
-        check_mesh(found.config, parse_mesh(engine.mesh or ""))
+        check_mesh(found.config, parallel)
     own = {name: value for name, value in sorted(options.items()) if name not in OWN_TO_A_HOST}
     given = {"num_pages": options.get("num_pages"), "memory_fraction": options.get("memory_fraction")}
     facts: dict[str, object] = {"jaxserve": jaxserve.__version__, "model": digest, "mesh": engine.mesh or "one device"}

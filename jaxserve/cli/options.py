@@ -117,7 +117,9 @@ def parse_lora_modules(texts: list[str]) -> dict[str, str]:
 class EngineOptions:
     """How to build an engine: the keywords of ``Engine.from_pretrained``. Unset is left to the engine's default."""
 
-    mesh: Annotated[str | None, typer.Option(help='Devices, as "stage=1,tensor=2". (default: one device)')] = None
+    mesh: Annotated[
+        str | None, typer.Option(help='Devices, as "stage=1,tensor=2" or "replica=2,tensor=2". (default: one device)')
+    ] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")] = None
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together, at most.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that run at once, at most.")] = None

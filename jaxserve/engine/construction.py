@@ -19,7 +19,7 @@ from jaxserve.engine.mirror import LeadingRunner
 from jaxserve.engine.replicas import Replicas
 from jaxserve.execution.dummy import DummyWeights, dummy_params
 from jaxserve.execution.kept import version_folder
-from jaxserve.execution.placement import place_params
+from jaxserve.execution.placement import copied_params, place_params
 from jaxserve.execution.runner import Progress, Runner
 from jaxserve.execution.step import StageParams
 from jaxserve.model.params import Params, ParamSource, TreeSource, check_params, param_specs
@@ -83,7 +83,9 @@ def build_parts(
         model_config, params, tokenizer: as for ``Engine``.
         base_names: that no adapter may have.
         mesh: devices to run on: a ``jax.sharding.Mesh`` with axes ("stage", "tensor"), a ``ParallelConfig``, or
-            text such as "stage=2,tensor=2"; None is one device.
+            text such as "stage=2,tensor=2"; None is one device. "replica=2" (of a ``Mesh`` a first axis of that name)
+            is the model twice, on so many devices each: what is said below of steps, sequences and pages is then of
+            each replica, and ``max_num_waiting`` of all.
         dtype: of weights, activations and KV; "auto" is float32 on CPUs, bfloat16 elsewhere.
         max_model_len: tokens of prompt and output together, at most.
         max_num_seqs: sequences that run at once.
@@ -123,13 +125,14 @@ def build_parts(
         keep_in = version_folder(Path(compilation_cache_dir))
         _keep_compiled(keep_in)
     lora_modules = lora_modules or {}
-    resolved = plan.resolve_mesh(mesh, model_config)
+    meshes = plan.resolve_meshes(mesh, model_config)
+    resolved = meshes[0]
     if cluster is not None:
         cluster.begin_building()
-        plan.check_spans_processes(resolved, max_loras or len(lora_modules))
+        plan.check_spans_processes(meshes, max_loras or len(lora_modules))
     jnp_dtype = plan.resolve_dtype(dtype, resolved)
     plan.check_cache_dtype(kv_cache_dtype, resolved)
-    parallel = parallel_config(resolved)
+    parallel = parallel_config(resolved, len(meshes))
     scheduler_config = plan.scheduler_config(
         model_config,
         resolved,
@@ -145,13 +148,14 @@ def build_parts(
     lora = plan.lora_config(max_loras, max_lora_rank, len(lora_modules))
     samplings = tuple(plan.defaults(resolved)["samplings"] if samplings is None else samplings)
     placed = placed_config(model_config, parallel.tensor, scheduler_config.max_model_len)
-    arrays = placed_params(params, model_config, placed, resolved, jnp_dtype, on_progress)
+    first = placed_params(params, model_config, placed, resolved, jnp_dtype, on_progress)
+    arrays = [first, *(copied_params(first, other) for other in meshes[1:])]
     if num_pages is None:
         num_pages = plan.num_pages_that_fit(
             placed,
             scheduler_config,
-            arrays,
-            resolved,
+            first,
+            meshes,
             jnp_dtype,
             page_size,
             memory_fraction,
@@ -174,37 +178,39 @@ def build_parts(
             f"{scheduler_config.max_model_len}"
         )
     dims = plan.step_dims(scheduler_config, cache_config, samplings, lora)
-    scheduler = Scheduler(cache_config, scheduler_config, dims)
-    buckets = all_buckets(scheduler_config)
     if cluster is not None:
         keep_in = None  # a program of several processes has only this one's devices: JAX's own cache knows which it is
-    arguments = (
-        placed,
-        arrays,
-        cache_config,
-        dims,
-        buckets,
-        resolved,
-        jnp_dtype,
-        samplings,
-        on_progress,
-        lora,
-        keep_in,
-    )
-    leader = cluster if cluster is not None and cluster.process.leads else None
-    runner = Runner(*arguments) if leader is None else LeadingRunner(leader, *arguments)
+    leader = cluster if cluster is not None and cluster.process.leads and cluster.process.count > 1 else None
+    loops = []
+    for own_mesh, own_arrays in zip(meshes, arrays, strict=True):  # a program is compiled for the devices it runs on
+        arguments = (
+            placed,
+            own_arrays,
+            cache_config,
+            dims,
+            all_buckets(scheduler_config),
+            own_mesh,
+            jnp_dtype,
+            samplings,
+            on_progress,
+            lora,
+            keep_in,
+        )
+        runner = Runner(*arguments) if leader is None else LeadingRunner(leader, *arguments)
+        loops.append(StepLoop(Scheduler(cache_config, scheduler_config, dims), runner, tokenizer))
     if cluster is not None:
         cluster.begin_serving()
-    loras = Loras(lora, model_config, runner, scheduler, base_names)
+    loras = Loras(lora, model_config, loops, base_names)
     for name, path in lora_modules.items():
         loras.add(name, loras.read(path))
+    check = loops[0].scheduler.check
     return EngineParts(
         parallel_config=parallel,
         scheduler_config=scheduler_config,
         cache_config=cache_config,
         dtype=jnp_dtype.name,
-        door=Door(model_config, scheduler_config.max_model_len, tokenizer, scheduler.check, samplings),
-        replicas=Replicas([StepLoop(scheduler, runner, tokenizer)]),
+        door=Door(model_config, scheduler_config.max_model_len, tokenizer, check, samplings),
+        replicas=Replicas(loops),
         loras=loras,
     )
 

@@ -395,7 +395,7 @@ class Engine:
         self._check_usable()
         placed = self._placed(params)
         with interrupts_held():
-            self.replicas.update_params([placed])
+            self.replicas.update_params(placed)
 
     def load_params(self, name_or_path: str | Path) -> StageParams:
         """The weights of a checkpoint of the same model, where this engine wants them, for ``update_params``. Any

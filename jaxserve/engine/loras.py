@@ -1,35 +1,37 @@
-"""The LoRA adapters of one engine: their names, their slots on the device, and when a slot may have another."""
+"""The LoRA adapters of one engine: their names, their slots on the devices, and when a slot may have another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import LoraConfig, ModelConfig
+from jaxserve.engine.loop import StepLoop
 from jaxserve.errors import RequestError, UnknownLoraError
 from jaxserve.execution.adapters import StageAdapters, place_adapter
-from jaxserve.execution.runner import Runner
 from jaxserve.model.lora import Adapter, check_adapter
 from jaxserve.request import LoadedAdapter, LoraLoad, Request
-from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.sequence import Sequence as Scheduled
 
 MAX_NAME_LEN = 256
 
 
 @dataclass(frozen=True)
 class PlacedLora:
-    """An adapter on the devices, ready to get a slot."""
+    """An adapter on the devices of each replica, ready to get a slot."""
 
     rank: int
     path: str | None
-    arrays: StageAdapters
+    arrays: tuple[StageAdapters, ...]
 
 
 class Loras:
     """What is loaded, and what requests may name. One thread at a time may load and unload; any thread may ask.
 
-    An adapter that is unloaded while requests use it goes on for them: its slot is free when the last has ended.
+    An adapter that is unloaded while requests use it goes on for them: its slot is free when the last has ended. It
+    has the same one in all replicas, so that a request may go to any of them.
 
     Args:
+        loops: of the replicas: their runners and schedulers.
         config: None where the engine has no room for adapters: whatever names one is refused.
         base_names: that no adapter may have.
     """
@@ -38,12 +40,11 @@ class Loras:
         self,
         config: LoraConfig | None,
         model_config: ModelConfig,
-        runner: Runner,
-        scheduler: Scheduler,
+        loops: Sequence[StepLoop],
         base_names: Iterable[str],
     ):
         self.config = config
-        self._model_config, self._runner, self._scheduler = model_config, runner, scheduler
+        self._model_config, self._loops = model_config, tuple(loops)
         self._base_names = frozenset(base_names)
         self._loaded: dict[str, LoadedAdapter] = {}  # replaced, never changed: other threads read it
         self._num_loads = 0
@@ -85,7 +86,10 @@ class Loras:
     def place(self, adapter: Adapter, path: str | None = None) -> PlacedLora:
         """A live adapter on the devices. Any thread. Raises ValueError as ``model.lora.check_adapter``."""
         check_adapter(adapter, self._model_config, self._check_room())
-        arrays = place_adapter(adapter, self._model_config, self._runner.config, self._runner.adapter_shape())
+        arrays = tuple(
+            place_adapter(adapter, self._model_config, loop.runner.config, loop.runner.adapter_shape())
+            for loop in self._loops
+        )
         return PlacedLora(adapter.rank, path, arrays)
 
     def add(self, name: str, placed: PlacedLora) -> LoadedAdapter:
@@ -97,7 +101,7 @@ class Loras:
         config = self._check_room()
         self._check_name(name)
         used = {a.slot: f"{a.name!r:.60}" for a in self._loaded.values()}
-        for sequence in self._scheduler.unfinished():
+        for sequence in self._unfinished():
             if (adapter := sequence.request.adapter) is not None:
                 used.setdefault(adapter.slot, f"{adapter.name!r:.60}, unloaded but in use")
         free = next((slot for slot in range(config.max_loras) if slot not in used), None)
@@ -107,7 +111,8 @@ class Loras:
             )
         self._num_loads += 1
         loaded = LoadedAdapter(name=name, slot=free, generation=self._num_loads, rank=placed.rank, path=placed.path)
-        self._runner.write_adapter(placed.arrays, free)
+        for loop, arrays in zip(self._loops, placed.arrays, strict=True):
+            loop.runner.write_adapter(arrays, free)
         self._loaded = self._loaded | {name: loaded}
         return loaded
 
@@ -127,10 +132,14 @@ class Loras:
         if self.config is None:
             return ()
         counts = {adapter.name: [0, 0] for adapter in self._loaded.values()}
-        for sequence in self._scheduler.unfinished():
+        for sequence in self._unfinished():
             if (adapter := sequence.request.adapter) is not None:
                 counts.setdefault(adapter.name, [0, 0])[sequence.status == "waiting"] += 1
         return tuple(LoraLoad(name=name, num_running=r, num_waiting=w) for name, (r, w) in counts.items())
+
+    def _unfinished(self) -> Iterator[Scheduled]:
+        for loop in self._loops:
+            yield from loop.scheduler.unfinished()
 
     def _check_room(self, field: str = "lora_name") -> LoraConfig:
         if self.config is None:

@@ -16,7 +16,7 @@ from jaxserve.execution.lowering import compile_step, lower_sampler, lower_step,
 from jaxserve.execution.sampling import LOOKS_AT_ALL
 from jaxserve.execution.step import StageParams
 from jaxserve.parallel.memory import DEFAULT_FRACTION, free_bytes
-from jaxserve.parallel.mesh import check_mesh, make_mesh, parallel_config, parse_mesh
+from jaxserve.parallel.mesh import check_mesh, make_meshes, parallel_config, parse_mesh, split_mesh
 from jaxserve.scheduler.batch import all_buckets
 from jaxserve.step_io import SAMPLINGS, Sampling, StepDims
 from pallas_kernels import dispatch
@@ -50,22 +50,29 @@ _PAGES_AT_ONCE = 64
 DEFAULT_MAX_MODEL_LEN = 8192  # or the model's own limit, where that is less
 
 
-def resolve_mesh(mesh: Mesh | ParallelConfig | str | None, config: ModelConfig) -> Mesh:
-    """A mesh from any of the forms users have; None is one device. Checked against the model."""
-    if isinstance(mesh, str):
-        mesh = parse_mesh(mesh)
-    if mesh is None:
-        mesh = ParallelConfig()
-    check_mesh(config, parallel_config(mesh) if isinstance(mesh, Mesh) else mesh)
-    return mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+def resolve_meshes(mesh: Mesh | ParallelConfig | str | None, config: ModelConfig) -> tuple[Mesh, ...]:
+    """The replicas' meshes from any of the forms users have; None is one device. Checked against the model."""
+    if isinstance(mesh, Mesh):
+        meshes = split_mesh(mesh)
+        check_mesh(config, parallel_config(meshes[0], len(meshes)))
+        return meshes
+    parallel = parse_mesh(mesh) if isinstance(mesh, str) else mesh or ParallelConfig()
+    check_mesh(config, parallel)
+    return make_meshes(parallel)
 
 
-def check_spans_processes(mesh: Mesh, max_loras: int) -> None:
-    """Raises ValueError where an engine of several processes cannot use the mesh, or have the adapters."""
-    if mesh.size != jax.device_count():
+def check_spans_processes(meshes: Sequence[Mesh], max_loras: int) -> None:
+    """Raises ValueError where an engine of several processes cannot use the meshes, or have the adapters."""
+    parallel = parallel_config(meshes[0], len(meshes))
+    if parallel.replica > 1 and jax.process_count() > 1:
         raise ValueError(
-            f"mesh stage={mesh.shape['stage']}, tensor={mesh.shape['tensor']} has {mesh.size} devices, the "
-            f"{jax.process_count()} processes have {jax.device_count()}: it must take all of them"
+            f"mesh {parallel}: replica={parallel.replica} must be 1 with {jax.process_count()} processes: replicas "
+            f"share one"
+        )
+    if parallel.num_devices != jax.device_count():
+        raise ValueError(
+            f"mesh {parallel} has {parallel.num_devices} devices, the {jax.process_count()} processes have "
+            f"{jax.device_count()}: it must take all of them"
         )
     if max_loras:
         raise ValueError(f"max_loras={max_loras}: an engine of several processes serves no adapters")
@@ -162,7 +169,7 @@ def num_pages_that_fit(
     config: ModelConfig,
     scheduler: SchedulerConfig,
     params: StageParams,
-    mesh: Mesh,
+    meshes: Sequence[Mesh],
     dtype: jnp.dtype,
     page_size: int,
     memory_fraction: float | None,
@@ -174,17 +181,20 @@ def num_pages_that_fit(
     less what is in use (the parameters) and the compiler's figure for the largest step's workspace, and less the room
     for adapters and for one on its way there. Never more than ``max_num_seqs`` full sequences can hold.
 
+    ``meshes`` are the replicas', each of which gets as many; ``params`` are those of the first.
+
     Raises ValueError with the figures where not even one sequence of ``max_model_len`` fits.
     """
+    mesh = meshes[0]
     fraction = defaults(mesh)["memory_fraction"] if memory_fraction is None else memory_fraction
     if not 0 < fraction <= 1:
         raise ValueError(f"memory_fraction={fraction} must be in (0, 1]")
     one_sequence = scheduler.max_pages_per_seq(page_size)
     per_page = page_bytes(config, page_size, dtype, parallel_config(mesh), cache_dtype)
     if mesh.devices.flat[0].platform == "cpu":
-        room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / mesh.size)
+        room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (len(meshes) * mesh.size))
     else:
-        free = min(free_bytes(d, fraction) for d in mesh.local_devices)
+        free = min(free_bytes(d, fraction) for own in meshes for d in own.local_devices)
         room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings, lora, cache_dtype)
     if lora is not None:
         adapters = adapters_shape(config, lora, mesh, dtype)

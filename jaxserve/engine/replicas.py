@@ -11,6 +11,7 @@ import jax
 from jaxserve.engine.loop import StepLoop
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.errors import RequestError
+from jaxserve.execution.placement import copied_params
 from jaxserve.execution.step import StageParams
 from jaxserve.request import EngineStats, LoraLoad, PageMap, Request, TokenEvent
 from jaxserve.scheduler.routing import Router
@@ -126,11 +127,17 @@ class Replicas:
         for loop in self.loops:
             loop.finish_stages()
 
-    def update_params(self, params: Sequence[StageParams]) -> None:
-        """Other weights, each loop's on its own mesh, from the next step on. What is computed is computed anew."""
+    def update_params(self, params: StageParams) -> None:
+        """Other weights from the next step on; what is computed is computed anew.
+
+        Args:
+            params: on the mesh of the first; they are copied to the others'.
+        """
         self.settle()  # a step is of one set of weights
-        for loop, own in zip(self.loops, params, strict=True):
-            loop.runner.update_params(own)
+        first, *others = self.loops
+        first.runner.update_params(params)  # which refuses those that do not fit
+        for loop in others:
+            loop.runner.update_params(copied_params(params, loop.runner.mesh))
         for loop in self.loops:
             loop.forget_computed()
 

@@ -121,6 +121,20 @@ def place_params(
     return prepare_params(jax.tree.unflatten(jax.tree.structure(formats), leaves), mesh)
 
 
+def copied_params(params: StageParams, mesh: Mesh) -> StageParams:
+    """Placed parameters on another mesh of as many devices of the same kind: what one device holds is copied to the
+    one in its place, as it lies there. Nothing is read or computed again."""
+
+    def copied(array: jax.Array) -> jax.Array:
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+        to = dict(zip(sharding.mesh.devices.flat, mesh.devices.flat, strict=True))
+        parts = [jax.device_put(shard.data, to[shard.device]) for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh, sharding.spec), parts)
+
+    return jax.tree.map(copied, params)
+
+
 def prepare_params(params: StageParams, mesh: Mesh) -> StageParams:
     """The same with every quantized matrix of the layers, and the head, in the layout of the kernel that multiplies
     with it. What a kernel's ``prepare`` makes of a device's part lies on that device: those arrays have a leading ST

@@ -55,8 +55,7 @@ def _mesh_file(values: dict[str, Any]) -> MeshFile:
     axes = _mapping("axes", values["axes"])
     _refuse_unknown("axes.", axes, AXES)
     sizes = {axis: _positive(f"axes.{axis}", axes.get(axis, 1)) for axis in AXES}
-    if sizes["replica"] != 1:
-        raise ValueError(f"axes.replica={sizes['replica']}: a mesh file has no replicas, start a mesh for each")
+    parallel = ParallelConfig(**sizes)
     processes = values.get("processes", 1)
     hosts = ()
     if isinstance(processes, list):
@@ -64,12 +63,14 @@ def _mesh_file(values: dict[str, Any]) -> MeshFile:
         if len(set(hosts)) != len(hosts):
             raise ValueError(f"processes: {', '.join(hosts)}: a host is there twice")
     count = _positive("processes", len(hosts) if isinstance(processes, list) else processes)
-    needed = sizes["stage"] * sizes["tensor"]
+    if parallel.replica > 1 and count > 1:
+        raise ValueError(f"axes.replica={parallel.replica} must be 1 with processes={count}: replicas share one")
+    needed = parallel.num_devices
     per_process = _positive("devices_per_process", values.get("devices_per_process", -(-needed // count)))
     if needed != count * per_process:
         raise ValueError(
-            f"axes stage={sizes['stage']}, tensor={sizes['tensor']} take {needed} devices, processes={count} with "
-            f"devices_per_process={per_process} have {count * per_process}"
+            f"axes {parallel} take {needed} devices, processes={count} with devices_per_process={per_process} have "
+            f"{count * per_process}"
         )
     platform = values.get("platform")
     if platform is not None and platform not in PLATFORMS:
@@ -83,7 +84,7 @@ def _mesh_file(values: dict[str, Any]) -> MeshFile:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"timeouts.{name}={value!r} is not a number")
     return MeshFile(
-        parallel=ParallelConfig(stage=sizes["stage"], tensor=sizes["tensor"]),
+        parallel=parallel,
         num_processes=count,
         devices_per_process=per_process,
         platform=platform,

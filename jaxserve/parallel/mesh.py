@@ -1,4 +1,4 @@
-"""The device mesh: two axes, ``("stage", "tensor")``, always both present."""
+"""The device mesh: two axes, ``("stage", "tensor")``, always both present; of replicas one mesh each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxserve.config import ModelConfig, ParallelConfig
 
 AXES = ("stage", "tensor")
+NAMES = ("replica", *AXES)  # replicas are meshes of their own: nothing is computed across them
 
 
 def parse_mesh(text: str) -> ParallelConfig:
@@ -17,8 +18,10 @@ def parse_mesh(text: str) -> ParallelConfig:
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, value = part.partition("=")
-        if name not in AXES or name in sizes:
-            raise ValueError(f"mesh: {part!r}: expected each of {', '.join(AXES)} once at most, as in stage=2,tensor=4")
+        if name not in NAMES or name in sizes:
+            raise ValueError(
+                f"mesh: {part!r}: expected each of {', '.join(NAMES)} once at most, as in stage=2,tensor=4"
+            )
         if not value.isdecimal() or int(value) < 1:
             raise ValueError(f"mesh: {part!r}: {value!r} is not a positive integer")
         sizes[name] = int(value)
@@ -30,8 +33,9 @@ def check_mesh(config: ModelConfig, parallel: ParallelConfig) -> None:
     misfit = _misfit(config, parallel)
     if misfit is not None:
         num_devices = parallel.stage * parallel.tensor
-        fitting = [f"stage={p.stage},tensor={p.tensor}" for p in fitting_meshes(config, num_devices)]
-        raise ValueError(f"{misfit}; of {num_devices} devices {' or '.join(fitting) or 'no mesh'} would fit")
+        fitting = [str(mesh) for mesh in fitting_meshes(config, num_devices)]
+        each = "" if parallel.replica == 1 else " a replica"
+        raise ValueError(f"{misfit}; of {num_devices} devices{each} {' or '.join(fitting) or 'no mesh'} would fit")
 
 
 def fitting_meshes(config: ModelConfig, num_devices: int) -> list[ParallelConfig]:
@@ -67,18 +71,38 @@ def _misfit(config: ModelConfig, parallel: ParallelConfig) -> str | None:
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the first ``stage * tensor`` devices, tensor neighbours adjacent."""
+    """A mesh over the first ``stage * tensor`` devices, tensor neighbours adjacent.
+
+    Raises:
+        ValueError: there are fewer, or replicas are asked for, which are several meshes.
+    """
+    if parallel.replica != 1:
+        raise ValueError(f"mesh replica={parallel.replica}: one mesh is of replica=1")
+    (mesh,) = make_meshes(parallel, devices)
+    return mesh
+
+
+def make_meshes(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, ...]:
+    """A mesh for each replica, the devices of each adjacent, over the first of ``devices``."""
     devices = jax.devices() if devices is None else devices
-    need = parallel.stage * parallel.tensor
+    need = parallel.num_devices
     if len(devices) < need:
-        raise ValueError(
-            f"mesh stage={parallel.stage}, tensor={parallel.tensor} needs {need} devices, there are {len(devices)}"
-        )
-    return Mesh(np.array(devices[:need]).reshape(parallel.stage, parallel.tensor), AXES)
+        raise ValueError(f"mesh {parallel} needs {need} devices, there are {len(devices)}")
+    each = np.array(devices[:need]).reshape(parallel.replica, parallel.stage, parallel.tensor)
+    return tuple(Mesh(own, AXES) for own in each)
 
 
-def parallel_config(mesh: Mesh) -> ParallelConfig:
-    """The axis sizes of a mesh made elsewhere; other axes than ours are refused by name."""
+def split_mesh(mesh: Mesh) -> tuple[Mesh, ...]:
+    """The replicas' meshes of one that was made elsewhere, with axes ("stage", "tensor") or those after "replica"."""
+    if mesh.axis_names == AXES:
+        return (mesh,)
+    if mesh.axis_names == NAMES:
+        return tuple(Mesh(own, AXES) for own in mesh.devices)
+    raise ValueError(f"mesh axes are {mesh.axis_names}, expected {AXES} or {NAMES}")
+
+
+def parallel_config(mesh: Mesh, replica: int = 1) -> ParallelConfig:
+    """The axis sizes of one replica's mesh, of so many replicas."""
     if mesh.axis_names != AXES:
         raise ValueError(f"mesh axes are {mesh.axis_names}, expected {AXES}")
-    return ParallelConfig(stage=mesh.shape["stage"], tensor=mesh.shape["tensor"])
+    return ParallelConfig(stage=mesh.shape["stage"], tensor=mesh.shape["tensor"], replica=replica)

@@ -53,13 +53,17 @@ def test_a_cache_of_few_bits_holds_twice_the_tokens():
     mesh = make_mesh(ParallelConfig())
     scheduler = plan.scheduler_config(config, mesh, max_model_len=256, max_num_seqs=4096, prefill_sizes=(8192,))
 
-    def tokens(dtype, fraction: float) -> int:
-        bf16 = jnp.dtype("bfloat16")
-        found = plan.num_pages_that_fit(config, scheduler, None, mesh, bf16, 16, fraction, ("any",), cache_dtype=dtype)  # type: ignore[arg-type]
+    def tokens(dtype, fraction: float, replicas: int = 1) -> int:
+        bf16, meshes = jnp.dtype("bfloat16"), [mesh] * replicas
+        params: Any = None  # nothing of a CPU's memory
+        found = plan.num_pages_that_fit(
+            config, scheduler, params, meshes, bf16, 16, fraction, ("any",), cache_dtype=dtype
+        )
         return found * 16
 
     plain = tokens("auto", 0.01)
     assert plain < 4096 * 256  # no other limit
+    assert 1.95 < plain / tokens("auto", 0.01, replicas=2) < 2.05  # of the machine's memory each has its share
     for dtype in ("int8", "fp8"):
         assert 1.95 < tokens(dtype, 0.01) / plain < 2
     # A scale of two bytes for each head's key and value, of one for MLA's latent.

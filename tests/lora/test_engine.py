@@ -218,7 +218,7 @@ def test_what_cannot_be_loaded(loaded, name, adapter, message):
 
 
 def test_what_an_engine_without_room_says():
-    plain = Loras(None, CONFIG, runner=None, scheduler=None, base_names=())  # pyright: ignore[reportArgumentType]
+    plain = Loras(None, CONFIG, loops=(), base_names=())
     assert (plain.loaded(), plain.loads(), plain.config) == ((), (), None)
     told = "this engine has no room for adapters: start it with max_loras"
     for call, field in (

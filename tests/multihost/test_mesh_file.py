@@ -22,12 +22,19 @@ def read(tmp_path: Path, text: str):
 
 @pytest.mark.parametrize(
     ("name", "processes", "devices"),
-    [("gpu_1x8", 1, 8), ("gpu_2x4", 2, 4), ("tpu_v5e_8", 1, 8), ("tpu_two_hosts", 2, 4), ("cpu_2x2", 2, 2)],
+    [
+        ("gpu_1x8", 1, 8),
+        ("gpu_replicas", 1, 8),
+        ("gpu_2x4", 2, 4),
+        ("tpu_v5e_8", 1, 8),
+        ("tpu_two_hosts", 2, 4),
+        ("cpu_2x2", 2, 2),
+    ],
 )
 def test_examples(name: str, processes: int, devices: int):
     file = read_mesh_file(EXAMPLES / f"{name}.yaml")
     assert (file.num_processes, file.devices_per_process) == (processes, devices)
-    assert file.parallel.stage * file.parallel.tensor == processes * devices
+    assert file.parallel.num_devices == processes * devices
     assert file.platform == {"gpu": "cuda"}.get(name[:3], name[:3])
 
 
@@ -56,10 +63,17 @@ def test_all_keys(tmp_path: Path):
         ("axes: {model: 2}", "axes.model is not one of stage, tensor, replica"),
         ("axes: {tensor: 0}", "axes.tensor=0 is not a positive number"),
         ("axes: {tensor: true}", "axes.tensor=True is not a positive number"),
-        ("axes: {tensor: 2, replica: 2}", "axes.replica=2: a mesh file has no replicas"),
+        (
+            "axes: {tensor: 2, replica: 2}\nprocesses: 4",
+            "axes.replica=2 must be 1 with processes=4: replicas share one",
+        ),
+        (
+            "axes: {tensor: 2, replica: 3}\ndevices_per_process: 4",
+            "axes replica=3,stage=1,tensor=2 take 6 devices, processes=1 with devices_per_process=4 have 4",
+        ),
         (
             "axes: {tensor: 4, stage: 2}\nprocesses: 2\ndevices_per_process: 2",
-            "axes stage=2, tensor=4 take 8 devices, processes=2 with devices_per_process=2 have 4",
+            "axes stage=2,tensor=4 take 8 devices, processes=2 with devices_per_process=2 have 4",
         ),
         ("axes: {tensor: 2}\nprocesses: [a, a]", "processes: a, a: a host is there twice"),
         ("axes: {tensor: 2}\nplatform: gpu", "platform='gpu' is not one of cpu, cuda, tpu"),
