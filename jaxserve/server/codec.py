@@ -220,6 +220,7 @@ def add_engine_info(info: pb.ServerInfo, engine: EngineCore, stats: EngineStats)
     info.page_size = engine.cache_config.page_size
     info.mesh_stage = engine.parallel_config.stage
     info.mesh_tensor = engine.parallel_config.tensor
+    info.mesh_replica = engine.parallel_config.replica
     info.load.CopyFrom(load_message(stats))
     if (lora := engine.lora_config) is not None:
         info.max_loras, info.max_lora_rank = lora.max_loras, lora.max_rank

@@ -1,7 +1,8 @@
 """Prometheus metrics under the names that vLLM's dashboards use, with the prefix ``jaxserve:``.
 
 Engine figures are read when they are scraped; request figures are recorded as the event loop delivers events, whether
-or not the client has taken them yet. What is called ``perc`` is a fraction of 1, as there.
+or not the client has taken them yet. What is called ``perc`` is a fraction of 1, as there. Of several replicas
+gauges are of each, all else is of all.
 """
 
 import time
@@ -115,7 +116,11 @@ class _EngineCollector(Collector):
         if stats is None:  # nothing to say before the engine is ready
             return
         for name, (field, text) in GAUGES.items():
-            yield GaugeMetricFamily(f"jaxserve:{name}", text, value=getattr(stats, field))
+            # Of several replicas each has its own, in the label that vLLM's engines have: a share cannot be summed.
+            gauge = GaugeMetricFamily(f"jaxserve:{name}", text, labels=["engine"] if stats.replicas else None)
+            for i, own in enumerate(stats.replicas or (stats,)):
+                gauge.add_metric([str(i)] if stats.replicas else [], getattr(own, field))
+            yield gauge
         for name, (field, text) in COUNTERS.items():
             yield CounterMetricFamily(f"jaxserve:{name}", text, value=getattr(stats, field))
         below = list(accumulate(stats.steps_by_size))

@@ -511,7 +511,7 @@ class EngineLoad(_message.Message):
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_pages_held: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., kv_fragmentation: _Optional[float] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., recompilations_after_ready: _Optional[int] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "state", "uptime_s", "slow_reader_timeout_s", "drain_timeout_s", "max_message_bytes", "max_prompt_bytes", "max_num_seqs", "max_num_waiting", "page_size", "mesh_stage", "mesh_tensor", "load", "max_loras", "max_lora_rank")
+    __slots__ = ("version", "state", "uptime_s", "slow_reader_timeout_s", "drain_timeout_s", "max_message_bytes", "max_prompt_bytes", "max_num_seqs", "max_num_waiting", "page_size", "mesh_stage", "mesh_tensor", "load", "max_loras", "max_lora_rank", "mesh_replica")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -527,6 +527,7 @@ class ServerInfo(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     MAX_LORAS_FIELD_NUMBER: _ClassVar[int]
     MAX_LORA_RANK_FIELD_NUMBER: _ClassVar[int]
+    MESH_REPLICA_FIELD_NUMBER: _ClassVar[int]
     version: str
     state: ServerState
     uptime_s: float
@@ -542,4 +543,5 @@ class ServerInfo(_message.Message):
     load: EngineLoad
     max_loras: int
     max_lora_rank: int
-    def __init__(self, version: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., uptime_s: _Optional[float] = ..., slow_reader_timeout_s: _Optional[float] = ..., drain_timeout_s: _Optional[float] = ..., max_message_bytes: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., page_size: _Optional[int] = ..., mesh_stage: _Optional[int] = ..., mesh_tensor: _Optional[int] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., max_loras: _Optional[int] = ..., max_lora_rank: _Optional[int] = ...) -> None: ...
+    mesh_replica: int
+    def __init__(self, version: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., uptime_s: _Optional[float] = ..., slow_reader_timeout_s: _Optional[float] = ..., drain_timeout_s: _Optional[float] = ..., max_message_bytes: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., page_size: _Optional[int] = ..., mesh_stage: _Optional[int] = ..., mesh_tensor: _Optional[int] = ..., load: _Optional[_Union[EngineLoad, _Mapping]] = ..., max_loras: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., mesh_replica: _Optional[int] = ...) -> None: ...
