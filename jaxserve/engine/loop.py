@@ -38,7 +38,8 @@ class InFlight(NamedTuple):
 
 
 # What a step is about to read, before it does; a step that is ended without looking at these waits where it must.
-Waits = Generator[jax.Array]
+# What is sent back are the seconds that it was waited for, where other things were done, too.
+Waits = Generator[jax.Array, float | None]
 
 
 class StepLoop:
@@ -91,7 +92,7 @@ class StepLoop:
         events, self._events = self._events, []
         return events
 
-    def advance(self, on_dispatch: Callable[[], None] | None) -> Generator[jax.Array, None, StepTimes]:
+    def advance(self, on_dispatch: Callable[[], None] | None) -> Generator[jax.Array, float | None, StepTimes]:
         """Schedules and dispatches one step, and reads and commits the one before it (itself at lookahead 0; with 2
         none where the host is slower than the device, or then the one before that).
 
@@ -156,7 +157,7 @@ class StepLoop:
 
     def _tick(
         self, batch: ScheduledBatch | None, on_dispatch: Callable[[], None] | None
-    ) -> Generator[jax.Array, None, Tick]:
+    ) -> Generator[jax.Array, float | None, Tick]:
         entering = None
         if batch is not None:
             built = build_inputs(batch, self.scheduler.slots, self.runner.dims)
@@ -217,7 +218,10 @@ class StepLoop:
 
     def _read(self) -> Waits:
         """Reads and commits the oldest step in flight."""
-        yield self.in_flight[0].handle
+        waited_s = yield self.in_flight[0].handle
+        if waited_s is not None:
+            self._times["wait_s"] += waited_s
+            self._lap = time.perf_counter()
         step = self.in_flight.popleft()
         outputs = self.runner.read(step.handle)
         in_full = NOTHING if step.asides is None else step.asides.read(self.runner)

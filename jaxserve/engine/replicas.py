@@ -23,7 +23,7 @@ POLL_S = 1e-4
 # that does not end (``AsyncEngine``'s ``step_timeout_s``). No step of a working device takes as long.
 PATIENCE_S = 5.0
 
-Steps = Generator[jax.Array, None, StepTimes]
+Steps = Generator[jax.Array, float | None, StepTimes]
 
 
 class _UnderWay(NamedTuple):
@@ -32,6 +32,7 @@ class _UnderWay(NamedTuple):
     step: Steps
     waits_for: jax.Array
     since: float  # time.monotonic()
+    slept_s: float  # by ``Replicas`` before
 
 
 class Replicas:
@@ -50,6 +51,7 @@ class Replicas:
         self.loops = tuple(loops)
         self._router = Router([loop.scheduler for loop in self.loops])
         self._under_way: dict[StepLoop, _UnderWay] = {}  # the longest waiting first
+        self._slept_s = 0.0
         self._loop_of: dict[str, StepLoop] = {}  # of requests whose last event nobody took
 
     def add(self, request: Request) -> None:
@@ -95,19 +97,24 @@ class Replicas:
             if loop not in self._under_way and loop.has_unfinished()
         ]
         while self._under_way and not any(ended):
-            ended = [self._go_on(loop, self._under_way.pop(loop).step) for loop in self._ready()]
+            ended = [self._resume(loop) for loop in self._ready()]
         for times in ended:
             if times is not None and on_times is not None:
                 on_times(times)
 
-    def _go_on(self, loop: StepLoop, step: Steps) -> StepTimes | None:
+    def _resume(self, loop: StepLoop) -> StepTimes | None:
+        """``_go_on`` with the step that is under way."""
+        waiting = self._under_way.pop(loop)
+        return self._go_on(loop, waiting.step, self._slept_s - waiting.slept_s)
+
+    def _go_on(self, loop: StepLoop, step: Steps, waited_s: float | None = None) -> StepTimes | None:
         """Runs a step to its end, or to where it waits: None."""
         with loop.runner.compile_counter.watch():
             try:
-                waits_for = next(step)
+                waits_for = step.send(waited_s)
             except StopIteration as end:
                 return end.value
-        self._under_way[loop] = _UnderWay(step, waits_for, time.monotonic())
+        self._under_way[loop] = _UnderWay(step, waits_for, time.monotonic(), self._slept_s)
         return None
 
     def _ready(self) -> list[StepLoop]:
@@ -116,14 +123,16 @@ class Replicas:
         while len(self._under_way) > 1 and time.monotonic() - waits.since < PATIENCE_S:
             if ready := [loop for loop, other in self._under_way.items() if _is_ready(other.waits_for)]:
                 return ready
+            start = time.perf_counter()
             time.sleep(POLL_S)
+            self._slept_s += time.perf_counter() - start
         return [longest]
 
     def settle(self) -> None:
         """Ends the steps that are under way, and no other begins; with stages, none is in them afterwards."""
         while self._under_way:
             loop = next(iter(self._under_way))
-            self._go_on(loop, self._under_way.pop(loop).step)
+            self._resume(loop)
         for loop in self.loops:
             loop.finish_stages()
 
