@@ -12,7 +12,8 @@ from jaxserve.checkpoint import CheckpointError
 from jaxserve.checkpoint.hf.config import read_hf_config
 from jaxserve.checkpoint.shapes import read_shape
 from jaxserve.model.params import num_params
-from tests.checkpoint.hub_configs import CONFIGS, QUANTIZED, SERVED_QUANTIZED
+from tests.checkpoint.hub_configs import CONFIGS
+from tests.checkpoint.hub_quantized import QUANTIZED, SERVED_QUANTIZED
 
 # Millions of parameters as published (without layers that only draft), bytes of K and V a token, first rope's scaling,
 # windows of the first two layers.
