@@ -1,6 +1,6 @@
 """A Hugging Face folder of a known shape with random bfloat16 weights: what a start from disk is measured with.
 
-    PYTHONPATH=. python benchmarks/random_checkpoint.py FOLDER [--shape llama-3.1-8b]
+PYTHONPATH=. python benchmarks/random_checkpoint.py FOLDER [--shape llama-3.1-8b]
 """
 
 import argparse

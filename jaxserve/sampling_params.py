@@ -57,9 +57,8 @@ class StructuredOutputs:
             if isinstance(choice, str) or not isinstance(choice, Iterable) or not (choice := tuple(choice)):
                 raise RequestError(field, f"choice={choice!r} is not a sequence of one text or more")
             object.__setattr__(self, "choice", choice)
-        for text in self.choice or (self.json, self.regex, self.grammar):
-            if text is None:
-                continue
+        texts = (getattr(self, self.kind),) if self.kind in ("json", "regex", "grammar") else self.choice or ()
+        for text in texts:
             if not isinstance(text, str):
                 raise RequestError(field, f"{self.kind} has {text!r}, which is not a text")
             try:

@@ -36,11 +36,26 @@ CLIENTS_FAULT = {
     *(Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.ALREADY_EXISTS, Code.FAILED_PRECONDITION, Code.PERMISSION_DENIED),
     *(Code.RESOURCE_EXHAUSTED, Code.UNIMPLEMENTED, Code.OUT_OF_RANGE, Code.DEADLINE_EXCEEDED),
 }
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% for t in tools or [] %}{{ t }}{% endfor %}<tool_call>"
+CHAT = pb.ChatMessages(
+    messages=[
+        pb.ChatMessage(role="user", content="a"),
+        pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(id="1", name="f", arguments="{}")]),
+        pb.ChatMessage(role="tool", content="b", tool_call_id="1"),
+    ],
+    tools=[pb.Tool(name="f", description="d", parameters='{"type": "object"}')],
+    tool_choice=pb.TOOL_CHOICE_REQUIRED,
+    chat_template_kwargs='{"a": 1}',
+    documents=['{"b": 2}'],
+)
 MESSAGES = {
-    "GenerateRequest": pb.GenerateRequest(request_id="a", text="abc", sampling=pb.SamplingParams(max_tokens=5, n=2)),
-    "EmbedRequest": pb.EmbedRequest(text="abc"),
-    "TokenizeRequest": pb.TokenizeRequest(text="abc"),
-    "DetokenizeRequest": pb.DetokenizeRequest(token_ids=[65, 66, 67]),
+    "GenerateRequest": [
+        pb.GenerateRequest(request_id="a", text="abc", sampling=pb.SamplingParams(max_tokens=5, n=2)),
+        pb.GenerateRequest(request_id="b", messages=CHAT, sampling=pb.SamplingParams(max_tokens=5)),
+    ],
+    "EmbedRequest": [pb.EmbedRequest(text="abc")],
+    "TokenizeRequest": [pb.TokenizeRequest(text="abc"), pb.TokenizeRequest(messages=CHAT)],
+    "DetokenizeRequest": [pb.DetokenizeRequest(token_ids=[65, 66, 67])],
 }
 LIMIT = 2000  # bytes of a message, where one is too large
 GARBAGE = (b"\xff", b"\x0b" * 1000, b"\x0a\xff\xff\xff\xff\x0f", batch_request("x", "abc").SerializeToString()[:-1])
@@ -78,25 +93,25 @@ def is_quiet(caplog: pytest.LogCaptureFixture, level: int = logging.ERROR) -> bo
 
 def attempts(method: MethodDescriptor, r: random.Random) -> Iterator[bytes]:
     """Random bytes, cut and changed messages, groups in groups, and a length that is not there."""
-    valid = MESSAGES.get(method.input_type.name, pb.AbortRequest(request_id="abc")).SerializeToString()
-    yield b""
+    valids = [m.SerializeToString() for m in MESSAGES.get(method.input_type.name, [pb.AbortRequest(request_id="abc")])]
+    yield from (b"", *valids)
     yield b"\x0b" * 20_000  # groups that begin and never end
     yield b"\x0a\xff\xff\xff\xff\x0f"  # a field of 4 GiB
     for _ in range(12):
         yield r.randbytes(r.randint(1, 60))
     for _ in range(30):
-        changed = bytearray(valid)
+        changed = bytearray(r.choice(valids))
         for _ in range(r.randint(1, 3)):
             changed[r.randrange(len(changed))] = r.randrange(256)
         yield bytes(changed[: r.randint(1, len(changed))] if r.random() < 0.3 else changed)
     for _ in range(5):  # good fields, then fields that nobody knows
-        yield valid + r.randbytes(r.randint(1, 20))
+        yield r.choice(valids) + r.randbytes(r.randint(1, 20))
 
 
 @pytest.mark.parametrize("name", METHODS)
 async def test_bytes_are_answered_or_refused(name: str, caplog: pytest.LogCaptureFixture):
     method, r = METHODS[name], random.Random(name)
-    engine = FakeEngine(tokenizer=byte_tokenizer(), max_model_len=64)
+    engine = FakeEngine(tokenizer=byte_tokenizer(TEMPLATE), max_model_len=200)
     parse = GetMessageClass(method.input_type).FromString
     async with serving(engine) as s, grpc.aio.insecure_channel(s.target) as channel:
         seen = set()

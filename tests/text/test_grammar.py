@@ -293,6 +293,7 @@ def test_a_model_without_end_cannot_be_held_to_a_grammar():
         ({"choice": "yes"}, "choice='yes' is not a sequence"),
         ({"choice": []}, r"choice=\(\) is not a sequence of one text or more"),
         ({"choice": ["a", 3]}, "choice has 3, which is not a text"),
+        ({"choice": ["a", None]}, "choice has None, which is not a text"),
         ({"regex": 3}, "regex has 3, which is not a text"),
         ({"regex": "\ud800"}, "regex: not valid Unicode at character 0"),
         ({"json": {"a": {1, 2}}}, "json is not a JSON schema"),

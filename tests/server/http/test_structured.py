@@ -45,6 +45,8 @@ async def test_what_says_nothing_or_too_much(site: Web):
         ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml"),
         ({"structured_outputs": "a"}, "structured_outputs"),
         ({"guided_regex": 5}, "guided_regex"),
+        ({"guided_choice": ["a", None]}, "guided_choice"),
+        ({"structured_outputs": {"choice": [None]}}, "structured_outputs"),
     ):
         status, error = await site.refused("/v1/chat/completions", messages=HELLO, **fields)
         assert (status, error["param"]) == (400, param), error
