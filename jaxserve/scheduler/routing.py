@@ -5,12 +5,7 @@ from typing import NamedTuple
 
 from jaxserve.request import Request
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.sequence import Sequence as Running
-from jaxserve.scheduler.waiting import OUTPUT_WEIGHT
-
-# Output tokens, at most, that a sequence is taken to have before it. How many it will have nobody knows: ``max_tokens``
-# is a bound that few reach, and often all of the context. Chat answers are of this order.
-EXPECTED_OUTPUT = 128
+from jaxserve.scheduler.waiting import PROMPT_WEIGHT
 
 
 class Place(NamedTuple):
@@ -28,12 +23,11 @@ class Place(NamedTuple):
 class Router:
     """Chooses for each request one of ``schedulers``. Reads them only; on the thread that owns them.
 
-    All is counted in prompt tokens to be computed, an output token as ``OUTPUT_WEIGHT`` of them. A scheduler's load is
-    what its sequences, queued and running, have before them (``load``), and a request costs there that load and those
-    of its own prompt tokens that the prefix cache does not have. The least cost gets it. So the one that holds the
-    longest prefix keeps a request unless its load is more than the least one's by the tokens that this prefix saves:
-    waiting behind so many is no faster than computing them elsewhere, where the prefix is then cached, too. With
-    ``EXPECTED_OUTPUT`` a prefix of 1024 tokens is worth four sequences of chat.
+    A request costs there what the scheduler has before it (``load.Load``), in prompt tokens, and those of its own
+    prompt tokens that the prefix cache does not have. The least cost gets it. So the one that holds the longest prefix
+    keeps a request unless its load is more than the least one's by the tokens that this prefix saves: waiting behind so
+    many is no faster than computing them elsewhere, where the prefix is then cached, too. With ``EXPECTED_OUTPUT`` a
+    prefix of 1024 tokens is worth four sequences of chat.
 
     Of equals the one that was chosen least recently, so that all fill their caches.
     """
@@ -54,22 +48,9 @@ class Router:
             if not request.wants_whole_prompt:
                 pages = scheduler.pool.match_prefix(prompt, digests, request.prefix_root)
                 num_cached = len(pages) * scheduler.cache.page_size
-            cost = load(scheduler) + len(prompt) - num_cached
+            cost = scheduler.load.tokens + PROMPT_WEIGHT * (len(prompt) - num_cached)
             if best.index < 0 or cost < least:
                 best, least = Place(index, num_cached), cost
         self._by_age.remove(best.index)
         self._by_age.append(best.index)
         return best
-
-
-def load(scheduler: Scheduler) -> int:
-    """What the sequences of ``scheduler`` have before them, in prompt tokens."""
-    return sum(map(_work, scheduler.unfinished()))
-
-
-def _work(sequence: Running) -> int:
-    num_left = min(EXPECTED_OUTPUT, sequence.request.max_total_len - sequence.total_len)
-    uncomputed = sequence.num_uncomputed
-    if not sequence.admitted_once:  # another computes the prompt, or a part of it is in the cache
-        uncomputed = 0 if sequence.shares_with is not None else uncomputed - sequence.num_expected
-    return uncomputed + OUTPUT_WEIGHT * num_left

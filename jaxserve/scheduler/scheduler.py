@@ -14,6 +14,7 @@ from jaxserve.request import STEP_TOKEN_BOUNDS, FinishReason, PageMap, Request
 from jaxserve.scheduler.batch import ScheduledBatch, ScheduledRow, SlotArrays, choose_bucket, first_chunk
 from jaxserve.scheduler.figures import Counts, SchedulerStats, page_map, stats
 from jaxserve.scheduler.limits import check_request
+from jaxserve.scheduler.load import Load
 from jaxserve.scheduler.sequence import NO_SLOT, Sequence
 from jaxserve.scheduler.stages import Shares
 from jaxserve.scheduler.waiting import WaitingQueue, by_order
@@ -85,6 +86,7 @@ class Scheduler:
         self.dims = dims
         self.pool = PagePool(cache.num_pages, cache.page_size, cache.prefix_caching)
         self.slots = SlotArrays(dims)
+        self.load = Load()
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}  # unfinished
         self._waiting = WaitingQueue()
@@ -125,8 +127,11 @@ class Scheduler:
                 + (f": no room for {len(requests)} more" if len(requests) > 1 else "")
             )
         first = self._queue(requests[0], None)
-        first.num_expected = num_cached
-        return [first, *(self._queue(request, first) for request in requests[1:])]
+        self.load.add(first, num_cached)
+        others = [self._queue(request, first) for request in requests[1:]]
+        for sequence in others:
+            self.load.add(sequence, sequence.prompt_len)
+        return [first, *others]
 
     def _queue(self, request: Request, shares_with: Sequence | None) -> Sequence:
         sequence = Sequence(request, self._next_number, shares_with)
@@ -355,6 +360,8 @@ class Scheduler:
         request = sequence.request
         sequence.tokens.append(token)
         sequence.num_in_flight -= 1
+        if sequence.num_output_tokens == 1:
+            self.load.has_first_token(sequence)
         reason: FinishReason | None = None
         stop_reason = None
         if token in request.stop_token_ids:
@@ -368,6 +375,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         self._waiting.end(sequence)
+        self.load.remove(sequence)
         if sequence.status == "running":
             self._stop_running(sequence)
         sequence.status = "finished"

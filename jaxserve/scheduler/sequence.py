@@ -26,7 +26,6 @@ class Sequence:
             where there is one.
         pages: page ids in order of position; empty unless running.
         slot: engine row, NO_SLOT unless running.
-        num_expected: prompt tokens that the prefix cache had when it was queued, where somebody looked.
         num_cached: prompt tokens found in the prefix cache at first admission.
         admitted_at: when that was, by the scheduler's clock.
         num_charged: output tokens that its client's counter has; see ``waiting``.
@@ -38,7 +37,6 @@ class Sequence:
     request: Request
     number: int
     shares_with: "Sequence | None" = None
-    num_expected: int = 0
     order: tuple[int, float, int] = field(init=False)
     tokens: list[int] = field(init=False)
     num_computed: int = 0

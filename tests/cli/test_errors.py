@@ -26,6 +26,25 @@ BAD_LINES = {
     "negative": (["chat", DEFAULT_MODEL, "--top-p", "-1"], "top_p: -1.0"),
     "prefill sizes": (["serve", DEFAULT_MODEL, "--prefill-sizes", "64;256"], "prefill_sizes: '64;256'"),
     "mesh": (["generate", DEFAULT_MODEL, "-p", "a", "--mesh", "rows=2"], "rows=2"),
+    "replicas of several processes": (
+        [
+            "launch",
+            DEFAULT_MODEL,
+            "--mesh",
+            "replica=2,tensor=3",
+            "--num-processes",
+            "3",
+            "--process-id",
+            "0",
+            "--coordinator",
+            "127.0.0.1:1",
+        ],
+        "mesh replica=2,stage=1,tensor=3: replica must be 1 with num_processes=3",
+    ),
+    "replicas in the benchmark": (
+        ["bench", "engine", DEFAULT_MODEL, "--mesh", "replica=2"],
+        "mesh replica=2: replica=2 must be 1",
+    ),
     "dtype": (["generate", DEFAULT_MODEL, "-p", "a", "--dtype", "int3"], "int3"),
     "an adapter with the model's name": (
         ["serve", DEFAULT_MODEL, "--lora-modules", f"{DEFAULT_MODEL}=x"],

@@ -308,7 +308,7 @@ class FakeEngine:
                 assert self.outputs[request_id] == self.expected[request_id]
         stats = self.scheduler.stats()
         assert (stats.num_pages_held, stats.num_tokens_held, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
-        assert self.scheduler.pool.num_free == self.cache.num_pages
+        assert self.scheduler.pool.num_free == self.cache.num_pages and self.scheduler.load.tokens == 0
 
     def check_batch(self, batch: ScheduledBatch) -> None:
         decode, prefill = batch.rows[: batch.num_decode_rows], batch.rows[batch.num_decode_rows :]
@@ -377,3 +377,4 @@ class FakeEngine:
         assert stats.num_pages_cached == len(cached) and 0 <= stats.kv_fragmentation <= 1
         assert 0 <= stats.kv_cache_usage <= 1 and stats.prefix_cache_hits <= stats.prefix_cache_queries
         assert stats.generation_tokens == sum(map(len, self.outputs.values()))
+        assert scheduler.load.tokens >= 2 * len(unfinished)

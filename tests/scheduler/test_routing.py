@@ -1,6 +1,7 @@
 """Which replica gets a request, by hand: page size 4, an output token counts as two prompt tokens."""
 
-from jaxserve.scheduler.routing import EXPECTED_OUTPUT, Place, Router, load
+from jaxserve.scheduler.load import EXPECTED_OUTPUT
+from jaxserve.scheduler.routing import Place, Router
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.waiting import OUTPUT_WEIGHT
 from tests.scheduler.fake_engine import make_request
@@ -24,22 +25,32 @@ def fill_cache(scheduler: Scheduler, prompt: list[int]) -> None:
 
 def test_load_counts_prompts_to_be_read_and_output_to_come():
     (scheduler,) = schedulers(1)
-    assert load(scheduler) == 0
+    assert scheduler.load.tokens == 0
     scheduler.add(make_request("waits", [5] * 10, 3))
-    assert load(scheduler) == 10 + OUTPUT_WEIGHT * 3
+    assert scheduler.load.tokens == 10 + OUTPUT_WEIGHT * 3
     scheduler.add(make_request("long", [6] * 20, 300))
-    assert load(scheduler) == 16 + 20 + OUTPUT_WEIGHT * EXPECTED_OUTPUT
-    next_batch(scheduler)  # both prompts are read, one token of each is in flight
-    assert load(scheduler) == (1 + OUTPUT_WEIGHT * 2) + (1 + OUTPUT_WEIGHT * EXPECTED_OUTPUT)
+    assert scheduler.load.tokens == 16 + 20 + OUTPUT_WEIGHT * EXPECTED_OUTPUT
+    batch = next_batch(scheduler)
+    assert scheduler.load.tokens == 16 + 20 + OUTPUT_WEIGHT * EXPECTED_OUTPUT
+    commit(scheduler, batch)
+    assert scheduler.load.tokens == OUTPUT_WEIGHT * (3 + EXPECTED_OUTPUT)
+    scheduler.forget_computed()  # who is preempted computes again, but has had its first token
+    commit(scheduler, next_batch(scheduler))
+    assert scheduler.load.tokens == OUTPUT_WEIGHT * (3 + EXPECTED_OUTPUT)
     scheduler.abort("long")
-    assert load(scheduler) == 1 + OUTPUT_WEIGHT * 2
+    assert scheduler.load.tokens == OUTPUT_WEIGHT * 3
+    commit(scheduler, next_batch(scheduler))
+    assert not scheduler.has_unfinished() and scheduler.load.tokens == 0
+    scheduler.add(make_request("never runs", [5] * 10, 3))
+    scheduler.abort("never runs")
+    assert scheduler.load.tokens == 0
 
 
 def test_load_counts_a_prompt_of_several_completions_once_and_what_is_cached_not_at_all():
     (scheduler,) = schedulers(1)
     fill_cache(scheduler, [*PREFIX, 6])
     scheduler.add_group([make_request(name, [*PREFIX, 7, 7], 1) for name in "abc"], num_cached=16)
-    assert load(scheduler) == 2 + 3 * OUTPUT_WEIGHT
+    assert scheduler.load.tokens == 2 + 3 * OUTPUT_WEIGHT
 
 
 def test_the_least_loaded_gets_it():
