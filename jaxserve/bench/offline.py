@@ -136,13 +136,12 @@ class OfflineBenchmark:
     def _whole_batch_steps(self, run: Drive, batch_size: int) -> list[tuple[StepTimes, float]]:
         """The steps of ``run`` that decode ``batch_size`` rows and nothing else, and the seconds each took: from the
         moment the step before it was read until it was. With stages, the ticks in which so many rows are in them."""
-        later = self.engine.scheduler_config.lookahead
+        read_at = [end for step, end in zip(run.steps, run.step_ends, strict=True) for _ in range(step.num_read)]
+        sampled = [step for step in run.steps if step.tick is not None and step.tick.leaving is not None]
         found = []
-        for i, step in enumerate(run.steps):
-            tick, read = step.tick, i + later
-            if tick is None or tick.bucket.prefill_tokens or tick.num_rows != batch_size or read < 1:
-                continue
-            found.append((step, run.step_ends[read] - run.step_ends[read - 1]))
+        for step, (before, read) in zip(sampled[1:], pairwise(read_at), strict=True):  # read in this order
+            if step.tick is not None and not step.tick.bucket.prefill_tokens and step.tick.num_rows == batch_size:
+                found.append((step, read - before))
         return found
 
     def _exchanged(self, full: list[tuple[StepTimes, float]], batch_size: int) -> Row:

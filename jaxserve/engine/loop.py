@@ -120,13 +120,13 @@ class StepLoop:
                 yield from self._finish_stages()
             elif tick.leaving is not None:
                 may_be_unread = self._num_ahead()
-        num_to_read = min(len(self.in_flight) - may_be_unread, 1 if tick is None else 2)
-        if num_to_read > 0:
+        num_to_read = max(0, min(len(self.in_flight) - may_be_unread, 1 if tick is None else 2))
+        if num_to_read:
             waited_s = self._times["wait_s"]
             for _ in range(num_to_read):
                 yield from self._read()
             self._last_wait_s = self._times["wait_s"] - waited_s
-        return StepTimes(batch, tick, **self._times)
+        return StepTimes(batch, tick, num_to_read, **self._times)
 
     def _num_ahead(self) -> int:
         """Steps that may stay unread, of which one has just been dispatched."""

@@ -10,12 +10,13 @@ class StepTimes(NamedTuple):
     """Seconds of the host by part of one step, the batch that it scheduled, and what it dispatched: at lookahead 0 only
     the first tick of it. None: it scheduled none; it only read one.
 
-    ``wait_s`` and ``commit_s`` are of the step that was read, with lookahead the one before. What the device has no
-    part in is ``host_s``; while a step is in flight it costs nothing.
+    ``wait_s`` and ``commit_s`` are of the steps that were read at the end, with lookahead those before. What the
+    device has no part in is ``host_s``; while a step is in flight it costs nothing.
     """
 
     batch: ScheduledBatch | None
     tick: Tick | None
+    num_read: int  # steps, at the end; those that structured output waited for are not among them
     schedule_s: float
     build_s: float  # the step's inputs, in numpy
     dispatch_s: float  # the copy to the device, and the runtime's calls

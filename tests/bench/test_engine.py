@@ -1,8 +1,9 @@
 """The workloads on a tiny model. From a command to lines, a file and a table: tests/cli/test_measuring.py."""
 
 import io
+import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from jaxserve.bench.ceilings import Ceilings
 from jaxserve.bench.offline import OfflineBenchmark, drive, longest_sequence, percentiles, steady_output_len
 from jaxserve.bench.roofline import Roofline
 from jaxserve.config import CacheConfig
+from jaxserve.engine import loop
 from jaxserve.engine.engine import Engine
 from tests import tiny
 
@@ -59,7 +61,13 @@ def test_a_drive_times_every_token_and_step(engine: Engine):
     assert last.host_s == last.schedule_s + last.build_s + last.commit_s
 
 
-def test_tpot_is_the_difference_over_the_tokens(bench_of: OfflineBenchmark, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_tpot_is_the_difference_over_the_tokens(
+    lookahead: int, bench_of: OfflineBenchmark, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop, "SHORT_WAIT_S", math.inf)
+    scheduler = bench_of.engine.loop.scheduler
+    monkeypatch.setattr(scheduler, "config", replace(scheduler.config, lookahead=lookahead))
     durations = []
 
     def noted(*args: Any) -> Any:
