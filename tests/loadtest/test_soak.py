@@ -1,8 +1,10 @@
 """The soak on the fake engine's server: that it finds a flat server flat, and sees what is not."""
 
+import asyncio
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,6 +39,8 @@ async def test_a_flat_server_is_flat_and_what_is_left_is_seen(monkeypatch: pytes
             left.append(b"\1" * (256 * 2**20))  # more than a client's own memory here goes up and down
             threading.Thread(target=may_end.wait).start()
 
+    # The loop's pool makes threads as they are wanted: of few that read requests, one may be wanted after the warm-up.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     async with serving(endless_engine(), http_port=0) as s:
         served = Served(s.target, s.url, os.getpid(), {"device": "here"})
         try:
