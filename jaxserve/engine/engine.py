@@ -336,7 +336,8 @@ class Engine:
         on_times: Callable[[StepTimes], None] | None = None,
     ) -> list[TokenEvent]:
         """Schedules and dispatches one step, and returns the events of the one before it (of itself at lookahead 0).
-        With replicas one of each that has none under way, and the events of those that have come to their ends.
+        With replicas one of each that has none under way, and the events of those that have come to their ends: after
+        a few milliseconds there may be none.
 
         ``on_dispatch`` is called with the figures of the moment the device spends its time in: after a dispatch, before
         what the step before ended is freed. ``on_times`` is called last, with what the step did.

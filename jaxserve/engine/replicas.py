@@ -19,6 +19,9 @@ from jaxserve.scheduler.routing import Router
 # Between two looks at whether a device is done. The next step is on its way to it already, so that it does not wait for
 # us: a token comes so much later, and the looks take a few percent of one core.
 POLL_S = 1e-4
+# After so long without an end ``advance`` returns, so that a request which has come meanwhile reaches a replica that
+# has nothing to do: the others' steps may take a hundred times as long.
+GIVE_WAY_S = 2e-3
 # After so long a step is waited for, whoever else could go on: a device that hangs is then seen from outside as a step
 # that does not end (``AsyncEngine``'s ``step_timeout_s``). No step of a working device takes as long.
 PATIENCE_S = 5.0
@@ -90,14 +93,14 @@ class Replicas:
         self, on_dispatch: Callable[[], None] | None = None, on_times: Callable[[StepTimes], None] | None = None
     ) -> None:
         """Steps (``StepLoop.advance``) until one at least has come to its end; ``on_times`` is told of each that has.
-        What it raises is the end of all of them."""
+        With several loops it returns after a while (``GIVE_WAY_S``) even so. What it raises is the end of all."""
         ended = [
             self._go_on(loop, loop.advance(on_dispatch))
             for loop in self.loops
             if loop not in self._under_way and loop.has_unfinished()
         ]
-        while self._under_way and not any(ended):
-            ended = [self._resume(loop) for loop in self._ready()]
+        while not any(ended) and (ready := self._ready()):
+            ended = [self._resume(loop) for loop in ready]
         for times in ended:
             if times is not None and on_times is not None:
                 on_times(times)
@@ -118,15 +121,22 @@ class Replicas:
         return None
 
     def _ready(self) -> list[StepLoop]:
-        """Those whose devices have what they wait for. Waits until there is one, or until one must be waited for."""
+        """Those under way whose devices have what they wait for. It waits until there is one, but no longer than
+        ``GIVE_WAY_S``; and the one that must be waited for."""
+        if not self._under_way:
+            return []
         longest, waits = next(iter(self._under_way.items()))
-        while len(self._under_way) > 1 and time.monotonic() - waits.since < PATIENCE_S:
-            if ready := [loop for loop, other in self._under_way.items() if _is_ready(other.waits_for)]:
-                return ready
-            start = time.perf_counter()
+        start = now = time.monotonic()
+        if len(self.loops) == 1 or now - waits.since >= PATIENCE_S:
+            return [longest]
+        while not (ready := [loop for loop, own in self._under_way.items() if _is_ready(own.waits_for)]):
+            if now - start >= GIVE_WAY_S:
+                break
             time.sleep(POLL_S)
-            self._slept_s += time.perf_counter() - start
-        return [longest]
+            self._slept_s -= now
+            now = time.monotonic()
+            self._slept_s += now
+        return ready
 
     def settle(self) -> None:
         """Ends the steps that are under way, and no other begins; with stages, none is in them afterwards."""

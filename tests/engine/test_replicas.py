@@ -272,12 +272,12 @@ class FakeLoop:
     """Steps that wait for one handle each; its name and a number for each that has ended."""
 
     def __init__(self, name: str):
-        self.name, self.handle, self.num_begun = name, Handle(), 0
+        self.name, self.handle, self.num_begun, self.is_idle = name, Handle(), 0, False
         self.runner = SimpleNamespace(compile_counter=SimpleNamespace(watch=nullcontext))
         self.scheduler = SimpleNamespace()
 
     def has_unfinished(self) -> bool:
-        return True
+        return not self.is_idle
 
     def advance(self, on_dispatch: object) -> Generator[Handle, None, str]:
         self.num_begun += 1
@@ -302,6 +302,17 @@ def test_a_slow_replica_holds_up_no_other():
     assert [ended(both) for _ in range(3)] == [["fast1"], ["fast2"], ["fast3"]] and slow.num_begun == 1
     slow.handle.ready = True
     assert ended(both) == ["slow1", "fast4"]
+
+
+def test_who_is_done_late_lets_others_in():
+    """While nobody is done it returns with nothing, and begins what has something to do by then."""
+    both, slow, fast = fake_replicas()
+    fast.is_idle = True
+    assert ended(both) == [] == ended(both) and (slow.num_begun, fast.num_begun) == (1, 0)
+    fast.is_idle, fast.handle.ready = False, True
+    assert ended(both) == ["fast1"]
+    one = FakeLoop("one")
+    assert ended(Replicas(cast(list[StepLoop], [one]))) == ["one1"]  # which waits where it reads
 
 
 def test_a_replica_that_hangs_is_waited_for_at_last(monkeypatch: pytest.MonkeyPatch):
