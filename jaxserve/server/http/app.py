@@ -39,7 +39,7 @@ def make_app(backend: Backend) -> FastAPI:
     async def answer(http: Request, error: Exception) -> Response:
         return response_of(error_of(error))
 
-    for kind in (*ANSWERED, RequestValidationError, HTTPException):
+    for kind in (*ANSWERED, RequestValidationError, HTTPException, Exception):  # the last: bugs, which are logged, too
         app.add_exception_handler(kind, answer)
 
     return app

@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator
 
 import httpx2
+import pytest
 
 from jaxserve.server.http.fields import NO_OPS, REFUSED
 from tests.server.conftest import TIMEOUT_S, endless_engine
@@ -113,6 +114,22 @@ async def test_malformed_bodies(site: Web):
         assert answer.json()["error"]["message"].startswith(message), answer.text
     answer = await site.client.post(COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
     assert answer.status_code == 400 and "content-type" in answer.json()["error"]["message"]
+
+
+async def test_a_bug_is_answered_in_the_same_shape_and_logged(
+    site: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of secrets")
+
+    monkeypatch.setattr(site.engine, "make_request", broken)
+    for stream in (False, True):
+        status, error = await site.refused(COMPLETIONS, prompt="a", stream=stream)
+        assert (status, error["type"], error["code"]) == (500, "server_error", "internal_error")
+        assert "secrets" not in error["message"]
+    assert "of secrets" in caplog.text
+    monkeypatch.undo()
+    assert (await site.post(COMPLETIONS, prompt="a", max_tokens=1))["choices"]
 
 
 async def test_unknown_models_and_paths(site: Web):
