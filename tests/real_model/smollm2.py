@@ -19,7 +19,7 @@ REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.jso
 
 @pytest.fixture(scope="module")
 def engine():
-    options = {"max_model_len": 1024, "max_num_seqs": 4, "prefill_sizes": (64,)}
+    options = {"max_model_len": 1024, "max_num_seqs": 4, "prefill_sizes": (64,), "decode_sizes": (4,)}
     with Engine.from_pretrained(DEFAULT_MODEL, dtype="float32", **options) as engine:
         yield engine
 
