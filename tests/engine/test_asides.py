@@ -29,7 +29,7 @@ ASKED: list[dict[str, Any]] = [
     {"prompt_logprobs": 2},
     {"prompt_logprobs": 2},
 ]
-OPTIONS = [{}, {"lookahead": 0}, {"mesh": "stage=2,tensor=2"}, {"num_pages": 26}, {"mesh": "stage=4", "num_pages": 26}]
+OPTIONS = [{}, {"lookahead": 0}, {"mesh": "stage=2,tensor=2"}, {"num_pages": 24}, {"mesh": "stage=4", "num_pages": 24}]
 
 
 def logprobs_after(tokens: Sequence[int], params: Params | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from jaxserve import Engine, SamplingParams
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.model.params import Params, TreeSource, init_params
-from tests import tiny
+from tests import compiled, tiny
 from tests.checkpoint.live_checkpoint import LiveCheckpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -27,7 +27,8 @@ def other() -> Params:
 def fresh(other: Params):
     """An engine that has never known other weights."""
     with Engine.from_params(tiny.CONFIG, other, max_model_len=96, max_num_seqs=4, num_pages=96, page_size=4,
-                            prefill_sizes=(16,), max_prefill_rows=3) as engine:  # fmt: skip
+                            prefill_sizes=(16,), max_prefill_rows=3,
+                            compilation_cache_dir=compiled.FOLDER) as engine:  # fmt: skip
         yield engine
 
 
