@@ -24,11 +24,12 @@ from jaxserve.sampling_params import SamplingParams
 from tests import tiny
 
 CONFIG = replace(tiny.CONFIG, num_layers=2)
-# Pages for 120 tokens: four long sequences do not fit together, so that some are preempted. Few shapes to compile.
+# Pages for 72 tokens: four long sequences do not fit together, so that some are preempted. Few shapes to compile, and
+# few tokens: a step has a thousand messages between processes.
 OPTIONS: dict[str, Any] = {
-    "max_model_len": 96,
+    "max_model_len": 72,
     "max_num_seqs": 4,
-    "num_pages": 30,
+    "num_pages": 18,
     "page_size": 4,
     "prefill_sizes": (16,),
     "decode_sizes": (4,),
@@ -66,12 +67,12 @@ def work(engine: Engine) -> dict[str, Any]:
     shared = list(range(2, 34))
     prompts = [*tiny.prompts(4, seed=3), shared, shared]
     params = [
-        SamplingParams(max_tokens=40, temperature=0, ignore_eos=True),
-        SamplingParams(max_tokens=24, temperature=1, seed=5, top_k=20, ignore_eos=True),
-        SamplingParams(max_tokens=12, temperature=0, repetition_penalty=1.5),
-        SamplingParams(max_tokens=33, temperature=0.7, seed=9, logprobs=2, ignore_eos=True),
-        SamplingParams(max_tokens=40, temperature=0, ignore_eos=True),
-        SamplingParams(max_tokens=20, temperature=0, prompt_logprobs=1, logit_bias={40: 3.0}),
+        SamplingParams(max_tokens=20, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=12, temperature=1, seed=5, top_k=20, ignore_eos=True),
+        SamplingParams(max_tokens=8, temperature=0, repetition_penalty=1.5),
+        SamplingParams(max_tokens=16, temperature=0.7, seed=9, logprobs=2, ignore_eos=True),
+        SamplingParams(max_tokens=20, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=1, logit_bias={40: 3.0}),
     ]
     together = engine.generate(prompts, params)
     stream = engine.stream(prompts[0], params[0])
