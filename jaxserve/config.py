@@ -142,6 +142,9 @@ class QuantizationConfig:
         return {name: matrices.format for matrices in self.matrices for name in matrices.parameters}
 
 
+PER_LAYER = ("layer_windows", "layer_ropes", "moe_layers")  # fields of a model with an entry for each layer
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a decoder is: families are flags of this one dataclass, never subclasses.
@@ -204,7 +207,7 @@ class ModelConfig:
             if dim % 2:
                 name = "head_dim" if rope.rotary_dim is None else "rotary_dim"
                 raise ValueError(f"{name}={dim} must be even: rotary embedding rotates pairs")
-        for name in ("layer_windows", "layer_ropes", "moe_layers"):
+        for name in PER_LAYER:
             if len(getattr(self, name)) not in (0, self.num_layers):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, num_layers={self.num_layers}")
         for rope in self.layer_ropes:

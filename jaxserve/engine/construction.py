@@ -162,6 +162,7 @@ def build_parts(
             samplings,
             lora,
             kv_cache_dtype,
+            keep_in if cluster is None else None,
         )
     if cluster is not None:
         num_pages = cluster.minimum(num_pages)

@@ -2,19 +2,33 @@
 
 import os
 from collections.abc import Sequence
-from typing import get_args
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.cache.pages import page_bytes
-from jaxserve.config import CacheConfig, CacheDtype, LoraConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from jaxserve.config import (
+    PER_LAYER,
+    CacheConfig,
+    CacheDtype,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from jaxserve.execution.adapters import adapters_shape, bytes_a_device, one_slot_shape
 from jaxserve.execution.hidden import score_workspace_bytes
+from jaxserve.execution.kept import KeptPrograms
 from jaxserve.execution.lowering import compile_step, lower_sampler, lower_step, state_shape
 from jaxserve.execution.sampling import LOOKS_AT_ALL
 from jaxserve.execution.step import StageParams
+from jaxserve.model.params import layer_specs
 from jaxserve.parallel.memory import DEFAULT_FRACTION, free_bytes
 from jaxserve.parallel.mesh import check_mesh, make_meshes, parallel_config, parse_mesh, split_mesh
 from jaxserve.scheduler.batch import all_buckets
@@ -47,6 +61,7 @@ ACCELERATOR = {
 # Of many pages, so that a little more or less free memory does not change the shape of the cache, and with it every
 # program that is kept for the next start.
 _PAGES_AT_ONCE = 64
+_POOL = "pool of pages"  # what is kept of it
 DEFAULT_MAX_MODEL_LEN = 8192  # or the model's own limit, where that is less
 
 
@@ -80,7 +95,11 @@ def check_spans_processes(meshes: Sequence[Mesh], max_loras: int) -> None:
 
 def defaults(mesh: Mesh) -> dict:
     """The table of defaults for the mesh's platform."""
-    return CPU if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
+    return CPU if _is_cpu(mesh) else ACCELERATOR
+
+
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def resolve_dtype(dtype: str, mesh: Mesh) -> jnp.dtype:
@@ -176,12 +195,15 @@ def num_pages_that_fit(
     samplings: Sequence[Sampling],
     lora: LoraConfig | None = None,
     cache_dtype: CacheDtype = "auto",
+    keep_in: Path | None = None,
 ) -> int:
     """Pages of ``cache_dtype`` in ``memory_fraction`` of the memory: on a CPU of the machine's, else of each device's,
     less what is in use (the parameters) and the compiler's figure for the largest step's workspace, and less the room
     for adapters and for one on its way there. Never more than ``max_num_seqs`` full sequences can hold.
 
-    ``meshes`` are the replicas', each of which gets as many; ``params`` are those of the first.
+    ``meshes`` are the replicas', each of which gets as many; ``params`` are those of the first. ``keep_in``: the
+    folder of ``kept.KeptPrograms``; it keeps the workspace and the number of pages, so that the next start asks the
+    compiler nothing, and makes a cache of the same shape, whose programs are kept, if that has still room.
 
     Raises ValueError with the figures where not even one sequence of ``max_model_len`` fits.
     """
@@ -190,12 +212,16 @@ def num_pages_that_fit(
     if not 0 < fraction <= 1:
         raise ValueError(f"memory_fraction={fraction} must be in (0, 1]")
     one_sequence = scheduler.max_pages_per_seq(page_size)
+    kept, known, workspace = None, {}, 0
     per_page = page_bytes(config, page_size, dtype, parallel_config(mesh), cache_dtype)
-    if mesh.devices.flat[0].platform == "cpu":
+    if _is_cpu(mesh):
         room = int(fraction * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (len(meshes) * mesh.size))
     else:
-        free = min(free_bytes(d, fraction) for own in meshes for d in own.local_devices)
-        room = free - _workspace_bytes(config, scheduler, params, mesh, dtype, page_size, samplings, lora, cache_dtype)
+        asked = (config, scheduler, params, mesh, dtype, page_size, samplings, lora, cache_dtype)
+        kept = KeptPrograms(keep_in, mesh, asked) if keep_in is not None else None
+        known = kept.load_numbers(_POOL) if kept is not None else {}
+        workspace = known.get("workspace_bytes") or _workspace_bytes(*asked)
+        room = min(free_bytes(d, fraction) for own in meshes for d in own.local_devices) - workspace
     if lora is not None:
         adapters = adapters_shape(config, lora, mesh, dtype)
         room -= bytes_a_device(adapters) + bytes_a_device(one_slot_shape(adapters))
@@ -205,9 +231,35 @@ def num_pages_that_fit(
             f"memory_fraction={fraction} leaves {max(room, 0) / 2**20:.0f} MiB a device for the KV cache: "
             f"{max(fit, 0) * page_size} tokens, fewer than max_model_len={scheduler.max_model_len}"
         )
+    # What is free differs by some MB from start to start, which must not change the shape of the cache.
+    if "num_pages" in known and abs(fit - known["num_pages"]) <= _PAGES_AT_ONCE:
+        return known["num_pages"]
     if fit > 64 * _PAGES_AT_ONCE:
         fit -= fit % _PAGES_AT_ONCE
-    return min(fit, scheduler.max_num_seqs * one_sequence)
+    num_pages = min(fit, scheduler.max_num_seqs * one_sequence)
+    if kept is not None:
+        kept.keep_numbers(_POOL, {"workspace_bytes": workspace, "num_pages": num_pages})
+    return num_pages
+
+
+def shorter(config: ModelConfig, num_layers: int) -> ModelConfig:
+    """The first layers of a model as a model."""
+    first: dict[str, Any] = {name: getattr(config, name)[:num_layers] for name in PER_LAYER}
+    if config.quantization is not None:
+        matrices = []
+        for those in config.quantization.matrices:
+            own = [n for n in those.parameters if not n.startswith("layers.") or int(n.split(".")[1]) < num_layers]
+            matrices.append(replace(those, parameters=tuple(own)))
+        first["quantization"] = replace(config.quantization, matrices=tuple(matrices))
+    return replace(config, num_layers=num_layers, **first)
+
+
+def probed_layers(config: ModelConfig) -> int:
+    """The least number of first layers that have every kind of layer, and two of them at least: what a step needs of
+    memory beside parameters and cache hardly depends on how often they are repeated."""
+    kinds = [(layer_specs(config, i), config.window(i), config.rope(i)) for i in range(config.num_layers)]
+    last_new = next(i for i in reversed(range(config.num_layers)) if kinds[i] not in kinds[:i])
+    return min(config.num_layers, max(2, last_new + 1))
 
 
 def _workspace_bytes(
@@ -221,22 +273,48 @@ def _workspace_bytes(
     lora: LoraConfig | None,
     cache_dtype: CacheDtype,
 ) -> int:
-    """Memory of the largest step and of its sampler beside parameters and pages, on one device, from the compiler."""
+    """Memory of the largest step and of its sampler beside parameters and pages, on one device, from the compiler.
+
+    Of a deep model without stages it is that of steps of few layers, and what a layer adds to it times the others: the
+    whole step takes as long to compile as everything else together.
+    """
     few = CacheConfig(num_pages=16, page_size=page_size, dtype=cache_dtype)
     dims = step_dims(scheduler, few, samplings, lora)
     adapters = None if lora is None else adapters_shape(config, lora, mesh, dtype)
     buckets = all_buckets(scheduler)
     largest = max(buckets, key=lambda b: (b.num_tokens, b.num_rows))
-    state = state_shape(config, few, dims, buckets, mesh, dtype)
-    lowered = lower_step(config, params, state, dims, largest, mesh, adapters)
     asked = max(samplings, key=SAMPLINGS.index)
-    analyses = [
-        compile_step(x, mesh).memory_analysis()
-        for x in (lowered, lower_sampler(config, state, dims, largest.num_rows, mesh, asked))
-    ]
-    # The constraints of all slots are among the sampler's outputs, the hidden states that stay among the step's.
-    workspace = sum(a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses if a is not None)
-    return workspace + (score_workspace_bytes(config.vocab_size) if dims.hidden_tokens else 0)
+
+    def lowered_step(num_layers: int) -> jax.stages.Lowered:
+        own, own_params, own_adapters = config, params, adapters
+        if num_layers < config.num_layers:
+            own = shorter(config, num_layers)
+            own_params = replace(params, layers=params.layers[:num_layers])
+            if adapters is not None:
+                own_adapters = replace(adapters, layers=adapters.layers[:num_layers])
+        state = state_shape(own, few, dims, buckets, mesh, dtype)
+        return lower_step(own, own_params, state, dims, largest, mesh, own_adapters)
+
+    def num_bytes(lowered: jax.stages.Lowered) -> np.ndarray:
+        """Of its own while it runs, and of what it gives: the constraints of all slots are among the sampler's outputs,
+        the hidden states that stay among the step's."""
+        analysis = compile_step(lowered, mesh).memory_analysis()
+        return np.array((0, 0) if analysis is None else (analysis.temp_size_in_bytes, analysis.output_size_in_bytes))
+
+    depths = [config.num_layers]
+    if scheduler.num_stages == 1 and 4 * (probed := probed_layers(config)) <= config.num_layers:
+        depths = [probed, 2 * probed]
+    state = state_shape(config, few, dims, buckets, mesh, dtype)
+    jobs = [lowered_step(depth) for depth in depths]
+    jobs.append(lower_sampler(config, state, dims, largest.num_rows, mesh, asked))
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        *steps, sampler = pool.map(num_bytes, jobs)
+    step = steps[-1]
+    if len(steps) == 2:
+        step = step + (config.num_layers - depths[1]) * np.maximum(0, steps[1] - steps[0]) // (depths[1] - depths[0])
+    # They run one after another, each in the memory that the one before had for itself.
+    own = max(step[0], sampler[0], score_workspace_bytes(config.vocab_size) if dims.hidden_tokens else 0)
+    return int(own + step[1] + sampler[1])
 
 
 def step_dims(

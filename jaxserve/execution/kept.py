@@ -5,6 +5,7 @@ takes longer than reading what was compiled.
 """
 
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -99,22 +100,46 @@ class KeptPrograms:
             self._keep(self.path(name), program)
         return program
 
+    def load_numbers(self, name: str) -> dict[str, int]:
+        """What ``keep_numbers`` kept under this name; empty where there is nothing that can be read."""
+        path = self.path(name)
+        try:
+            found = json.loads(path.read_bytes())
+            return {str(key): int(value) for key, value in found.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            logger.warning("%s cannot be used and is made again: %s: %s", path, type(error).__name__, error)
+            return {}
+
+    def keep_numbers(self, name: str, numbers: dict[str, int]) -> None:
+        """Numbers that follow from what the programs do, under this name. Those that cannot be written are warned
+        of."""
+        try:
+            self._write(self.path(name), json.dumps(numbers).encode())
+        except OSError as error:
+            logger.warning("%s is not kept for the next start: %s: %s", name, type(error).__name__, error)
+
     def _keep(self, path: Path, program: jax.stages.Compiled) -> None:
         try:
             made, arguments, results = serialize_executable.serialize(program)
             # Structures themselves cannot be pickled, trees of our own classes can.
             trees = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in (arguments, results)]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-                try:
-                    file.write(pickle.dumps((made, *trees)))
-                    file.close()
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            self._write(path, pickle.dumps((made, *trees)))
         except (OSError, ValueError, NotImplementedError) as error:
             logger.warning("%s is not kept for the next start: %s: %s", path, type(error).__name__, error)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """The whole of it or nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            try:
+                file.write(data)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
 
 
 def _facts(tree: Any) -> str:
