@@ -20,7 +20,7 @@ def is_hopper(device: Any) -> bool:
 # with 4 query heads a kv head is wrong there. A change of a variant takes it out until it has passed again.
 MOSAIC_GPU_CHECKED = frozenset({
     "head_dim 64", "head_dim 96", "head_dim 128", "page_size 16", "page_size 32", "page_size 64", "page_size 128",
-    "one kv head", "window", "softcap", "sinks", "int4_matmul", "int8_matmul",
+    "one kv head", "window", "softcap", "sinks", "kv int8", "kv fp8", "int4_matmul", "int8_matmul",
     "rope_append", "rope_append head_dim 64", "rope_append head_dim 96", "rope_append head_dim 128",
 })  # fmt: skip
 

@@ -92,7 +92,7 @@ def build_parts(
         num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
         page_size: tokens a page.
         kv_cache_dtype: of K and V in the cache: "auto" is ``dtype``; "int8" and "fp8" are rounded, with a scale for
-            each head of a token, and hold about twice the tokens of bfloat16 (not on GPUs yet).
+            each head of a token, and hold about twice the tokens of bfloat16 (of GPUs on Hopper alone).
         prefill_sizes: ascending padded sizes, in tokens, of a step that reads prompts, the tokens of rows that
             decode in it included; the last is the token budget, and more than ``max_num_seqs``.
         decode_sizes: ascending padded sizes, in rows, of a step that reads none, the last ``max_num_seqs``.
