@@ -17,23 +17,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as _mosaic
-from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, memref, vector
 
 from pallas_kernels.paged_attention import gpu_split
+from pallas_kernels.paged_attention.gpu_quantized_tiles import (
+    KEYS,
+    layout_of_columns,
+    numbers_as_bf16,
+    over_keys,
+    scales_of_rows,
+)
 from pallas_kernels.paged_attention.gpu_split import Tuning
 
-mosaic: Any = _mosaic
 plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 _LOG2E = math.log2(math.e)
-_KEYS = 64  # of a tile: rows of a warpgroup's matrix instruction
 _MAX_GROUP = 32  # query heads a kv head: more leave no room for the ring in shared memory
 _LOADING_REGISTERS = 40
 HEAD_DIMS = (64, 128)
@@ -50,8 +50,8 @@ def refusal(head_dim: int, page_size: int, group: int, q_dtype: Any, kv_dtype: A
     """Why ``decode_attention`` does not take these shapes; None if it does."""
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {HEAD_DIMS}, those of a quantized cache"
-    if page_size % 8 or (_KEYS % page_size and page_size % _KEYS):
-        return f"page_size={page_size} must be a multiple of 8 that divides {_KEYS}, or a multiple of {_KEYS}"
+    if page_size % 8 or (KEYS % page_size and page_size % KEYS):
+        return f"page_size={page_size} must be a multiple of 8 that divides {KEYS}, or a multiple of {KEYS}"
     if group > _MAX_GROUP:
         return f"{group} query heads a kv head are more than {_MAX_GROUP}, of a quantized cache"
     if q_dtype != jnp.bfloat16 or kv_dtype not in DTYPES.values():
@@ -66,58 +66,6 @@ def query_rows(group: int) -> int:
 
 def _loop(upper: Any, body: Any, init: Any) -> Any:
     return lax.fori_loop(jnp.int32(0), upper, body, init)
-
-
-def _column_layout() -> Any:
-    return plgpu.Layout.WGMMA.reduce(0)
-
-
-def over_keys(x: Any, op: str, scratch: Any, interpret: Any) -> Any:
-    """``x`` [64, QR] f32 -> [QR], its "max" or "add" over all warps, by way of ``scratch``: 1 KiB of f32."""
-    if interpret:  # it has no inline code
-        return x.max(axis=0) if op == "max" else x.sum(axis=0)
-    out = plgpu.ShapeDtypeStruct((x.shape[1],), jnp.float32, layout=_column_layout())
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=out)
-    def reduce(_, x, scratch):
-        return x.reduce(op, 0, scratch)
-
-    return reduce(x, scratch)
-
-
-def numbers_as_bf16(x: Any) -> Any:
-    """Int8 or e4m3 as bfloat16, exactly."""
-    # There is no instruction from e4m3 to it, but one to float16.
-    return (x.astype(jnp.float16) if x.dtype == jnp.float8_e4m3fn else x).astype(jnp.bfloat16)
-
-
-def scales_of_rows(ref: Any, layout: Any, interpret: Any) -> Any:
-    """The scales of 64 keys, ``ref`` [pages, 64 / pages] bf16 in shared memory with gaps between pages, as [64] where a
-    thread has those of its rows; ``layout`` (WGMMA, or the one that is read to become it) of what they multiply."""
-    rows = ref.shape[1]
-    if interpret:
-        return ref[...].reshape(_KEYS)
-    out = plgpu.ShapeDtypeStruct((_KEYS,), jnp.bfloat16, layout=layout.reduce(1))
-    row_layout = layout.reduce(1).to_mgpu()
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=out)
-    def load(_, ref):
-        index = ir.IndexType.get()
-        thread = arith.remui(arith.index_cast(index, mosaic.utils.thread_idx()), mosaic.c(128, index))
-        # Of a warp's 16 rows a thread has the one of its lane / 4, and the one 8 further.
-        warp, lane = arith.divui(thread, mosaic.c(32, index)), arith.remui(thread, mosaic.c(32, index))
-        first = arith.addi(arith.muli(warp, mosaic.c(16, index)), arith.divui(lane, mosaic.c(4, index)))
-        registers = np.empty(2, dtype=object)
-        for i in range(2):
-            row = arith.addi(first, mosaic.c(8 * i, index))
-            place = arith.divui(row, mosaic.c(rows, index)), arith.remui(row, mosaic.c(rows, index))
-            value = memref.load(ref, list(place))
-            registers[i] = vector.broadcast(ir.VectorType.get((1,), value.type), value)
-        return fragmented_array.FragmentedArray(
-            _registers=registers.reshape(row_layout.registers_shape((_KEYS,))), _layout=row_layout, _is_signed=None
-        )
-
-    return load(ref)
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "group", "window", "softcap", "tuning", "interpret"))
@@ -164,8 +112,8 @@ def decode_attention(
     n, q_rows = k_heads * group, query_rows(group)
     if why := refusal(h, page_size, group, q.dtype, kv_pages.dtype):
         raise ValueError(why)
-    if t.block_kv != _KEYS:
-        raise ValueError(f"block_kv={t.block_kv}: a tile of a quantized cache has {_KEYS} keys")
+    if t.block_kv != KEYS:
+        raise ValueError(f"block_kv={t.block_kv}: a tile of a quantized cache has {KEYS} keys")
     if kv_scales.dtype != jnp.bfloat16 or kv_scales.shape != kv_pages.shape[:-1]:
         raise ValueError(f"kv_scales {kv_scales.dtype}{kv_scales.shape} must be bfloat16{kv_pages.shape[:-1]}")
     plan = gpu_split.make_plan(kv_lens, page_table, page_size, k_heads, t, window)
@@ -205,12 +153,12 @@ def _attend(
     max_pages = page_table.shape[1]
     streams, per_sm = t.num_streams, t.streams_per_sm
     ring = t.ring * 128 // h
-    pages_per_tile, tiles_per_page = max(1, _KEYS // page_size), max(1, page_size // _KEYS)
-    rows = min(page_size, _KEYS)  # of a page that a tile has
+    pages_per_tile, tiles_per_page = max(1, KEYS // page_size), max(1, page_size // KEYS)
+    rows = min(page_size, KEYS)  # of a page that a tile has
     part_rows = gpu_split.part_rows(group, h)
     scale = sm_scale * _LOG2E
     is_fp8 = kv_pages.dtype == jnp.float8_e4m3fn
-    wgmma_layout, column_layout = plgpu.Layout.WGMMA, _column_layout()
+    wgmma_layout, column_layout = plgpu.Layout.WGMMA, layout_of_columns()
     launched = 65536 // (128 * 2 * per_sm) // 8 * 8  # registers of a thread, as many as a block starts with
     registers = min(216, 2 * launched - _LOADING_REGISTERS)
 
@@ -253,10 +201,10 @@ def _attend(
 
         def tile_of_row(tile, keys):
             """A tile of an item, counted from the row's first key."""
-            return tile if window is None else tile + lax.div(jnp.maximum(keys - window, 0), jnp.int32(_KEYS))
+            return tile if window is None else tile + lax.div(jnp.maximum(keys - window, 0), jnp.int32(KEYS))
 
         def num_tiles_of(keys):
-            tiles = lax.div(keys + (_KEYS - 1), jnp.int32(_KEYS))
+            tiles = lax.div(keys + (KEYS - 1), jnp.int32(KEYS))
             return jnp.maximum(tiles if window is None else tiles - tile_of_row(jnp.int32(0), keys), 1)
 
         @pl.when(warpgroup >= per_sm)
@@ -363,7 +311,7 @@ def _attend(
 
                 def attend_tile(i, carry):
                     acc, m, norm, entry = carry
-                    valid = keys - (first + i) * _KEYS  # keys of the tile, if less than all
+                    valid = keys - (first + i) * KEYS  # keys of the tile, if less than all
                     slot = lax.rem(entry, jnp.int32(ring))
                     plgpu.barrier_wait(kv_full.at[place * ring + slot])
                     k = numbers_as_bf16(plgpu.layout_cast(numbers(slot, 0), wgmma_layout))
@@ -373,13 +321,13 @@ def _attend(
                         v_smem[place] = numbers_as_bf16(numbers(slot, 1))  # while the product is made
                         return s_ref[...]
 
-                    s = pl.run_scoped(scores, plgpu.ACC((_KEYS, q_rows), jnp.float32))
+                    s = pl.run_scoped(scores, plgpu.ACC((KEYS, q_rows), jnp.float32))
                     key = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=wgmma_layout)
                     if is_fp8:
 
-                        @pl.when(valid < _KEYS)
+                        @pl.when(valid < KEYS)
                         def _():  # what lies behind the last key may be NaN, and 0 * NaN is NaN
-                            row = plgpu.broadcasted_iota(jnp.int32, (_KEYS, h), 0, layout=wgmma_layout)
+                            row = plgpu.broadcasted_iota(jnp.int32, (KEYS, h), 0, layout=wgmma_layout)
                             v = plgpu.load(v_smem.at[place], layout=wgmma_layout)
                             v_smem[place] = jnp.where(row < valid, v, jnp.zeros_like(v))
 
@@ -413,7 +361,7 @@ def _attend(
 
                 acc = plgpu.layout_cast(jnp.zeros((h, q_rows), jnp.float32), wgmma_layout)
                 m = plgpu.layout_cast(jnp.full((q_rows,), -jnp.inf, jnp.float32), column_layout)
-                norm = plgpu.layout_cast(jnp.zeros((_KEYS, q_rows), jnp.float32), wgmma_layout)
+                norm = plgpu.layout_cast(jnp.zeros((KEYS, q_rows), jnp.float32), wgmma_layout)
                 acc, m, norm, entry = _loop(jnp.where(keys == 0, 0, count), attend_tile, (acc, m, norm, entry))
                 pl.when(j + 1 < num_items)(lambda: load_q(item + 1))
 
@@ -466,10 +414,10 @@ def _attend(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=dict(
             q_smem=plgpu.SMEM((per_sm, q_rows, h), q.dtype, transforms=tiles_16),
-            kv_smem=plgpu.SMEM((per_sm, ring, 2, _KEYS, h), kv_pages.dtype, transforms=tiles_8),
+            kv_smem=plgpu.SMEM((per_sm, ring, 2, KEYS, h), kv_pages.dtype, transforms=tiles_8),
             scale_smem=plgpu.SMEM((per_sm, ring, pages_per_tile, max(2, 64 // rows), rows), kv_scales.dtype),
-            v_smem=plgpu.SMEM((per_sm, _KEYS, h), q.dtype, transforms=tiles_16),
-            p_smem=plgpu.SMEM((per_sm, q_rows, _KEYS), q.dtype, transforms=tiles_16),
+            v_smem=plgpu.SMEM((per_sm, KEYS, h), q.dtype, transforms=tiles_16),
+            p_smem=plgpu.SMEM((per_sm, q_rows, KEYS), q.dtype, transforms=tiles_16),
             o_smem=plgpu.SMEM((per_sm, 2, q_rows, h), q.dtype),
             lse_smem=plgpu.SMEM((per_sm, 64), jnp.float32),
             reduced=plgpu.SMEM((per_sm, 256), jnp.float32),

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.paged_attention.gpu_decode_quantized import numbers_as_bf16, scales_of_rows
+from pallas_kernels.paged_attention.gpu_quantized_tiles import numbers_as_bf16, scales_of_rows
 
 plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
