@@ -133,7 +133,7 @@ class EngineOptions:
     ] = None
     page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None
     kv_cache_dtype: Annotated[
-        str | None, typer.Option(help="auto; int8 or fp8: about twice the tokens of bfloat16 (of GPUs Hopper).")
+        str | None, typer.Option(help="auto; int8 or fp8: about twice the tokens of bfloat16 (of GPUs only Hopper).")
     ] = None
     prefill_sizes: Annotated[str | None, typer.Option(help='Tokens in a step that reads prompts, as "64,256".')] = None
     decode_sizes: Annotated[

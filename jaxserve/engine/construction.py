@@ -70,7 +70,7 @@ def build_parts(
     max_lora_rank: int = 16,
     lora_modules: Mapping[str, str | Path] | None = None,
     prefix_caching: bool = True,
-    lookahead: Literal[0, 1, 2] | None = None,
+    lookahead: Literal[0, 1, 2] = 1,
     batching: Literal["continuous", "static"] = "continuous",
     allocation: Literal["paged", "static"] = "paged",
     compilation_cache_dir: str | Path | None = None,
@@ -92,7 +92,8 @@ def build_parts(
         num_pages, memory_fraction: the KV cache's size, in pages or as a share of the memory; not both.
         page_size: tokens a page.
         kv_cache_dtype: of K and V in the cache: "auto" is ``dtype``; "int8" and "fp8" are rounded, with a scale for
-            each head of a token, and hold about twice the tokens of bfloat16 (of GPUs on Hopper alone).
+            each head of a token, and hold about twice the tokens of bfloat16 (of GPUs on Hopper only, where heads of 64
+            and 128 have kernels).
         prefill_sizes: ascending padded sizes, in tokens, of a step that reads prompts, the tokens of rows that
             decode in it included; the last is the token budget, and more than ``max_num_seqs``.
         decode_sizes: ascending padded sizes, in rows, of a step that reads none, the last ``max_num_seqs``.
@@ -106,7 +107,7 @@ def build_parts(
         lora_modules: adapters to load before the engine is ready, by the name that requests give: folders as `peft`
             saves them.
         lookahead: steps dispatched before the last one is read, at most (``SchedulerConfig``); 0 lets only one into
-            the stages of a mesh. None: 1 on CPUs, 2 elsewhere.
+            the stages of a mesh.
         batching, allocation: "static" is for comparison in benchmarks only.
         compilation_cache_dir: where compiled steps are kept for the next start, which then traces none. Sets JAX's
             persistent cache for this process; None leaves the process' own setting. Whoever can write there can run
@@ -141,7 +142,7 @@ def build_parts(
         prefill_sizes=prefill_sizes,
         decode_sizes=decode_sizes,
         max_num_waiting=max_num_waiting,
-        lookahead=plan.defaults(resolved)["lookahead"] if lookahead is None else lookahead,
+        lookahead=lookahead,
         batching=batching,
         **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
     )

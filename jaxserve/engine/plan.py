@@ -46,7 +46,6 @@ CPU = {
     "max_prefill_rows": 4,
     "memory_fraction": 0.1,
     "samplings": ("constrained",),
-    "lookahead": 1,
 }
 ACCELERATOR = {
     "max_num_seqs": 512,  # 8B on an H100: 10 % more tokens than 256, where requests are many (engine_gpu.md, section 3)
@@ -56,7 +55,6 @@ ACCELERATOR = {
     "max_prefill_rows": 64,
     "memory_fraction": DEFAULT_FRACTION,
     "samplings": SAMPLINGS,
-    "lookahead": 2,
 }
 # Of many pages, so that a little more or less free memory does not change the shape of the cache, and with it every
 # program that is kept for the next start.

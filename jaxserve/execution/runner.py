@@ -257,7 +257,6 @@ class Runner:
         self._state = dataclasses.replace(self._state, last_tokens=last_tokens)
         if held is not None:
             self._held = held
-        packed.copy_to_host_async()  # as soon as it is there, not when somebody asks for it
         return packed
 
     def score(self, places: Sequence[int], ids: Sequence[int]) -> tuple[jax.Array, jax.Array]:
