@@ -39,20 +39,25 @@ def version_folder(folder: Path) -> Path:
     return folder / _source_digest()[:16]
 
 
-class _CacheHits(threading.local):
-    """Programs that JAX's cache gave to this thread."""
+class _Compilations(threading.local):
+    """What XLA compiled in this thread: neither what JAX's cache gave, nor what this process had made before and JAX
+    gave again."""
 
     count = 0
 
     def on_event(self, event: str, **kwargs: str | int) -> None:
-        self.count += event == "/jax/compilation_cache/cache_hits"
+        self.count -= event == "/jax/compilation_cache/cache_hits"
+
+    def on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"  # a hit of the cache has it too
 
 
 @cache
-def _cache_hits() -> _CacheHits:
-    hits = _CacheHits()
-    jax.monitoring.register_event_listener(hits.on_event)
-    return hits
+def _compilations() -> _Compilations:
+    made = _Compilations()
+    jax.monitoring.register_event_listener(made.on_event)
+    jax.monitoring.register_event_duration_secs_listener(made.on_duration)
+    return made
 
 
 class KeptPrograms:
@@ -91,12 +96,13 @@ class KeptPrograms:
             return None
 
     def compiled(self, name: str, compile: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
-        """What ``compile`` makes in this thread, kept under this name. What JAX's cache had is not: XLA for CPUs writes
-        programs that it has read without their functions. One that cannot be written is warned of."""
-        hits = _cache_hits()
-        before = hits.count
+        """What ``compile`` makes in this thread, kept under this name if XLA made it now. What it once made may have
+        come from JAX's cache, and XLA for CPUs writes programs that it has read without their functions. One that
+        cannot be written is warned of."""
+        made = _compilations()
+        before = made.count
         program = compile()
-        if hits.count == before:
+        if made.count > before:
             self._keep(self.path(name), program)
         return program
 

@@ -21,7 +21,6 @@ from jaxserve.step_io import Bucket, StepDims, new_inputs
 from tests import tiny
 
 ONE_DEVICE = ParallelConfig()
-ONE_DEVICE = ParallelConfig()
 BUCKETS = [Bucket(2, 0, 0), Bucket(0, 16, 2)]
 DIMS = StepDims(num_slots=2, max_pages_per_seq=4, num_pages=8, page_size=4, hidden_tokens=16)
 
@@ -153,3 +152,15 @@ def test_what_jax_had_is_not_kept(tmp_path, monkeypatch, jax_cache):
     assert not seen
     start(tmp_path / "other").close()
     assert set(seen) == set(BUCKETS)
+
+
+def test_what_jax_had_and_has_still_in_memory_is_not_kept(tmp_path, jax_cache):
+    """The program that JAX's cache gave is given again, without the cache, while one that has it lives."""
+    jax_cache(tmp_path / "jax")
+    jax.clear_caches()  # of the tests before this one
+    first = start(tmp_path / "one")
+    expected = tokens(first)
+    jax.clear_caches()
+    others = [start(tmp_path / "other") for _ in range(3)]  # the third would read what the second kept
+    assert [tokens(other) for other in others] == [expected] * 3
+    assert not list((tmp_path / "other").rglob("*"))
