@@ -85,6 +85,12 @@ async def answered(channel: grpc.aio.Channel, method: MethodDescriptor, data: by
     return Code.OK, ""
 
 
+@pytest.fixture(autouse=True)
+def collected() -> None:
+    """What tests before left to the garbage collector is not logged in these."""
+    gc.collect()
+
+
 def logged(caplog: pytest.LogCaptureFixture, level: int = logging.ERROR) -> list[str]:
     """What was logged of ``level`` or above; asyncio says there too whose exception nobody took."""
     gc.collect()
