@@ -68,11 +68,13 @@ def check_constraints(
         raise RequestError("logit_bias", f"{len(biased)} token ids, at most {MAX_BIASES} are taken")
     # Of a bad word of several tokens the last may be forbidden at any time: one token must be free of all of them.
     forbidden = {"bad_words": {s[-1] for s in sequences}, "min_tokens": set(stop_ids if params.min_tokens else ())}
-    left = set(range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids)
-    num_allowed = len(left)
+    allowed = None if params.allowed_token_ids is None else set(params.allowed_token_ids)
+    num_allowed = vocab_size if allowed is None else len(allowed)
+    taken: set[int] = set()
     for name, ids in forbidden.items():
-        left -= ids
-        if ids and not left:
+        # Not by a set of the whole vocabulary, which takes milliseconds to make.
+        taken |= {i for i in ids if i < vocab_size} if allowed is None else allowed & ids
+        if ids and len(taken) >= num_allowed:
             raise RequestError(
                 name, f"forbids {len(ids)} tokens and may leave 0 of the {num_allowed} that are allowed to sample from"
             )
