@@ -323,11 +323,15 @@ class AsyncEngine:
                 return False
             if not self._watchdog.end() or self._has_ended:
                 return False
-        ended = any(event.finish_reason is not None for event in events)
-        if (now := time.monotonic()) >= self._next_stats or ended or not engine.has_unfinished():
-            self._stats = engine.stats()  # before the events: who has seen the last one finds exact figures
-            self._next_stats = now + STATS_INTERVAL_S
+        exact = any(event.finish_reason is not None for event in events) or not engine.has_unfinished()
+        if exact:  # who has seen a request's last event finds it in the figures
+            self._stats = engine.stats()
         self._publish(engine, events)
+        if not exact and time.monotonic() >= self._next_stats:  # what readers wait for goes first
+            self._stats = engine.stats()
+            exact = True
+        if exact:
+            self._next_stats = time.monotonic() + STATS_INTERVAL_S
         return True
 
     def _next_commands(self, engine: EngineCore) -> deque[Command] | None:
