@@ -169,11 +169,14 @@ class Door:
                     "prompt", f"its token {max(ids)} is not below the model's vocabulary {self._vocab_size}"
                 )
         else:
-            for i, token in enumerate(prompt):
-                integer = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
-                if not integer or not 0 <= token < self._vocab_size:
-                    raise RequestError("prompt", f"token {i} is {token!r}, not an id below {self._vocab_size}")
-            ids = tuple(int(token) for token in prompt)
+            ids = tuple(prompt)
+            # Of thousands of ids one after another is asked only where something is wrong, or numpy's.
+            if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self._vocab_size):
+                for i, token in enumerate(ids):
+                    integer = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+                    if not integer or not 0 <= token < self._vocab_size:
+                        raise RequestError("prompt", f"token {i} is {token!r}, not an id below {self._vocab_size}")
+                ids = tuple(map(int, ids))
         if not ids:
             raise RequestError("prompt", "is empty")
         return ids if at_most is None else ids[-at_most:]
