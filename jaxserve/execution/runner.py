@@ -1,8 +1,10 @@
 """The device's owner: parameters, state, and one compiled step for each bucket."""
 
 import dataclasses
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -49,6 +51,8 @@ from jaxserve.step_io import (
     outputs_shape,
     unpack_outputs,
 )
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage of the start-up, done, total
 
@@ -137,15 +141,20 @@ class Runner:
         self.compile_counter.count = 0
 
     def _compile(self, buckets: Sequence[Bucket], on_progress: Progress | None, kept: KeptPrograms | None) -> None:
+        started = time.perf_counter()
         done, lock = 0, threading.Lock()
+        lowering_s = 0.0  # of this thread
+        took_s: dict[str, float] = {}  # of the others, by program
 
         def compile_one(job: _Job, lowered: jax.stages.Lowered | None) -> None:
             nonlocal done
+            begun = time.perf_counter()
             program = kept.load(job.name) if kept and lowered is None else None
             if program is None:
                 compile_this = partial(compile_step, lowered or job.lower(), self.mesh)
                 program = kept.compiled(job.name, compile_this) if kept else compile_this()
             job.into[job.key] = program
+            took_s[job.name] = time.perf_counter() - begun
             with lock:
                 done += 1
                 if on_progress:
@@ -167,16 +176,26 @@ class Runner:
                 jobs.append(_Job(self._readers, lower, partial(lower, *arrays, self.mesh)))
         # XLA compiles without the interpreter's lock, in threads. Lowering is Python: here, one after another, so that
         # each finds what the ones before have traced and the first compilations begin early.
-        pool = ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1))
+        num_threads = max(4, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(max_workers=num_threads)
         try:
             futures = []
             for job in jobs:
                 is_kept = kept is not None and kept.path(job.name).exists()
-                futures.append(pool.submit(compile_one, job, None if is_kept else job.lower()))
+                begun = time.perf_counter()
+                lowered = None if is_kept else job.lower()
+                lowering_s += time.perf_counter() - begun
+                futures.append(pool.submit(compile_one, job, lowered))
             for future in futures:
                 future.result()
         finally:  # an error or a Ctrl-C does not wait for compilations that nobody wants any more
             pool.shutdown(wait=False, cancel_futures=True)
+        longest = sorted(took_s, key=lambda name: -took_s[name])[:3]
+        logger.info(
+            "%d programs ready in %.1f s: %.1f s of lowering, %.1f s of compiling or reading in %d threads, longest %s",
+            *(len(jobs), time.perf_counter() - started, lowering_s, sum(took_s.values())),
+            *(num_threads, ", ".join(f"{name} {took_s[name]:.1f} s" for name in longest)),
+        )
 
     def _warm_up(self, buckets: Sequence[Bucket], on_progress: Progress | None) -> None:
         """Runs every bucket on padding: what the runtime does on a first call is not left to the first user."""
