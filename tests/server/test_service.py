@@ -338,3 +338,47 @@ async def test_only_what_is_small_and_plain_is_read_on_the_event_loop(monkeypatc
             [_ async for _ in s.client.generate(**fields, max_tokens=2)]
             [_ async for _ in s.client.generate_batch([batch_request("b", **fields, max_tokens=2)])]
     assert threads == [False] * 4 + [True] * 6
+
+
+class LostContext:
+    """Of a call whose client has gone, which gRPC has not told yet: sends fail, from the ``num_sent``-th on."""
+
+    def __init__(self, num_sent: int):
+        self._num_left = num_sent
+
+    async def send_initial_metadata(self, metadata: object) -> None:
+        if self._num_left == 0:
+            raise grpc.aio.InternalError('Failed "execute_batch": ...')
+        self._num_left -= 1
+
+    write = send_initial_metadata
+
+    def add_done_callback(self, callback: object) -> None:
+        pass
+
+    def time_remaining(self) -> None:
+        return None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+
+@pytest.mark.parametrize("num_sent", [0, 1, 3])
+@pytest.mark.parametrize("method", ["Generate", "GenerateBatch"])
+async def test_a_send_that_fails_ends_the_call_and_is_no_error_of_the_server(method: str, num_sent: int):
+    """gRPC takes CancelledError for a client that went; its own error it raises into nowhere, as a task's."""
+
+    async def messages():
+        for i in range(3):
+            yield batch_request(f"{i}", "abc")
+        await asyncio.sleep(TIMEOUT_S)  # half of the call is open still
+
+    async with serving(endless_engine()) as s:
+        asked = messages() if method == "GenerateBatch" else batch_request("a", "abc")
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(TIMEOUT_S / 2):
+                await getattr(s.server._service, method)(asked, LostContext(num_sent))
+        assert await s.is_idle()
