@@ -9,6 +9,7 @@ import grpc.aio
 import pytest
 
 from jaxserve.errors import RequestError
+from jaxserve.request import TokenEvent
 from jaxserve.server.chat.answer import ToolCall
 from jaxserve.server.client import Client, batch_request
 from jaxserve.server.client_codec import Chunk, RequestFailure
@@ -22,8 +23,9 @@ F, G = TOOLS
 NAMED = {"type": "function", "function": {"name": "f"}}
 
 
-def engine(says: str, template: str = TEMPLATE) -> FakeEngine:
-    return FakeEngine(tokenizer=byte_tokenizer(template), says=says, max_model_len=1000)
+def engine(says: str, template: str = TEMPLATE, step_delay_s: float = 0.0) -> FakeEngine:
+    tokenizer = byte_tokenizer(template)
+    return FakeEngine(tokenizer=tokenizer, says=says, max_model_len=1000, step_delay_s=step_delay_s)
 
 
 def prompt_of(s: Serving) -> bytes:
@@ -41,7 +43,7 @@ async def refused(s: Serving, **chat) -> tuple[str, str]:
 
 
 async def test_calls_are_no_text_and_come_in_pieces():
-    async with serving(engine(TWO_CALLS)) as s:
+    async with serving(engine(TWO_CALLS, step_delay_s=0.005)) as s:
         chunks = [c async for c in s.client.generate(messages=HELLO, tools=TOOLS)]
         assert prompt_of(s) == b"hi[f][g]"
         assert "".join(c.text for c in chunks) == "Yes."
@@ -81,10 +83,24 @@ async def test_each_choice_has_its_own_calls():
         assert len({call.id for answer in answers for call in answer.tool_calls}) == 4
 
 
+class HaltingEngine(FakeEngine):
+    """After its first token no step goes on before ``may_step`` is set."""
+
+    def step(self) -> list[TokenEvent]:
+        events = super().step()
+        if any(event.index == 0 for event in events):
+            self.may_step.clear()
+        return events
+
+
 async def test_a_chunk_of_many_tokens_has_a_piece_a_call():
-    async with serving(engine(TWO_CALLS)) as s:
+    halting = HaltingEngine(tokenizer=byte_tokenizer(TEMPLATE), says=TWO_CALLS, max_model_len=1000)
+    async with serving(halting) as s:
         asked: dict[str, Any] = {"messages": HELLO, "tools": TOOLS, "stream_interval": 500, "stream_max_delay_s": 60.0}
-        first, rest = [c async for c in s.client.generate(**asked)]
+        chunks = s.client.generate(**asked)
+        first = await anext(chunks)
+        halting.may_step.set()
+        [rest] = [c async for c in chunks]
         assert first.text == "Y" and rest.text == "es."
         assert [(p.index, p.name, p.arguments) for p in rest.tool_calls] == [(0, "f", '{"x": 1}'), (1, "g", "{}")]
 

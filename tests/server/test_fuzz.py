@@ -85,10 +85,13 @@ async def answered(channel: grpc.aio.Channel, method: MethodDescriptor, data: by
     return Code.OK, ""
 
 
-@pytest.fixture(autouse=True)
-def collected() -> None:
-    """What tests before left to the garbage collector is not logged in these."""
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> Iterator[None]:
+    """What tests before left to the garbage collector is not logged in these, nor gone through each time."""
     gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def logged(caplog: pytest.LogCaptureFixture, level: int = logging.ERROR) -> list[str]:
