@@ -114,7 +114,8 @@ def build_parts(
             code here.
         on_progress: called with (stage, done, total) while loading, compiling and warming up.
         cluster: the processes whose devices the mesh has, each of which calls this with the same model and options
-            (``cluster.joined``); followers then run a ``mirror.Follower``.
+            (``cluster.joined``); followers then run a ``mirror.Follower``, for which a leader with ``lora_modules``
+            waits here.
 
     Raises:
         ValueError: an option that does not fit the model or the memory, with both numbers.
@@ -130,7 +131,7 @@ def build_parts(
     resolved = meshes[0]
     if cluster is not None:
         cluster.begin_building()
-        plan.check_spans_processes(meshes, max_loras or len(lora_modules))
+        plan.check_spans_processes(meshes)
     jnp_dtype = plan.resolve_dtype(dtype, resolved)
     plan.check_cache_dtype(kv_cache_dtype, resolved)
     parallel = parallel_config(resolved, len(meshes))
@@ -203,8 +204,9 @@ def build_parts(
     if cluster is not None:
         cluster.begin_serving()
     loras = Loras(lora, model_config, loops, base_names)
-    for name, path in lora_modules.items():
-        loras.add(name, loras.read(path))
+    if cluster is None or cluster.process.leads:  # who follows reads them when the leader does
+        for name, path in lora_modules.items():
+            loras.add(name, loras.read(path))
     check = loops[0].scheduler.check
     return EngineParts(
         parallel_config=parallel,

@@ -409,7 +409,7 @@ class Engine:
         with opened_model(name_or_path, skip_tokenizer_init=True) as model:
             placed = self._placed(model.params)
         if isinstance(self.loop.runner, LeadingRunner):
-            self.loop.runner.have_loaded(name_or_path)
+            self.loop.runner.have_read(placed, name_or_path)
         return placed
 
     def _placed(self, params: GivenParams) -> StageParams:
@@ -425,21 +425,25 @@ class Engine:
 
     def load_lora(self, name: str, path: str | Path) -> LoadedAdapter:
         """Loads the LoRA adapter in a folder as `peft` saves it: requests made from now on may name it, beside others.
-        Nothing is compiled, and running requests do not notice.
+        Nothing is compiled, and running requests do not notice. Of an engine of several hosts each reads the folder of
+        that name that it has.
 
         Raises:
             CheckpointError: the adapter cannot be used, with the key or tensor at fault and both numbers.
+            ValueError: another host cannot read it, or has another one there; says which, and why.
             RequestError: the name is taken, or there is no room (``max_loras``).
         """
         return self.add_lora(name, self.read_lora(path))
 
-    def read_lora(self, path: str | Path) -> PlacedLora:
+    def read_lora(self, path: str | Path, digest: str | None = None) -> PlacedLora:
         """The adapter in a folder, on the devices, for ``add_lora``. Any thread may call it while another one runs the
-        engine. Raises as ``load_lora``."""
-        return self._loras.read(path)
+        engine. Raises as ``load_lora``, and ValueError where it is not of that ``digest``
+        (``model.lora.adapter_digest``)."""
+        return self._loras.read(path, digest)
 
     def add_lora(self, name: str, adapter: Adapter | PlacedLora) -> LoadedAdapter:
-        """As ``load_lora``, an adapter of ``read_lora`` or of live arrays (``model.lora.Adapter``)."""
+        """As ``load_lora``, an adapter of ``read_lora`` or of live arrays (``model.lora.Adapter``), which an engine of
+        several hosts does not take."""
         self._check_usable()
         with interrupts_held(), self.replicas.watch():
             return self._loras.add(name, self._loras.place(adapter) if isinstance(adapter, Adapter) else adapter)

@@ -1,9 +1,12 @@
 """From one process to an engine on the devices of several: they find each other first, then JAX joins them."""
 
+from collections.abc import Callable
+
 import jax
 
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.mirror import Follower
+from jaxserve.execution.adapters import StageAdapters
 from jaxserve.multihost.cluster import Cluster, Timeouts, join
 from jaxserve.multihost.process import Process
 
@@ -37,7 +40,15 @@ def follow(engine: Engine, cluster: Cluster) -> None:
 
     Raises ClusterError where the leader sends what does not follow.
     """
-    Follower(engine.loop.runner, cluster, engine.load_params).run()
+    Follower(engine.loop.runner, cluster, engine.load_params, _lora_reader(engine)).run()
+
+
+def _lora_reader(engine: Engine) -> Callable[[str, str], StageAdapters]:
+    def read(path: str, digest: str) -> StageAdapters:
+        (arrays,) = engine.read_lora(path, digest).arrays  # replicas share one process: there are none
+        return arrays
+
+    return read
 
 
 def leave_cluster(cluster: Cluster) -> None:

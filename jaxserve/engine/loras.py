@@ -6,9 +6,10 @@ from pathlib import Path
 
 from jaxserve.config import LoraConfig, ModelConfig
 from jaxserve.engine.loop import StepLoop
+from jaxserve.engine.mirror import LeadingRunner
 from jaxserve.errors import RequestError, UnknownLoraError
 from jaxserve.execution.adapters import StageAdapters, place_adapter
-from jaxserve.model.lora import Adapter, check_adapter
+from jaxserve.model.lora import Adapter, adapter_digest, check_adapter
 from jaxserve.request import LoadedAdapter, LoraLoad, Request
 from jaxserve.scheduler.sequence import Sequence as Scheduled
 
@@ -71,17 +72,29 @@ class Loras:
         if adapter is not None and self._loaded.get(adapter.name) != adapter:
             raise UnknownLoraError("lora", f"{adapter.name!r:.200} was unloaded since the request was made")
 
-    def read(self, path: str | Path) -> PlacedLora:
-        """The adapter in a folder, on the devices. Any thread.
+    def read(self, path: str | Path, digest: str | None = None) -> PlacedLora:
+        """The adapter in a folder, on the devices; of an engine of several hosts on all of them, each of which reads
+        its own folder of that name. Any thread.
+
+        Args:
+            digest: ``model.lora.adapter_digest`` of what it must be; None: whatever is there.
 
         Raises:
             CheckpointError: it cannot be used, with the key or tensor at fault.
+            ValueError: it has another digest; or another host cannot read it, or has another one there; says which.
             RequestError: the engine has no room for adapters.
         """
         from jaxserve.checkpoint.hf.adapter import read_adapter
 
         config = self._check_room()
-        return self.place(read_adapter(path, self._model_config, config.max_rank), str(path))
+        adapter = read_adapter(path, self._model_config, config.max_rank)
+        if digest is not None and (found := adapter_digest(adapter)) != digest:
+            raise ValueError(f"{path} has another adapter: its digest is {found}, expected {digest}")
+        placed = self.place(adapter, str(path))
+        for loop, arrays in zip(self._loops, placed.arrays, strict=True):
+            if isinstance(loop.runner, LeadingRunner):
+                loop.runner.have_read(arrays, path, adapter_digest(adapter))
+        return placed
 
     def place(self, adapter: Adapter, path: str | None = None) -> PlacedLora:
         """A live adapter on the devices. Any thread. Raises ValueError as ``model.lora.check_adapter``."""

@@ -1,6 +1,7 @@
 """One runner on every host of a mesh: what the leader's does, the followers' do, with the same inputs."""
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxserve.execution.adapters import StageAdapters
 from jaxserve.execution.runner import Computed, Runner
 from jaxserve.execution.step import StageParams
-from jaxserve.multihost.cluster import Cluster, ClusterError
+from jaxserve.multihost.cluster import Cluster, ClusterError, Peer
 from jaxserve.step_io import Bucket, Sampling, StepOutputs
 
 
@@ -24,11 +26,15 @@ class LeadingRunner(Runner):
     """
 
     _cluster: Cluster | None = None  # while the constructor runs: all processes warm up by themselves
-    _others_have_loaded = False
 
     def __init__(self, cluster: Cluster, *args: Any):
         super().__init__(*args)
         self._cluster = cluster
+        self._asking = threading.Lock()  # replies have an order
+        self._num_asked = 0
+        # What the others have read and keep for us, by number, as long as somebody has our part of it.
+        self._read_elsewhere: dict[int, weakref.ref[StageParams | StageAdapters]] = {}
+        self._noting = threading.Lock()  # guards it
 
     def _order(self, name: str, arguments: Sequence[Any] = (), arrays: Sequence[np.ndarray] = ()) -> None:
         if self._cluster is not None:
@@ -48,7 +54,7 @@ class LeadingRunner(Runner):
             raise loss from error
 
     def forward(self, bucket: Bucket, buffers: np.ndarray, *, has_adapters: bool = False) -> Computed:
-        self._order("forward", [*bucket], [buffers])
+        self._order("forward", [bucket, has_adapters], [buffers])
         with self._naming_loss():
             return super().forward(bucket, buffers, has_adapters=has_adapters)
 
@@ -75,25 +81,58 @@ class LeadingRunner(Runner):
             return super().read(handle)
 
     def update_params(self, params: StageParams) -> None:
-        """As ``Runner.update_params``, of weights that all hosts have read (``have_loaded``)."""
-        if not self._others_have_loaded:
+        """As ``Runner.update_params``, of weights that all hosts have read (``have_read``), once."""
+        number = self._take_number(params)
+        if number is None:
             raise ValueError("an engine of several hosts takes other weights by load_params only, which all hosts read")
-        self._others_have_loaded = False
-        self._order("update_params")
+        self._order("update_params", [number])
         super().update_params(params)
 
-    def have_loaded(self, name_or_path: str | Path) -> None:
-        """Has every follower read other weights, for the next ``update_params``. While they do, steps go on.
+    def write_adapter(self, one: StageAdapters, slot: int) -> None:
+        """As ``Runner.write_adapter``, of an adapter that all hosts have read (``have_read``), once."""
+        if self._cluster is not None:
+            number = self._take_number(one)
+            if number is None:
+                raise ValueError("an engine of several hosts takes adapters by read_lora only, which all hosts read")
+            self._order("write_adapter", [number, slot])
+        super().write_adapter(one, slot)
+
+    def _take_number(self, part: StageParams | StageAdapters) -> int | None:
+        with self._noting:
+            found = next((n for n, ref in self._read_elsewhere.items() if ref() is part), None)
+            if found is not None:
+                del self._read_elsewhere[found]
+            return found
+
+    def have_read(self, part: StageParams | StageAdapters, path: str | Path, digest: str | None = None) -> None:
+        """Has every follower read what ``part`` is this process' part of, for ``update_params`` or ``write_adapter``.
+        While they do, steps go on.
+
+        Args:
+            path: of a checkpoint, or of an adapter.
+            digest: ``model.lora.adapter_digest`` of the adapter that was read here; None: it is a checkpoint.
 
         Raises:
-            ValueError: one of them cannot; says which, and why.
+            ValueError: one of them cannot, or has another adapter there; says which, and why.
         """
         assert self._cluster is not None
-        self._order("load_params", [str(name_or_path)])
-        for peer, reply in zip(self._cluster.peers, self._cluster.replies("read"), strict=True):
-            if reply.header["error"] is not None:
-                raise ValueError(f"{peer.name}: {reply.header['error']}")
-        self._others_have_loaded = True
+        with self._asking:
+            with self._noting:
+                self._read_elsewhere = {n: ref for n, ref in self._read_elsewhere.items() if ref() is not None}
+                kept = list(self._read_elsewhere)
+            number, self._num_asked = self._num_asked, self._num_asked + 1
+            self._order("read_files", [number, kept, str(path), digest])
+            for peer in self._cluster.peers:
+                self._check_reply(peer, number)
+            with self._noting:
+                self._read_elsewhere[number] = weakref.ref(part)
+
+    def _check_reply(self, peer: Peer, number: int) -> None:
+        assert self._cluster is not None
+        while (said := peer.take("read", self._cluster.timeouts.reply_s).header)["number"] != number:
+            pass  # one that came too late
+        if said["error"] is not None:
+            raise (ValueError if said["is_refusal"] else RuntimeError)(f"{peer.name}: {said['error']}")
 
     def close(self) -> None:
         with suppress(ClusterError):  # it has gone, as it was to
@@ -105,14 +144,22 @@ class Follower:
     """A follower's runner, and what the leader has it do.
 
     Args:
-        load_params: reads other weights, as ``Engine.load_params``.
+        read_params: reads a checkpoint, as ``Engine.load_params``.
+        read_adapter: reads an adapter, which must have the digest that is given, as ``Engine.read_lora``.
     """
 
-    def __init__(self, runner: Runner, cluster: Cluster, load_params: Callable[[str], StageParams]):
-        self._runner, self._cluster, self._load = runner, cluster, load_params
+    def __init__(
+        self,
+        runner: Runner,
+        cluster: Cluster,
+        read_params: Callable[[str], StageParams],
+        read_adapter: Callable[[str, str], StageAdapters],
+    ):
+        self._runner, self._cluster = runner, cluster
+        self._read_params, self._read_adapter = read_params, read_adapter
         self._computed: Computed | None = None
         self._dispatched: deque[jax.Array] = deque()
-        self._loaded: StageParams | None = None
+        self._kept: dict[int, Any] = {}  # what was read, by the leader's number
         self._orders: dict[str, Callable[[list[Any], list[np.ndarray]], None]] = {
             "forward": self._forward,
             "sample": self._sample,
@@ -120,8 +167,9 @@ class Follower:
             "score": lambda arguments, _: _ignore(runner.score(*arguments)),
             "pool": lambda _, arrays: _ignore(runner.pool(*arrays)),
             "load_constraints": lambda _, arrays: runner.load_constraints(*arrays),
-            "load_params": lambda arguments, _: self._load_params(*arguments),
-            "update_params": self._update_params,
+            "read_files": lambda arguments, _: self._read_files(*arguments),
+            "update_params": lambda arguments, _: runner.update_params(self._kept.pop(*arguments)),
+            "write_adapter": self._write_adapter,
         }
 
     def run(self) -> None:
@@ -133,7 +181,8 @@ class Follower:
             self._orders[name](arguments, arrays)
 
     def _forward(self, arguments: list[Any], arrays: list[np.ndarray]) -> None:
-        self._computed = self._runner.forward(Bucket(*arguments), *arrays)
+        bucket, has_adapters = arguments
+        self._computed = self._runner.forward(Bucket(*bucket), *arrays, has_adapters=has_adapters)
 
     def _sample(self, arguments: list[Any], arrays: list[np.ndarray]) -> None:
         assert self._computed is not None
@@ -142,21 +191,28 @@ class Follower:
     def _read(self, arguments: list[Any], arrays: list[np.ndarray]) -> None:
         self._runner.read(self._dispatched.popleft())
 
-    def _load_params(self, path: str) -> None:
-        def load() -> None:
-            error = None
+    def _read_files(self, number: int, kept: Sequence[int], path: str, digest: str | None) -> None:
+        """Reads beside the steps, then tells the leader, which waits for it, how that went."""
+        # What it does not want any more goes first: the memory is planned for one of a kind on its way.
+        self._kept = {n: part for n, part in self._kept.items() if n in kept}
+
+        def read() -> None:
+            error, is_refusal = None, False
             try:
-                self._loaded = self._load(path)
-            except (ValueError, OSError) as cause:
-                error = str(cause)
-            self._cluster.peers[0].send("read", {"error": error})
+                part = self._read_params(path) if digest is None else self._read_adapter(path, digest)
+                self._kept[number] = part
+            except Exception as cause:  # whatever it is, this process goes on with what it has
+                is_refusal = isinstance(cause, (ValueError, OSError))
+                error = str(cause) if is_refusal else f"{type(cause).__name__}: {cause}"
+            with suppress(ClusterError):  # who listens to the leader knows that it has gone
+                leader.send("read", {"number": number, "error": error, "is_refusal": is_refusal})
 
-        threading.Thread(target=load, name="jaxserve-load", daemon=True).start()
+        (leader,) = self._cluster.peers
+        threading.Thread(target=read, name="jaxserve-read", daemon=True).start()
 
-    def _update_params(self, arguments: list[Any], arrays: list[np.ndarray]) -> None:
-        assert self._loaded is not None  # the leader waited for it
-        self._runner.update_params(self._loaded)
-        self._loaded = None
+    def _write_adapter(self, arguments: list[Any], arrays: list[np.ndarray]) -> None:
+        number, slot = arguments
+        self._runner.write_adapter(self._kept.pop(number), slot)
 
 
 def _ignore(handle: object) -> None:

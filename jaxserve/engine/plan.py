@@ -74,8 +74,8 @@ def resolve_meshes(mesh: Mesh | ParallelConfig | str | None, config: ModelConfig
     return make_meshes(parallel)
 
 
-def check_spans_processes(meshes: Sequence[Mesh], max_loras: int) -> None:
-    """Raises ValueError where an engine of several processes cannot use the meshes, or have the adapters."""
+def check_spans_processes(meshes: Sequence[Mesh]) -> None:
+    """Raises ValueError where an engine of several processes cannot use the meshes."""
     parallel = parallel_config(meshes[0], len(meshes))
     if parallel.replica > 1 and jax.process_count() > 1:
         raise ValueError(
@@ -87,8 +87,6 @@ def check_spans_processes(meshes: Sequence[Mesh], max_loras: int) -> None:
             f"mesh {parallel} has {parallel.num_devices} devices, the {jax.process_count()} processes have "
             f"{jax.device_count()}: it must take all of them"
         )
-    if max_loras:
-        raise ValueError(f"max_loras={max_loras}: an engine of several processes serves no adapters")
 
 
 def defaults(mesh: Mesh) -> dict:

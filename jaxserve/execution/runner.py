@@ -212,10 +212,7 @@ class Runner:
             if on_progress:
                 on_progress("warm-up", i + 1, len(jobs))
         if self._adapters is not None:
-            nothing = one_slot_shape(self._adapters)
-            self.write_adapter(
-                jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), nothing), 0
-            )
+            self.write_adapter(_zeros(self.adapter_shape()), 0)
         if self.dims.hidden_tokens:
             self.read_scores(self.score([0], [0]), in_full=False)
             self.read_pooled(self.pool(np.zeros(self.dims.hidden_tokens, np.int32)))

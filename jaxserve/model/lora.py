@@ -9,6 +9,7 @@ the program without them.
 Axis letters besides the design's: ``LA`` adapter slots, ``LR`` their rank at most.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -151,6 +152,17 @@ class Adapter:
         """A ``ParamSource`` of the Bs, by the names of their parameters: ``layers.3.qkv``."""
         _, layer, parameter = name.split(".")
         return self.layers[int(layer)][parameter][1][index]
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """Tells two adapters apart, by all that they add to a model: not by the files that they were read from."""
+    digest = hashlib.sha256(f"{adapter.rank}".encode())
+    for i, layer in enumerate(adapter.layers):
+        for parameter, factors in sorted(layer.items()):
+            for factor in factors:
+                digest.update(f"\0{i} {parameter} {factor.dtype} {factor.shape}\0".encode())
+                digest.update(np.ascontiguousarray(factor))
+    return digest.hexdigest()[:16]
 
 
 def check_adapter(adapter: Adapter, config: ModelConfig, lora: LoraConfig) -> None:
