@@ -40,6 +40,27 @@ def check_bytes(field: str, text: str, limit: int | None) -> None:
         raise RequestError(field, f"{num_bytes} bytes, this server takes at most {limit}")
 
 
+def check_unicode(field: str, value: Any) -> None:
+    """Refuses a value of JSON with a text that is none: escapes can spell half of a surrogate pair, which no answer
+    could repeat. Names where in the value it is.
+
+    Args:
+        field: of the value; "" for a whole body, whose fields are then named.
+    """
+    waiting = [(field, value)]
+    while waiting:
+        where, part = waiting.pop()
+        if isinstance(part, str):
+            check_bytes(where, part, None)
+        elif isinstance(part, list):
+            waiting += [(f"{where}[{i}]", one) for i, one in enumerate(part) if not isinstance(one, int | float)]
+        elif isinstance(part, dict):
+            for name, one in part.items():
+                here = f"{where}.{name}" if where else name
+                check_bytes(here.encode(errors="backslashreplace").decode(), name, None)
+                waiting.append((here, one))
+
+
 def check_fits(engine: EngineCore, tokenizer: Tokenizer, field: str, text: str) -> None:
     """Refuses a text that cannot fit, without the time of tokenizing it (``make_request`` does so for its texts)."""
     max_model_len = engine.scheduler_config.max_model_len

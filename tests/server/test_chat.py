@@ -238,6 +238,9 @@ async def test_bad_chats_are_refused_by_name():
             ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
             ({"chat_template_kwargs": {"messages": 1}}, "messages"),
             ({"documents": ["d"]}, "documents[0]"),
+            ({"documents": [{"text": "\ud800"}]}, "documents[0].text"),
+            ({"chat_template_kwargs": {"a": [1, {"b": "\udc00"}]}}, "chat_template_kwargs.a[1].b"),
+            ({"tools": tool(name="f", parameters=r'{"\ud800": 1}')}, r"tools[0].parameters.\ud800"),
             ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
             ({"messages": []}, "messages"),
         ]

@@ -13,7 +13,7 @@ from jaxserve.errors import RequestError
 from jaxserve.server.chat.conversation import encode_conversation
 from jaxserve.server.chat.tools import ToolPlan, call_id, tool_plan
 from jaxserve.server.options import ServerOptions
-from jaxserve.server.prompts import renamed
+from jaxserve.server.prompts import check_unicode, renamed
 from jaxserve.server.refusing import Refusing
 from jaxserve.server.tool_calls import Content, Delta, Start
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -115,6 +115,7 @@ def _json_object(field: str, text: str) -> dict[str, Any]:
         raise RequestError(field, f"{text!r:.80} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise RequestError(field, f"{text!r:.80} is not an object")
+    check_unicode(field, value)
     return value
 
 

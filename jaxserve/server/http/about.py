@@ -25,6 +25,7 @@ from jaxserve.server.http.fields import (
     required,
 )
 from jaxserve.server.http.generation import in_thread
+from jaxserve.server.http.routes import Routes
 from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
 
 
@@ -51,7 +52,7 @@ class DetokenizeRequest(BaseModel):
 
 
 def about_routes(backend: Backend) -> APIRouter:
-    router = APIRouter()
+    router = Routes()
     started = int(time.time())
 
     @router.get("/health", tags=["Operation"])

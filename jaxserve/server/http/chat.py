@@ -37,6 +37,7 @@ from jaxserve.server.http.fields import (
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
 from jaxserve.server.http.logprobs import chat_logprobs, prompt_logprobs
+from jaxserve.server.http.routes import Routes
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of
 from jaxserve.server.http.tools import call_delta, message_of
@@ -72,7 +73,7 @@ class Plan:
 
 
 def chat_routes(backend: Backend) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = Routes(tags=["OpenAI"])
 
     @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, http: Request) -> Response:

@@ -32,6 +32,7 @@ from jaxserve.server.http.fields import (
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread, is_small
 from jaxserve.server.http.logprobs import CompletionLogprobs, Entry, prompt_logprobs
+from jaxserve.server.http.routes import Routes
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of, is_constrained
 from jaxserve.server.limits import make_request
@@ -64,7 +65,7 @@ class Plan:
 
 
 def completions_routes(backend: Backend) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = Routes(tags=["OpenAI"])
 
     @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:

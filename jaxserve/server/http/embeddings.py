@@ -18,6 +18,7 @@ from jaxserve.server.http.errors import unfinished
 from jaxserve.server.http.fields import BOOLEAN, COUNT, NO_OPS, PRIORITY, PROMPT, boolean, integer, optional, required
 from jaxserve.server.http.generation import Generation, deadline_of, in_thread
 from jaxserve.server.http.guard import until_left
+from jaxserve.server.http.routes import Routes
 
 FORMATS = ("float", "base64")
 
@@ -38,7 +39,7 @@ class EmbeddingRequest(BaseModel):
 
 
 def embeddings_routes(backend: Backend) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = Routes(tags=["OpenAI"])
 
     @router.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, http: Request) -> Response:

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
 from jaxserve.server.http.backend import Backend
+from jaxserve.server.http.routes import Routes
 from jaxserve.server.loras import load_lora
 
 
@@ -23,7 +24,7 @@ class UnloadLoraRequest(BaseModel):
 
 
 def lora_routes(backend: Backend) -> APIRouter:
-    router = APIRouter(tags=["Adapters"])
+    router = Routes(tags=["Adapters"])
 
     @router.post("/v1/load_lora_adapter")
     async def load_lora_adapter(body: LoadLoraRequest) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from jaxserve.server.http.completions import by_choice, read_prompts, token_ids_
 from jaxserve.server.http.errors import ANSWERED, INVALID, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import MESSAGES, PROMPT, Body, optional, priority_of, sampling_params
 from jaxserve.server.http.generation import Generation, deadline_of, in_thread, is_small
+from jaxserve.server.http.routes import Routes, check_text
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of, is_constrained
 from jaxserve.server.limits import make_request
@@ -40,7 +41,7 @@ class PlainRequest(Body):
 
 
 def plain_routes(backend: Backend) -> APIRouter:
-    router = APIRouter(tags=["Plain streams"])
+    router = Routes(tags=["Plain streams"])
 
     @router.post("/generate/stream", responses=STREAMED)
     async def generate_stream(body: PlainRequest, http: Request) -> Response:
@@ -214,6 +215,7 @@ def _parsed(text: str) -> PlainRequest:
         raise HTTPError(INVALID, f"the message is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise HTTPError(INVALID, "the message must be a JSON object")
+    check_text(text)
     try:
         return PlainRequest.model_validate(value)
     except ValidationError as error:

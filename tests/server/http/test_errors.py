@@ -116,6 +116,31 @@ async def test_malformed_bodies(site: Web):
     assert answer.status_code == 400 and "content-type" in answer.json()["error"]["message"]
 
 
+NOT_TEXT = [
+    (COMPLETIONS, b'{"prompt": "a", "\\ud800": 1}', "\\ud800: not valid Unicode at character 0"),
+    (COMPLETIONS, b'{"prompt": "a", "request_id": "a\\uD800b"}', "request_id: not valid Unicode at character 1"),
+    (COMPLETIONS, b'{"prompt": "a", "stop": ["b", "\\udc00\\ud800"]}', "stop[1]: not valid Unicode at character 0"),
+    (COMPLETIONS, b'{"prompt": "a", "stream_options": {"a\\udfff": 1}}', "stream_options.a\\udfff: not valid Unicode"),
+    (CHAT, b'{"messages": [{"role": "user", "content": "\\ud800\\\\"}]}', "messages[0].content: not valid Unicode"),
+    ("/tokenize", b'{"prompt": "a", "model": "\\udabc"}', "model: not valid Unicode at character 0"),
+    ("/v1/embeddings", b'{"input": ["a", "\\ud800"]}', "input[1]: not valid Unicode at character 0"),
+    ("/v1/unload_lora_adapter", b'{"lora_name": "\\ud800"}', "lora_name: not valid Unicode at character 0"),
+    (COMPLETIONS, b'{"prompt": "\xed\xa0\x80"}', "the body is not JSON: not UTF-8 at byte 12"),
+    (COMPLETIONS, '{"prompt": "a"}'.encode("utf-16-le"), "the body is not JSON: a zero byte at byte 1"),
+]
+
+
+async def test_what_is_no_text_is_refused_wherever_it_is(site: Web):
+    """Half of a surrogate pair, which JSON can spell and no answer could repeat."""
+    for path, content, message in NOT_TEXT:
+        answer = await site.client.post(path, content=content, headers=JSON)
+        assert answer.status_code == 400, content
+        assert answer.json()["error"]["message"].startswith(message), answer.text
+    for content in (rb'{"prompt": "\ud83d\ude00"}', rb'{"prompt": "\\ud800"}'):
+        answer = await site.client.post(COMPLETIONS, content=content, headers=JSON)
+        assert answer.status_code == 200, answer.text
+
+
 async def test_a_bug_is_answered_in_the_same_shape_and_logged(
     site: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

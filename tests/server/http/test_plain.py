@@ -73,6 +73,7 @@ async def test_websocket_errors_leave_it_open(site: Web):
             ('{"prompt": "a", "top_p": 2}', "top_p"),
             ('{"prompt": "a", "foo": 2}', "foo"),
             ('{"prompt": "a", "model": 2}', "model"),
+            (r'{"prompt": "a", "request_id": "\ud800"}', "request_id"),
             ('{"prompt": "a", "model": "x"}', "model"),
         ):
             await connection.send(text)
