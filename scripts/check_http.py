@@ -71,16 +71,76 @@ class Tools:
         return nodejs / "bin/node", home
 
 
-def run(command: list, **options) -> None:
+def run(command: list, **options) -> subprocess.CompletedProcess:
     print("+", *command, file=sys.stderr)
-    subprocess.run([str(part) for part in command], check=True, **options)
+    return subprocess.run([str(part) for part in command], check=True, **options)
 
 
 def javascript(tools: Tools, url: str, target: str, model: str) -> None:
-    node, home = tools.node("openai")
-    script = home / "openai_client.mjs"  # where its imports are
-    script.write_bytes((HERE / "openai_client.mjs").read_bytes())
-    run([node, script, f"{url}/v1"])
+    run_script(*tools.node("openai"), "openai_client.mjs", f"{url}/v1")
+
+
+def ai_sdk(tools: Tools, url: str, target: str, model: str) -> None:
+    run_script(*tools.node("ai", "@ai-sdk/openai-compatible"), "ai_sdk_client.mjs", f"{url}/v1")
+
+
+def grpc_js(tools: Tools, url: str, target: str, model: str) -> None:
+    node, home = tools.node("@grpc/grpc-js", "@grpc/proto-loader")
+    run_script(node, home, "grpc_client.mjs", target, HERE.parent / "protos")
+
+
+def run_script(node: Path, home: Path, name: str, *arguments: object) -> None:
+    """One of this folder's scripts, from where its imports are."""
+    (home / name).write_bytes((HERE / name).read_bytes())
+    run([node, home / name, *arguments])
+
+
+def autocannon(tools: Tools, url: str, target: str, model: str) -> None:
+    """16 requests on 4 connections, all of which must be answered with 200."""
+    node, home = tools.node("autocannon")
+    command = [node, home / "node_modules/autocannon/autocannon.js", "--json", "-c", "4", "-a", "16", "-t", "120"]
+    body = '{"prompt": "1 2 3", "max_tokens": 4}'
+    asked = ["-m", "POST", "-H", "content-type=application/json", "-b", body, f"{url}/v1/completions"]
+    said = json.loads(run([*command, *asked], stdout=subprocess.PIPE).stdout)
+    print({name: said[name] for name in ("2xx", "non2xx", "errors", "timeouts")})
+    if said["2xx"] != 16:
+        raise OSError("not all were answered")
+
+
+LANGCHAIN = """
+import sys
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+url, model = sys.argv[1:]
+common = {"base_url": url, "api_key": "none", "model": model, "max_retries": 0}
+chat = ChatOpenAI(**common, temperature=0, max_tokens=12)
+text = chat.invoke("What is the capital of France?").content
+assert text and "".join(c.content for c in chat.stream("What is the capital of France?")) == text
+# Else it would fetch OpenAI's tokenizer, and count by it.
+vectors = OpenAIEmbeddings(**common, check_embedding_ctx_length=False).embed_documents(["a b", "c"])
+assert len(vectors) == 2 and len(vectors[0]) == len(vectors[1]) > 1
+print("ok:", text)
+"""
+
+LLAMA_INDEX = """
+import sys
+from llama_index.llms.openai_like import OpenAILike
+url, model = sys.argv[1:]
+common = {"api_base": url, "api_key": "none", "model": model, "temperature": 0, "max_tokens": 12, "max_retries": 0}
+for is_chat in (False, True):
+    llm = OpenAILike(**common, context_window=512, is_chat_model=is_chat)
+    text = llm.complete("What is the capital of France?").text
+    assert text and [c.text for c in llm.stream_complete("What is the capital of France?")][-1] == text
+    print("ok:", text)
+"""
+
+
+def langchain(tools: Tools, url: str, target: str, model: str) -> None:
+    run([tools.python("langchain-openai") / "python", "-c", LANGCHAIN, f"{url}/v1", served(url)])
+
+
+def llama_index(tools: Tools, url: str, target: str, model: str) -> None:
+    python = tools.python("llama-index-llms-openai-like") / "python"
+    run([python, "-c", LLAMA_INDEX, f"{url}/v1", served(url)])
 
 
 def schemathesis(tools: Tools, url: str, target: str, model: str) -> None:
@@ -153,11 +213,16 @@ def buf(tools: Tools, url: str, target: str, model: str) -> None:
 
 CHECKS: dict[str, Callable[[Tools, str, str, str], None]] = {
     "javascript": javascript,
+    "ai-sdk": ai_sdk,
+    "langchain": langchain,
+    "llama-index": llama_index,
     "schemathesis": schemathesis,
     "lm-eval": lm_eval,
     "aiperf": aiperf,
+    "autocannon": autocannon,
     "grpcurl": grpcurl,
     "buf": buf,
+    "grpc-js": grpc_js,
 }
 
 
