@@ -10,13 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.int4_matmul import gpu_unpack
 from pallas_kernels.int4_matmul.gpu_unpack import COLUMNS, ROWS
-
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
+from pallas_kernels.mosaic import pl, plgpu
 
 _TILES = 8  # of a program, at most
 

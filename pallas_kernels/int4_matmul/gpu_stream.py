@@ -20,13 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.int4_matmul import gpu_unpack
 from pallas_kernels.int4_matmul.gpu_unpack import COLUMNS, ROWS
-
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
+from pallas_kernels.mosaic import pl, plgpu
 
 BLOCK_TOKENS = 64  # columns of a product at most: more tokens are more blocks on the line
 FEW_TOKENS = 16  # up to these, two warpgroups share features and divide the inputs

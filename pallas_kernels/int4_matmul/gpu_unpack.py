@@ -11,14 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as _mosaic
-from jax.experimental.mosaic.gpu import fragmented_array
-from jax.experimental.pallas import mosaic_gpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, vector
 
-mosaic: Any = _mosaic
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
+from pallas_kernels.mosaic import arith, fragmented_array, ir, mosaic, plgpu, vector
 
 ROWS = 64  # features of a tile: the rows of a warpgroup's matrix instruction
 COLUMNS = 128  # inputs of a tile

@@ -18,9 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.paged_attention import gpu_split
 from pallas_kernels.paged_attention.gpu_quantized_tiles import (
     KEYS,
@@ -30,8 +29,6 @@ from pallas_kernels.paged_attention.gpu_quantized_tiles import (
     scales_of_rows,
 )
 from pallas_kernels.paged_attention.gpu_split import Tuning
-
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 _LOG2E = math.log2(math.e)
 _MAX_GROUP = 32  # query heads a kv head: more leave no room for the ring in shared memory

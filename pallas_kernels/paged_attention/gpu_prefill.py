@@ -15,13 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.paged_attention import gpu_decode_quantized, gpu_prefill_quantized
 from pallas_kernels.paged_attention.gpu_decode import accumulator_columns, refusal, smem_tiles
-
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 _LOG2E = math.log2(math.e)
 _ROWS = 64  # of one warpgroup's matrix product

@@ -12,12 +12,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.paged_attention.gpu_quantized_tiles import numbers_as_bf16, scales_of_rows
-
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
 
 _ROWS = 64  # keys that are converted together
 # Registers of a thread: those that multiply, and the one that converts.

@@ -4,14 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as _mosaic
-from jax.experimental.mosaic.gpu import fragmented_array
-from jax.experimental.pallas import mosaic_gpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, memref, vector
 
-mosaic: Any = _mosaic
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
+from pallas_kernels.mosaic import arith, fragmented_array, ir, memref, mosaic, plgpu, vector
 
 KEYS = 64  # of a tile: rows of a warpgroup's matrix instruction
 

@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
+from pallas_kernels.mosaic import pl, plgpu
 
 
 @dataclasses.dataclass(frozen=True)

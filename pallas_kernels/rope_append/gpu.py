@@ -13,11 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mosaic
-from jax.experimental.pallas import mosaic_gpu
 
-plgpu: Any = mosaic_gpu  # much of it has no types that a checker can follow
+from pallas_kernels.mosaic import mosaic, pl, plgpu
+
 mgpu: Any = mosaic
 
 _LANES, _WARPS = 32, 4  # of a warpgroup
