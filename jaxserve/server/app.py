@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import gc
 import logging
 import os
 import signal
@@ -249,7 +250,8 @@ async def serve(
 
     Without ``stop`` it is the process's main coroutine: SIGTERM and SIGINT drain, a second one exits at once. When told
     to stop while the engine loads, whose thread cannot be interrupted, it returns, and the process ends without
-    finalizing the interpreter (exit 0). Threads that want the interpreter get it after ``SWITCH_INTERVAL_S``.
+    finalizing the interpreter (exit 0). Threads that want the interpreter get it after ``SWITCH_INTERVAL_S``, and the
+    garbage collector leaves alone what was made before requests are served.
 
     Args:
         on_bound: called when the ports are bound (``server.port``, ``server.metrics_port``); the engine loads then.
@@ -274,6 +276,8 @@ async def serve(
         if on_bound is not None:
             on_bound(server)
         if await _first(server.ready(), stop):
+            if owns_process:
+                _keep_for_good()
             if on_ready is not None:
                 on_ready(server)
             await _first(server.engine.wait_stopped(), stop)
@@ -288,6 +292,13 @@ async def serve(
     finally:
         if not await server.close() and owns_process:
             atexit.register(_leave, status)
+
+
+def _keep_for_good() -> None:
+    """Takes what is there now out of the garbage collector's sight: programs' traces are hundreds of thousands of
+    objects, and going through them stops all streams at once, for 0.15 s with a model of 30 layers."""
+    gc.collect()
+    gc.freeze()
 
 
 def _leave(status: int) -> None:

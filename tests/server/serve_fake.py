@@ -1,11 +1,12 @@
 """A server process before the fake engine, for the tests of signals, ports and exit codes.
 
-Prints "bound PORT" and "ready", and in the end how often its threads take turns; errors are one line on standard error
+Prints "bound PORT" and "ready", and in the end what it set of the interpreter; errors are one line on standard error
 and exit status 1.
 """
 
 import argparse
 import asyncio
+import gc
 import sys
 import threading
 
@@ -64,6 +65,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     print(f"switch interval {sys.getswitchinterval():g} s")
+    print(f"collected: {'everything' if gc.get_freeze_count() == 0 else 'what is new'}")
 
 
 if __name__ == "__main__":
