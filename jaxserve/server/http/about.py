@@ -17,20 +17,24 @@ from jaxserve.server.http.fields import (
     BOOLEAN,
     MESSAGES,
     OBJECT,
-    OBJECTS,
     TOKEN_IDS,
+    TOOLS,
     boolean,
     continuation_of,
     optional,
+    prompt_or_messages,
     required,
 )
 from jaxserve.server.http.generation import in_thread
 from jaxserve.server.http.routes import Routes
 from jaxserve.server.prompts import check_bytes, check_fits, tokenizer_of
 
+OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
+OF_PROMPT = ("add_special_tokens",)
+
 
 class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=prompt_or_messages(OF_PROMPT, OF_MESSAGES))
 
     model: str | None = None
     prompt: str | None = None
@@ -39,7 +43,7 @@ class TokenizeRequest(BaseModel):
     add_generation_prompt: Any = optional(BOOLEAN)
     continue_final_message: Any = optional(BOOLEAN)
     chat_template_kwargs: Any = optional(OBJECT)
-    tools: Any = optional(OBJECTS)
+    tools: Any = optional(TOOLS)
     return_token_strs: Any = optional(BOOLEAN)
 
 
@@ -140,7 +144,7 @@ def _tokenize(backend: Backend, body: TokenizeRequest) -> list[int]:
         raise RequestError("prompt", "give exactly one of prompt, messages")
     if body.prompt is not None:
         tokenizer = tokenizer_of(backend.engine, "prompt")
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+        for name in OF_MESSAGES:
             if getattr(body, name) is not None:
                 raise RequestError(name, "is for messages, not for a prompt")
         check_bytes("prompt", body.prompt, backend.options.max_prompt_bytes)

@@ -24,6 +24,9 @@ from jaxserve.server.http.fields import (
     NUM_LOGPROBS,
     OBJECT,
     OBJECTS,
+    RESPONSE_FORMAT,
+    TOOL_CHOICE,
+    TOOLS,
     Body,
     boolean,
     continuation_of,
@@ -51,10 +54,10 @@ class ChatRequest(Body):
     logprobs: Any = optional(BOOLEAN)
     top_logprobs: int | None = None
     prompt_logprobs: Any = optional(NUM_LOGPROBS)
-    tools: Any = optional(OBJECTS)
-    tool_choice: Any = None
+    tools: Any = optional(TOOLS)
+    tool_choice: Any = optional(TOOL_CHOICE)
     parallel_tool_calls: Any = optional(BOOLEAN)
-    response_format: Any = optional(OBJECT)
+    response_format: Any = optional(RESPONSE_FORMAT)
     add_generation_prompt: Any = optional(BOOLEAN)
     continue_final_message: Any = optional(BOOLEAN)
     chat_template_kwargs: Any = optional(OBJECT)

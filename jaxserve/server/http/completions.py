@@ -18,8 +18,8 @@ from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, 
 from jaxserve.server.http.fields import (
     BOOLEAN,
     NUM_LOGPROBS,
-    OBJECT,
     PROMPT,
+    RESPONSE_FORMAT,
     Body,
     boolean,
     integer,
@@ -49,7 +49,7 @@ class CompletionRequest(Body):
     logprobs: int | None = None
     prompt_logprobs: Any = optional(NUM_LOGPROBS)
     add_special_tokens: Any = optional(BOOLEAN)
-    response_format: Any = optional(OBJECT)
+    response_format: Any = optional(RESPONSE_FORMAT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,7 @@ NUM_LOGPROBS = {"type": "integer", "minimum": ALL_LOGPROBS}
 PRIORITY = {"type": "integer", "minimum": -(2**31), "maximum": 2**31 - 1}
 TEXTS = _listed(_TEXT)
 TOKEN_IDS = _listed(_TOKEN_ID)
+NULL = {"type": "null"}
 OBJECT = {"type": "object"}
 OBJECTS = _listed(OBJECT)
 PROMPT = {"anyOf": [_TEXT, _listed(_TEXT), _listed(_TOKEN_ID), _listed(_listed(_TOKEN_ID))]}
@@ -71,15 +72,113 @@ TEXT_PART = {
     "required": ["type", "text"],
     "properties": {"type": {"const": "text"}, "text": _STRING},
 }
+CONTENT = {"anyOf": [_STRING, _listed(TEXT_PART)]}
+TOOL_CALL = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "id": _STRING,
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name", "arguments"],
+            "properties": {"name": _TEXT, "arguments": {"anyOf": [_STRING, OBJECT]}},
+        },
+    },
+}
 MESSAGES = {
     "type": "array",
     "minItems": 1,
     "items": {
         "type": "object",
         "required": ["role"],
-        "properties": {"role": _STRING, "content": {"anyOf": [_STRING, _listed(TEXT_PART), {"type": "null"}]}},
+        "properties": {"role": _STRING},
+        "anyOf": [
+            {"required": ["content"], "properties": {"content": CONTENT}},
+            {
+                "required": ["tool_calls"],
+                "properties": {
+                    "content": {"anyOf": [CONTENT, NULL]},
+                    "tool_calls": {**_listed(TOOL_CALL), "minItems": 1},
+                },
+            },
+        ],
     },
 }
+TOOLS = _listed(
+    {
+        "type": "object",
+        "required": ["type", "function"],
+        "properties": {
+            "type": {"const": "function"},
+            "function": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {"name": _TEXT, "description": _STRING, "parameters": {"anyOf": [OBJECT, NULL]}},
+            },
+        },
+    }
+)
+TOOL_CHOICE = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "required": ["name"], "properties": {"name": _TEXT}},
+            },
+        },
+    ]
+}
+RESPONSE_FORMAT = {
+    "type": "object",
+    "required": ["type"],
+    "anyOf": [
+        {"properties": {"type": {"enum": ["text", "json_object"]}}},
+        {
+            "required": ["json_schema"],
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": {"type": "object", "required": ["schema"], "properties": {"schema": OBJECT}},
+            },
+        },
+    ],
+}
+STRUCTURED_OUTPUTS = {
+    "type": "object",
+    "properties": {
+        "json": {"anyOf": [OBJECT, _STRING]},
+        "regex": _STRING,
+        "choice": {**TEXTS, "minItems": 1},
+        "grammar": _STRING,
+        "json_object": {"const": True},
+    },
+    "additionalProperties": False,
+    "minProperties": 1,
+    "maxProperties": 1,
+}
+STREAM_OPTIONS = {
+    "type": "object",
+    "properties": {
+        "include_usage": BOOLEAN,
+        "continuous_usage_stats": BOOLEAN,
+        "include_obfuscation": {"const": False},
+    },
+    "additionalProperties": False,
+}
+
+
+def prompt_or_messages(of_prompt: Iterable[str] = (), of_messages: Iterable[str] = ()) -> dict[str, Any]:
+    """The schema of a body that has either, with the fields that go with one of them only."""
+
+    def one(name: str, others: Iterable[str]) -> dict[str, Any]:
+        return {"required": [name], "properties": {name: {"not": NULL}, **{other: NULL for other in others}}}
+
+    return {
+        "oneOf": [one("prompt", ("messages", *of_messages)), one("messages", ("prompt", *of_prompt))],
+    }
 
 
 class Body(BaseModel):
@@ -117,14 +216,14 @@ class Body(BaseModel):
     bad_words: Any = optional(TEXTS)
     truncate_prompt_tokens: Any = optional(COUNT)
     # What the answer is held to (``structured``).
-    structured_outputs: Any = optional(OBJECT)
+    structured_outputs: Any = optional(STRUCTURED_OUTPUTS)
     guided_json: Any = None
     guided_regex: str | None = None
     guided_choice: Any = optional(TEXTS)
     guided_grammar: str | None = None
     # Of the request.
     priority: Any = optional(PRIORITY)
-    stream_options: Any = optional(OBJECT)
+    stream_options: Any = optional(STREAM_OPTIONS)
     request_id: str | None = None
     stream_interval: Any = optional(COUNT)
     stream_max_delay_s: Any = optional({"type": "number", "minimum": 0})

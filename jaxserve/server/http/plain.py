@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -25,7 +25,15 @@ from jaxserve.server.chat.conversation import encode_conversation
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.completions import by_choice, read_prompts, token_ids_of
 from jaxserve.server.http.errors import ANSWERED, INVALID, HTTPError, body_of, error_of, unfinished
-from jaxserve.server.http.fields import MESSAGES, PROMPT, Body, optional, priority_of, sampling_params
+from jaxserve.server.http.fields import (
+    MESSAGES,
+    PROMPT,
+    Body,
+    optional,
+    priority_of,
+    prompt_or_messages,
+    sampling_params,
+)
 from jaxserve.server.http.generation import Generation, deadline_of, in_thread, is_small
 from jaxserve.server.http.routes import Routes, check_text
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
@@ -36,6 +44,8 @@ MAX_WAITING_MESSAGES = 4  # of a WebSocket's client, which has to wait for answe
 
 
 class PlainRequest(Body):
+    model_config = ConfigDict(json_schema_extra=prompt_or_messages())
+
     prompt: Any = optional(PROMPT)
     messages: Any = optional(MESSAGES)
 
