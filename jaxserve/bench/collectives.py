@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,7 +32,8 @@ def sent_bytes(programs: Iterable[str], tensor: int) -> Sent:
     """Of XLA's texts of compiled programs for a mesh whose ``tensor`` neighbours are adjacent.
 
     A collective of P devices is counted as a ring does it: of n bytes an all-reduce has each device send
-    ``2 * n * (P - 1) / P``, an all-gather whose result they are ``n * (P - 1) / P``. Where stages have layers of
+    ``2 * n * (P - 1) / P``, an all-gather whose result they are ``n * (P - 1) / P``, to the next of its group in the
+    program's order: of a group over both axes each pair of neighbours counts for its own. Where stages have layers of
     different kinds at one place, those of each kind are counted.
     """
     totals: dict[Axis, float] = {"stage": 0.0, "tensor": 0.0}
@@ -51,14 +52,15 @@ def sent_bytes(programs: Iterable[str], tensor: int) -> Sent:
                 sizes = sizes[len(sizes) // 2 :]  # operands come before the results
             for group in _groups(attributes):
                 ways = len(group)
-                if ways > 1:
-                    factor = 2 if kind == "all-reduce" else 1
-                    totals[_axis(group, tensor)] += factor * sum(sizes) * (ways - 1)
+                factor = 2 if kind == "all-reduce" else 1
+                for pair in zip(group, group[1:] + group[:1]):
+                    if ways > 1:
+                        totals[_axis(pair, tensor)] += factor * sum(sizes) * (ways - 1) / ways
     return Sent(totals["stage"], totals["tensor"])
 
 
-def _axis(devices: list[int], tensor: int) -> Axis:
-    return "tensor" if devices[0] // tensor == devices[1] // tensor else "stage"
+def _axis(pair: Sequence[int], tensor: int) -> Axis:
+    return "tensor" if pair[0] // tensor == pair[1] // tensor else "stage"
 
 
 def _groups(attributes: str) -> list[list[int]]:

@@ -29,7 +29,7 @@ OnTensor = Callable[[int, int], None]  # parameters made, of how many
 def dummy_params(
     config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, *, seed: int = 0, on_tensor: OnTensor | None = None
 ) -> StageParams:
-    """``StageParams`` of random values on ``mesh`` in ``dtype``, V padded to divide over tensor.
+    """``StageParams`` of random values on ``mesh`` in ``dtype``, V padded to divide over the mesh.
 
     Matrices are normal with standard deviation fan_in ** -0.5, norms near 1, biases and sinks near 0, as
     ``init_params`` makes them. Every array is made by its devices, each its own part: nothing is copied from the host,

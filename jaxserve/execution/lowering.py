@@ -124,7 +124,7 @@ def lower_sampler(
 
     sampler = jax.jit(make_sampler(config, mesh, num_rows, dims, asked), donate_argnums=(0, 1, 2))
     constraint_dims = ConstraintDims.of(dims, config.vocab_size)
-    vocab = Vocabulary(config.vocab_size, mesh.shape["tensor"])
+    vocab = Vocabulary(config.vocab_size, mesh.size)
     return sampler.lower(
         state.last_tokens,
         held_shape(constraint_dims, mesh) if asked == "constrained" else None,
@@ -141,7 +141,7 @@ def held_shape(dims: ConstraintDims, mesh: Mesh) -> Constraints:
     def sharded(s: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(sharded, constraints_shape(dims, mesh.shape["tensor"]), constraints_specs())
+    return jax.tree.map(sharded, constraints_shape(dims, mesh.size), constraints_specs())
 
 
 def lower_load(dims: ConstraintDims, mesh: Mesh) -> jax.stages.Lowered:

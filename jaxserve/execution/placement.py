@@ -26,6 +26,7 @@ from jaxserve.model.params import ParamSource, TreeSource, layer_fields, named_l
 from jaxserve.model.quantized import PER_BYTE, QuantizedMatrix
 from jaxserve.model.stage_layers import stage_layers
 from jaxserve.parallel.placed import ReplicatedHeads, copies_of_kv_heads
+from jaxserve.parallel.specs import param_spec
 from pallas_kernels import dispatch, int4_matmul, int8_matmul
 
 READERS = 8  # threads at most; each holds one device's part of one parameter
@@ -78,7 +79,7 @@ def place_params(
     on_parameter: Callable[[int, int], None] | None = None,
 ) -> StageParams:
     """The parameters of ``source`` on the mesh in ``dtype`` (quantized ones in their own); V is padded to divide over
-    tensor.
+    the mesh.
 
     Args:
         source: of ``config``'s parameters.
@@ -185,7 +186,7 @@ def _preparer(
             made = int8_matmul.prepare(int8_matmul.Int8Matrix(*flat), implementation=implementation)
         return jax.tree.map(lambda x: x[None], made) if lead else made
 
-    own = P("stage", "tensor") if lead else P("tensor")
+    own = P("stage", "tensor") if lead else param_spec(("vocab",))
     return jax.jit(jax.shard_map(prepare_part, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False))
 
 

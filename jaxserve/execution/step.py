@@ -63,7 +63,7 @@ class StageParams:
     entry has what any of them has, zeros for the others.
     """
 
-    embed: Any  # [V, D]
+    embed: Any  # [V, D], as the head shared out over all devices
     layers: tuple[LayerParams, ...]  # LS entries, leaves [ST, ...]
     final_norm: Any  # [D]
     head: Any  # [V, D]; None where tied
@@ -72,20 +72,20 @@ class StageParams:
 
 
 def stage_param_shapes(config: ModelConfig, num_stages: int, tensor: int) -> StageParams:
-    """``ArraySpec``s of a ``StageParams``: global shapes, V padded to a multiple of ``tensor``.
+    """``ArraySpec``s of a ``StageParams``: global shapes, V padded to a multiple of the devices.
 
     Raises:
         ValueError: the mesh would cut a group of a quantized matrix, or two stages have one in different formats at
             the same place; names the parameter.
     """
     tree: Params = param_specs(config)
-    stages = stage_layers(config, num_stages)
+    stages, num_devices = stage_layers(config, num_stages), num_stages * tensor
 
     def padded(table: Any) -> Any:
         def pad(spec: ArraySpec) -> ArraySpec:
             if spec.axes[0] != "vocab":
                 return spec
-            return spec._replace(shape=(-(-spec.shape[0] // tensor) * tensor, *spec.shape[1:]))
+            return spec._replace(shape=(-(-spec.shape[0] // num_devices) * num_devices, *spec.shape[1:]))
 
         return jax.tree.map(pad, table, is_leaf=is_spec)
 
@@ -186,11 +186,13 @@ def make_step(
     def step(params: StageParams, state: DeviceState, adapters: StageAdapters | None) -> tuple[DeviceState, jax.Array]:
         own = state.inputs.reshape(-1) if num_stages == 1 else state.inputs[lax.axis_index("stage")]
         inputs = unpack(own, input_shapes(bucket, dims))
+        # Every stage has a part of the vocabulary: it looks up the first one's tokens, and gives logits of the last's.
+        entering = inputs if num_stages == 1 else unpack(state.inputs[0], input_shapes(bucket, dims))
         stage = jax.tree.map(lambda x: x[0], params.layers)
         kv_pages = jax.tree.map(lambda x: x[0], state.kv_pages)
         bd = bucket.decode_rows
-        on_device = state.last_tokens.at[inputs.slot_ids[:bd]].get(mode="fill", fill_value=0)  # [BD]
-        given, rest = jnp.split(inputs.token_ids, [bd])  # places that nobody decodes in may have a prompt's tokens
+        on_device = state.last_tokens.at[entering.slot_ids[:bd]].get(mode="fill", fill_value=0)  # [BD]
+        given, rest = jnp.split(entering.token_ids, [bd])  # places that nobody decodes in may have a prompt's tokens
         # Concatenated, not `.at[:bd].set`: that hoists an empty constant, on which XLA's Shardy pass crashes (0.11.2).
         token_ids = jnp.concatenate([jnp.where(given < 0, on_device, given), rest])  # [T]
 
@@ -219,7 +221,7 @@ def make_step(
         x = decoder.from_last_stage(x[inputs.sample_index])  # [B, D]
         x = layers.norm(x, params.final_norm, params.final_norm_bias, config)
         head = params.embed if params.head is None else params.head
-        logits = decoder.logits(head, x, config)  # [B, V / tensor] f32
+        logits = decoder.logits(head, x, config)  # [B, VL] f32
 
         kv_pages = jax.tree.map(lambda x: x[None], kv_pages)
         state = dataclasses.replace(state, kv_pages=kv_pages, hidden=hidden)
@@ -255,7 +257,7 @@ def make_sampler(
     ``step_io.unpack_outputs``; the one that is given is only memory to be written over. Logits
     and what ``held`` has of each token are shared over the vocabulary: the devices exchange a few numbers a row.
     """
-    vocab = Vocabulary(config.vocab_size, mesh.shape["tensor"])
+    vocab = Vocabulary(config.vocab_size, mesh.size)
 
     def sampler(
         last_tokens: jax.Array,

@@ -1,4 +1,4 @@
-"""Reductions over a vocabulary that the devices of the tensor axis share: each has ``VL`` columns of ``[B, V]``.
+"""Reductions over a vocabulary that the devices of a mesh share: each has ``VL`` columns of ``[B, V]``.
 
 What is exchanged is a few numbers a row, never ``[B, V]``. Columns that pad V to a multiple of the devices are -inf
 wherever logits are meant, and the last.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-AXIS = "tensor"
+from jaxserve.parallel.specs import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Vocabulary:
 
     def first_id(self) -> jax.Array | int:
         """The id of this device's first column."""
-        return 0 if self.shards == 1 else lax.axis_index(AXIS) * self.width
+        return 0 if self.shards == 1 else lax.axis_index(VOCABULARY) * self.width
 
     def columns(self, ids: jax.Array) -> jax.Array:
         """Where this device has ``ids``; VL, which a scatter drops, for those that it has not."""
@@ -54,7 +54,7 @@ class Vocabulary:
     def any(self, x: jax.Array) -> jax.Array:
         """[B] bool of ``x`` [B, VL] bool."""
         found = jnp.any(x, axis=1)
-        return found if self.shards == 1 else lax.pmax(found.astype(jnp.int32), AXIS) > 0
+        return found if self.shards == 1 else lax.pmax(found.astype(jnp.int32), VOCABULARY) > 0
 
     def argmax(self, x: jax.Array) -> jax.Array:
         """[B] i32, the lowest id of those that have the largest of ``x`` [B, VL]; an id of the vocabulary always."""
@@ -62,8 +62,8 @@ class Vocabulary:
         if self.shards == 1:
             return local
         value = jnp.take_along_axis(x, local[:, None], axis=1)[:, 0]
-        is_best = value == lax.pmax(value, AXIS)
-        return lax.pmin(jnp.where(is_best, local + self.first_id(), self.size - 1), AXIS)
+        is_best = value == lax.pmax(value, VOCABULARY)
+        return lax.pmin(jnp.where(is_best, local + self.first_id(), self.size - 1), VOCABULARY)
 
     def at(self, x: jax.Array, ids: jax.Array) -> jax.Array:
         """[B], each row's value of ``x`` [B, VL] at its id of ``ids`` [B]."""
@@ -71,24 +71,24 @@ class Vocabulary:
             return jnp.take_along_axis(x, ids[:, None], axis=1)[:, 0]
         column = self.columns(ids)
         value = jnp.take_along_axis(x, jnp.minimum(column, self.width - 1)[:, None], axis=1)[:, 0]
-        return lax.psum(jnp.where(column < self.width, value, 0), AXIS)
+        return lax.psum(jnp.where(column < self.width, value, 0), VOCABULARY)
 
     def logsumexp(self, x: jax.Array) -> jax.Array:
         """[B] of ``x`` [B, VL]."""
         local = jax.nn.logsumexp(x, axis=1)
         if self.shards == 1:
             return local
-        top = lax.pmax(local, AXIS)
-        return top + jnp.log(lax.psum(jnp.exp(local - top), AXIS))
+        top = lax.pmax(local, VOCABULARY)
+        return top + jnp.log(lax.psum(jnp.exp(local - top), VOCABULARY))
 
     def top_k(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """Values and ids [B, min(k, V)] of the largest of ``x`` [B, VL], descending, of equals the lowest id first."""
         values, ids = lax.top_k(x, min(k, self.width))
         if self.shards == 1:
             return values, ids
-        values, ids = (
-            lax.all_gather(a, AXIS, axis=1, tiled=True) for a in (values, (ids + self.first_id()).astype(jnp.int32))
-        )  # [B, shards * K], equals in the order of their ids
+        ids = (ids + self.first_id()).astype(jnp.int32)
+        # [B, shards * K], equals in the order of their ids
+        values, ids = (lax.all_gather(a, VOCABULARY, axis=1, tiled=True) for a in (values, ids))
         values, places = lax.top_k(values, min(k, self.size))
         return values, jnp.take_along_axis(ids, places, axis=1)
 
@@ -102,7 +102,7 @@ class Vocabulary:
         return ((word >> (ids & 31)) & 1 == 1) & (ids < self.size)
 
     def _over_shards(self, reduce, x: jax.Array) -> jax.Array:
-        return x if self.shards == 1 else reduce(x, AXIS)
+        return x if self.shards == 1 else reduce(x, VOCABULARY)
 
 
 def whole(x: jax.Array) -> Vocabulary:

@@ -15,23 +15,24 @@ from jaxserve.model.lora import Lora
 from jaxserve.model.params import LayerParams
 from jaxserve.model.quantized import QuantizedMatrix, matmul, table_rows
 from jaxserve.model.stage_layers import stage_layers as stage_layers_of
+from jaxserve.parallel.specs import VOCABULARY
 
 
 def embed(table: jax.Array | QuantizedMatrix, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a vocabulary-sharded ``table`` [V / tensor, D] for ``token_ids`` [T]: [T, D] on every device.
+    """Rows of a vocabulary-sharded ``table`` [VL, D] for ``token_ids`` [T]: [T, D], both the same on every device.
 
     ``dtype`` is that of the rows of a quantized table.
     """
-    if lax.axis_size("tensor") == 1:
+    if lax.axis_size(VOCABULARY) == 1:
         return table_rows(table, token_ids, dtype)
-    local = token_ids - lax.axis_index("tensor") * table.shape[0]
+    local = token_ids - lax.axis_index(VOCABULARY) * table.shape[0]
     mine = (local >= 0) & (local < table.shape[0])
     rows = table_rows(table, jnp.where(mine, local, 0), dtype)
-    return lax.psum(jnp.where(mine[:, None], rows, 0), "tensor")
+    return lax.psum(jnp.where(mine[:, None], rows, 0), VOCABULARY)
 
 
 def logits(head: jax.Array | QuantizedMatrix, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """f32 logits [B, V / tensor] of ``x`` [B, D] and a vocabulary-sharded ``head`` [V / tensor, D].
+    """f32 logits [B, VL] of ``x`` [B, D] and a vocabulary-sharded ``head`` [VL, D].
 
     Columns that the mesh pads V by are -inf.
     """
@@ -46,16 +47,16 @@ def logits(head: jax.Array | QuantizedMatrix, x: jax.Array, config: ModelConfig)
         out = out * config.logit_scale
     if config.logit_softcap is not None:
         out = config.logit_softcap * jnp.tanh(out / config.logit_softcap)
-    if out.shape[1] * lax.axis_size("tensor") == config.vocab_size:
+    if out.shape[1] * lax.axis_size(VOCABULARY) == config.vocab_size:
         return out
-    ids = lax.axis_index("tensor") * out.shape[1] + jnp.arange(out.shape[1])
+    ids = lax.axis_index(VOCABULARY) * out.shape[1] + jnp.arange(out.shape[1])
     return jnp.where(ids < config.vocab_size, out, -jnp.inf)
 
 
 def gathered(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    """All logits [B, V] on every device, of ``logits`` [B, V / tensor]."""
-    if lax.axis_size("tensor") > 1:
-        logits = lax.all_gather(logits, "tensor", axis=1, tiled=True)
+    """All logits [B, V] on every device, of ``logits`` [B, VL]."""
+    if lax.axis_size(VOCABULARY) > 1:
+        logits = lax.all_gather(logits, VOCABULARY, axis=1, tiled=True)
     return logits[:, : config.vocab_size]
 
 

@@ -1,9 +1,9 @@
 """Which layers each stage of a mesh has: as many as make the stages' bytes most equal.
 
 A step reads all of a stage's weights, so its bytes are its time, and all stages wait for the slowest. Embedding and
-head lie on every stage, each of which calculates the head's product with what the last one has: they count the same for
-all. Arrays of the layers at one place in their stages are stacked, so a device has room for as many layers as the stage
-that has the most.
+head are shared out over all devices, each of which looks up its rows for the first stage and multiplies with what the
+last one has: they count the same for all stages. Arrays of the layers at one place in their stages are stacked, so a
+device has room for as many layers as the stage that has the most.
 """
 
 import math

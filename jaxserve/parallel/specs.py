@@ -4,17 +4,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ModelConfig
 
-MESH_AXIS = {
+VOCABULARY = ("stage", "tensor")  # all devices share the rows of embedding and head, and so the columns of logits
+MESH_AXIS: dict[str | None, str | tuple[str, ...] | None] = {
     "stage": "stage",
     "kv_heads": "tensor",
     "heads": "tensor",
     "ffn": "tensor",
-    "vocab": "tensor",
+    "vocab": VOCABULARY,
     None: None,
 }
 
 REPLICATED = P()
-LOGITS = P(None, "tensor")  # [B, V], and whatever else has a column for each token
+LOGITS = P(None, VOCABULARY)  # [B, V], and whatever else has a column for each token
 HIDDEN = P("stage")  # every stage's own output, [ST, TH, D]
 
 

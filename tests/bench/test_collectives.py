@@ -36,6 +36,10 @@ def test_each_collective_is_counted_on_its_axis(stage: int, tensor: int):
         assert sent_bytes([compiled(on_stage, stage, tensor)], tensor) == (tensor * size * (stage - 1), 0)
         both = sent_bytes([compiled(lambda x: lax.psum(x, "stage"), stage, tensor)] * 2, tensor)
         assert both == (2 * tensor * 2 * size * (stage - 1), 0)
+    # Of a sum over both axes each neighbour in the ring counts for itself: the next stage is one of ``tensor``.
+    everywhere = sent_bytes([compiled(lambda x: lax.psum(x, ("stage", "tensor")), stage, tensor)], tensor)
+    total, between_stages = 2 * size * (stage * tensor - 1), 1 / tensor if stage > 1 else 0
+    assert everywhere == pytest.approx((total * between_stages, total * (1 - between_stages)))
     # Each device sends its part to all others.
     assert sent_bytes([compiled(gathered, stage, tensor)], tensor) == (0, stage * size * tensor * (tensor - 1))
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def logits(seed: int, shards: int) -> np.ndarray:
 
 def held(mesh: Mesh) -> constraints.Constraints:
     """Constraints in every slot, loaded as the runner does."""
-    shapes = constraints.constraints_shape(CONSTRAINT_DIMS, mesh.shape["tensor"])
+    shapes = constraints.constraints_shape(CONSTRAINT_DIMS, mesh.size)
     found = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     load = jax.jit(constraints.load, static_argnums=2)
     for slot in range(SLOTS):
@@ -91,7 +92,7 @@ def run(parallel: ParallelConfig, asked: Sampling) -> list[Any]:
     allowed = np.full((ROWS, CONSTRAINT_DIMS.num_words), -1, np.int32)
     allowed[5], allowed[6, :-1] = 1 << np.arange(CONSTRAINT_DIMS.num_words), 0  # of the last word its padding too
     for seed in range(3):
-        x = jax.device_put(logits(seed, parallel.tensor), NamedSharding(mesh, specs.LOGITS))
+        x = jax.device_put(logits(seed, parallel.num_devices), NamedSharding(mesh, specs.LOGITS))
         bits = None if now is None else allowed
         # The last stage's step is the one that has logits.
         buffers = np.stack([*(inputs(asked, 90 + s) for s in range(parallel.stage - 1)), inputs(asked, seed)])
@@ -103,7 +104,7 @@ def run(parallel: ParallelConfig, asked: Sampling) -> list[Any]:
 
 @pytest.mark.parametrize("asked", SAMPLINGS)
 def test_the_same_as_one_device(asked: Sampling):
-    shared = ParallelConfig(tensor=2) if asked == "constrained" else ParallelConfig(stage=2, tensor=4)
+    shared = ParallelConfig(stage=2, tensor=1 if asked == "constrained" else 4)
     want, want_last, want_kept = run(ParallelConfig(), asked)
     got, last, kept = run(shared, asked)
     for a, b in zip(got, want, strict=True):
@@ -117,7 +118,7 @@ def test_the_same_as_one_device(asked: Sampling):
 
 
 def test_the_noise_is_one_device_s():
-    mesh = make_mesh(ParallelConfig(tensor=4))
+    mesh = make_mesh(ParallelConfig(stage=2, tensor=2))
     seed = np.random.default_rng(0).integers(-(2**31), 2**31, (5, 2)).astype(np.int32)
     position = np.arange(5, dtype=np.int32)
     shared = Vocabulary(V, 4)
@@ -138,16 +139,19 @@ def gathered_sizes(compiled: jax.stages.Compiled) -> list[int]:
     ]
 
 
+@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(stage=2)], ids=str)
 @pytest.mark.parametrize("asked", SAMPLINGS)
-def test_logits_are_not_gathered(asked: Sampling):
+def test_logits_are_not_gathered(asked: Sampling, parallel: ParallelConfig):
     """What a row's best tokens take is all that an all-gather brings, in the step and in its sampler."""
-    mesh = make_mesh(ParallelConfig(tensor=2))
+    mesh, dims = make_mesh(parallel), replace(DIMS, hidden_tokens=ROWS)
     params = place_params(TreeSource(tiny.params(), tiny.CONFIG), tiny.CONFIG, tiny.CONFIG, mesh, jnp.dtype("float32"))
+    tables = (params.embed, params.head)
+    assert [x.sharding.shard_shape(x.shape)[0] for x in tables] == [-(-tiny.CONFIG.vocab_size // 2)] * 2
     cache = CacheConfig(num_pages=16, page_size=4)
-    state = state_shape(tiny.CONFIG, cache, DIMS, [BUCKET], mesh, jnp.dtype("float32"))
-    sampler = lower_sampler(tiny.CONFIG, state, DIMS, ROWS, mesh, asked).compile()
+    state = state_shape(tiny.CONFIG, cache, dims, [BUCKET], mesh, jnp.dtype("float32"))
+    sampler = lower_sampler(tiny.CONFIG, state, dims, ROWS, mesh, asked).compile()
     sizes = gathered_sizes(sampler)
     assert len(sizes) == (2 if asked in sampling.LOOKS_AT_ALL else 0)  # ids and values
     assert all(size == ROWS * 2 * DIMS.max_logprobs for size in sizes)
     if asked == "greedy":
-        assert gathered_sizes(lower_step(tiny.CONFIG, params, state, DIMS, BUCKET, mesh).compile()) == []
+        assert gathered_sizes(lower_step(tiny.CONFIG, params, state, dims, BUCKET, mesh).compile()) == []

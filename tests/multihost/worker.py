@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.joining import follow, joined, leave_cluster
-from jaxserve.model.params import TreeSource, init_params
+from jaxserve.model.params import TreeSource, init_params, named_leaves
 from jaxserve.multihost.cluster import Timeouts
 from jaxserve.multihost.process import Process
 from jaxserve.sampling_params import SamplingParams
@@ -57,9 +57,15 @@ def build(checkpoint: Checkpoint, **options: Any) -> Engine:
 
 
 def own_bytes(engine: Engine) -> int:
-    """Of the parameters' parts that this process' devices have, each counted once."""
-    leaves = jax.tree.leaves(engine.loop.runner._params)
-    return sum(sum({str(s.index): s.data.nbytes for s in leaf.addressable_shards}.values()) for leaf in leaves)
+    """Of the parameters' parts that this process' devices have, each counted once, without the rows that pad V."""
+    total = 0
+    for name, leaf in named_leaves(engine.loop.runner._params):
+        parts = {str(s.index): s for s in leaf.addressable_shards}.values()
+        for rows, nbytes in ((s.index[0].indices(len(leaf)), s.data.nbytes) for s in parts):
+            is_table = name in ("embed", "head")
+            given = len(range(*rows)[: max(0, CONFIG.vocab_size - rows[0])]) if is_table else len(range(*rows))
+            total += nbytes * given // len(range(*rows))
+    return total
 
 
 def work(engine: Engine) -> dict[str, Any]:
