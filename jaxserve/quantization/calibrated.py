@@ -15,15 +15,15 @@ from jaxserve.model.params import layer_specs, named_leaves, param_specs
 from jaxserve.quantization.activations import check_calibratable, layer_forward, layer_moments
 from jaxserve.quantization.awq import scaled_layer
 from jaxserve.quantization.checkpoint import Read
-from jaxserve.quantization.clipping import clipped_grid
 from jaxserve.quantization.gptq import gptq
-from jaxserve.quantization.rounding import check_finite, int4_parts, pack
+from jaxserve.quantization.rounding import check_finite, pack
 
 
 class CalibratedSource:
     """A ``ParamSource`` of ``config``'s parameters, quantized by its method, over ``read`` of the plain ones.
 
     Layers are made in order, each on the hidden states that the quantized ones before it give; going back starts over.
+    AWQ only scales columns: they are rounded as GPTQ's then, but in their own order, as its layout has no other.
 
     Args:
         sequences: token ids, each sequence read from its start.
@@ -94,21 +94,16 @@ class CalibratedSource:
                 leaves[name] = given if values is stored[field][0] else values.astype(given.dtype)
                 p[field] = leaves[name].astype(np.float32)
                 continue
-            if self._method == "gptq":
-                matrix, rows = values.reshape(-1, values.shape[-1]), values.shape[:-1]
-                found = gptq(name, matrix, moments[field].second, groups[field], has_bias=form.has_bias)
-                parts = {"q": pack(found.q).reshape(*rows, -1), "scale": found.scale.reshape(*rows, -1)}
+            second = moments[field].second
+            if (s := scales.get(field)) is not None:  # its inputs are scaled down
+                second = second / np.outer(s, s)
+            matrix, rows = values.reshape(-1, values.shape[-1]), values.shape[:-1]
+            found = gptq(name, matrix, second, groups[field], has_bias=form.has_bias, act_order=form.has_perm)
+            parts = {"q": pack(found.q).reshape(*rows, -1), "scale": found.scale.reshape(*rows, -1)}
+            if form.has_perm:
                 parts["perm"] = found.perm
-                if form.has_bias:
-                    parts["bias"] = (-found.zero * found.scale).reshape(*rows, -1)
-            else:
-                second = moments[field].second
-                if (s := scales.get(field)) is not None:  # its inputs are scaled down
-                    second = second / np.outer(s, s)
-                matrix = jnp.asarray(values.reshape(-1, values.shape[-1]))
-                grid = clipped_grid(matrix, second, group_size=groups[field])
-                shape = (*values.shape[:-1], -1)
-                parts = int4_parts(form, values, *(np.asarray(x).reshape(shape) for x in grid))
+            if form.has_bias:
+                parts["bias"] = (-found.zero * found.scale).reshape(*rows, -1)
             leaves |= {f"{name}.{part}": array for part, array in parts.items()}
             p[field] = dequantize(form, parts["q"], parts["scale"], parts.get("bias"), parts.get("perm"))
         kind = layer_kind(self._plain, layer)

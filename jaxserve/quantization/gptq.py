@@ -2,7 +2,7 @@
 are left, as far as the inputs' second moments let them."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,20 @@ class Int4(NamedTuple):
     perm: np.ndarray  # [in] i32
 
 
-def gptq(name: str, w: np.ndarray, second: jax.Array, group_size: int, *, has_bias: bool = True) -> Int4:
+def gptq(
+    name: str, w: np.ndarray, second: Any, group_size: int, *, has_bias: bool = True, act_order: bool = True
+) -> Int4:
     """``w`` [out, in] f32 in int4 for inputs with the second moments ``second`` [in, in].
 
-    Act-order: columns are taken in the order of their inputs' size, largest first, and groups are made in that order.
-    Without ``has_bias`` every zero point is 8.
+    With ``act_order`` columns are taken in the order of their inputs' size, largest first, and groups are made in that
+    order; without it as they come, and ``perm`` changes nothing. Without ``has_bias`` every zero point is 8.
 
     Raises:
         CheckpointError: the second moments cannot be factorized with any damping; names the parameter.
     """
+    second = jnp.asarray(second)
     diagonal = jnp.diagonal(second)
-    perm = jnp.argsort(-diagonal)
+    perm = jnp.argsort(-diagonal) if act_order else jnp.arange(len(diagonal))
     w_sorted = jnp.where(diagonal == 0, 0, jnp.asarray(w))[:, perm]  # an input that is always 0 multiplies nothing
     moments = second[perm][:, perm]
     moments = moments + jnp.diag(jnp.where(diagonal[perm] == 0, 1.0, 0.0))

@@ -13,9 +13,10 @@ MIDDLE = 8  # the int4 that stands for 0 where there are no zero points
 SCALES = 2.0**-24, 65504.0  # the least and largest float16
 
 
-def int4_grid(low: Any, high: Any, *, has_bias: bool) -> tuple[Any, Any]:
+def int4_grid(low: Any, high: Any, *, has_bias: bool, stretch: Any = 1.0) -> tuple[Any, Any]:
     """Scale and zero point, f32, of groups of int4 numbers whose least and largest values are ``low`` and ``high``
-    (arrays of numpy or jax, of any one shape): number ``q`` stands for ``scale * (q - zero)``.
+    (arrays of numpy or jax, of any one shape): number ``q`` stands for ``scale * (q - zero)``. The scale is
+    ``stretch`` times what the range needs.
 
     What the layouts of GPTQ and AWQ can say: a scale is a float16, a zero point a whole number of 0 to 15 (without
     biases always 8), so 0 stays 0. A group of zeros has scale 1.
@@ -23,7 +24,7 @@ def int4_grid(low: Any, high: Any, *, has_bias: bool) -> tuple[Any, Any]:
     xp = low.__array_namespace__()
     low, high = xp.minimum(low, 0), xp.maximum(high, 0)
     span = high - low if has_bias else 2 * xp.maximum(high, -low)
-    scale = xp.clip(span / LEVELS["int4"], *SCALES).astype(np.float16).astype(np.float32)
+    scale = xp.clip(span * stretch / LEVELS["int4"], *SCALES).astype(np.float16).astype(np.float32)
     scale = xp.where(span > 0, scale, np.float32(1))
     if not has_bias:
         return scale, xp.full_like(scale, MIDDLE)
@@ -41,20 +42,12 @@ def round_to_nearest(name: str, matrix_format: MatrixFormat, w: np.ndarray) -> d
     grouped = w.reshape(*w.shape[:-1], -1, matrix_format.group_size or w.shape[-1])
     if matrix_format.kind == "int4":
         scale, zero = int4_grid(grouped.min(-1), grouped.max(-1), has_bias=matrix_format.has_bias)
-        return int4_parts(matrix_format, w, scale, zero)
+        q = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], 0, LEVELS["int4"])
+        parts = {"q": pack(q.reshape(w.shape)), "scale": scale}
+        return parts | {"bias": -zero * scale} if matrix_format.has_bias else parts
     scale = np.abs(grouped).max(-1) / LEVELS[matrix_format.kind]
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
     return {"q": np.rint(grouped / scale[..., None]).reshape(w.shape).astype(np.int8), "scale": scale}
-
-
-def int4_parts(
-    matrix_format: MatrixFormat, w: np.ndarray, scale: np.ndarray, zero: np.ndarray
-) -> dict[str, np.ndarray]:
-    """``w`` [..., out, in] on a grid [..., out, groups] of ``int4_grid``, as ``round_to_nearest``."""
-    grouped = w.reshape(*scale.shape, -1)
-    q = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], 0, LEVELS["int4"])
-    parts = {"q": pack(q.reshape(w.shape)), "scale": scale}
-    return parts | {"bias": -zero * scale} if matrix_format.has_bias else parts
 
 
 def pack(q: np.ndarray) -> np.ndarray:

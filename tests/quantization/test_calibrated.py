@@ -14,7 +14,7 @@ from jaxserve.model.params import TreeSource, named_leaves, param_specs
 from jaxserve.quantization.activations import Moments, layer_forward, layer_moments
 from jaxserve.quantization.awq import best_scale, rounded, scaled_layer
 from jaxserve.quantization.calibrated import CalibratedSource
-from jaxserve.quantization.clipping import clipped_grid, on_grid
+from jaxserve.quantization.clipping import best_grid, on_grid
 from jaxserve.quantization.convert import quantize
 from jaxserve.quantization.gptq import gptq
 from jaxserve.quantization.recipe import quantized_config
@@ -42,11 +42,17 @@ def output_error(w: np.ndarray, approximated: np.ndarray, x: np.ndarray) -> floa
     return float(np.linalg.norm(x @ (approximated - w).T) / np.linalg.norm(x @ w.T))
 
 
-def test_outputs_are_nearer_than_those_of_rounding():
+def squares(error):
+    return (error**2).sum(-1)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_outputs_are_nearer_than_those_of_rounding(act_order):
     w, x, moments = problem()
     nearest = output_error(w, np.asarray(rounded(jnp.asarray(w), 16)), x)
-    found = gptq("m", w, moments.second, 16)
+    found = gptq("m", w, moments.second, 16, act_order=act_order)
     assert found.q.max() <= 15 and sorted(found.perm) == list(range(64))
+    assert act_order or list(found.perm) == list(range(64))
     assert output_error(w, dequantized(found), x) < 0.6 * nearest
     scale = np.asarray(best_scale(jnp.asarray(w), *moments, group_size=16))
     assert output_error(w, np.asarray(rounded(jnp.asarray(w * scale), 16)) / scale, x) < 0.9 * nearest
@@ -55,21 +61,34 @@ def test_outputs_are_nearer_than_those_of_rounding():
 def test_gptq_with_inputs_of_one_size_that_are_independent_is_rounding():
     w, _, _ = problem()
     found = gptq("m", w, jnp.eye(64), 16)
-    nearest = on_grid(jnp.asarray(w).reshape(24, -1, 16), *clipped_grid(jnp.asarray(w), jnp.eye(64), group_size=16))
+    grouped = jnp.asarray(w).reshape(24, -1, 16)
+    nearest = on_grid(grouped, *best_grid(grouped, squares, has_bias=True))
     np.testing.assert_allclose(dequantized(found), nearest.reshape(w.shape), atol=1e-5)
 
 
-def test_a_smaller_range_serves_the_inputs_better_where_it_does():
-    w, x, moments = problem()
-    w[:, ::16] *= 6  # one large weight in each group
-    whole = rounded(jnp.asarray(w), 16)
-    scale, zero = clipped_grid(jnp.asarray(w), moments.second, group_size=16)
-    found = on_grid(jnp.asarray(w).reshape(24, -1, 16), scale, zero).reshape(w.shape)
-    for group in range(4):  # each by itself
-        own = slice(16 * group, 16 * group + 16)
-        assert output_error(w[:, own], np.asarray(found)[:, own], x[:, own]) < output_error(
-            w[:, own], np.asarray(whole)[:, own], x[:, own]
-        )
+def test_a_smaller_range_is_found_where_that_serves_the_inputs_better():
+    w, _, _ = problem()
+    w[:, ::16] *= 6  # one large weight in each group, whose input is small
+    grouped, sizes = jnp.asarray(w).reshape(24, -1, 16), jnp.where(jnp.arange(16) == 0, 1e-3, 1.0)
+    scale, zero = best_grid(grouped, lambda error: squares(error * sizes), has_bias=True)
+    error = squares((on_grid(grouped, scale, zero) - grouped) * sizes)
+    whole = squares((np.asarray(rounded(jnp.asarray(w), 16)).reshape(grouped.shape) - grouped) * sizes)
+    assert error.sum() < 0.8 * whole.sum() and (error <= whole).all()
+    assert (scale < 0.8 * (grouped.max(-1) - grouped.min(-1)) / 15).any()
+
+
+def test_weights_of_a_larger_groups_grid_are_found_again():
+    """Groups of 64 rounded before, whose extremes most groups of 16 do not have."""
+    r = np.random.default_rng(5)
+    step = r.uniform(0.01, 0.1, (24, 1)).astype(np.float16).astype(np.float32)
+    zero = r.integers(4, 12, (24, 1))
+    numbers = np.rint(zero + r.uniform(-4, 4, (24, 64)))
+    numbers[:, 0::16], numbers[:, 1::16] = zero - 4, zero + 4  # a group spans 8 steps at the least
+    numbers[:, :1], numbers[:, 1:2] = 0, 15
+    w = ((numbers - zero) * step).astype(np.float32)
+    assert np.abs(np.asarray(rounded(jnp.asarray(w), 16)) - w).max() > 0.2 * step.min()
+    found = gptq("m", w, problem()[2].second, 16, act_order=False)
+    np.testing.assert_allclose(dequantized(found), w, atol=1e-6)
 
 
 def test_gptq_where_an_input_is_always_zero_and_where_moments_are_none():
