@@ -36,6 +36,7 @@ from jaxserve.execution.lowering import (
     state_shape,
 )
 from jaxserve.execution.placement import put_everywhere
+from jaxserve.execution.sampling import LOOKS_AT_ALL
 from jaxserve.execution.step import (
     StageParams,
 )
@@ -171,7 +172,7 @@ class Runner:
             for num_rows in sorted({b.num_rows for b in buckets}):
                 lower = partial(lower_sampler, self.config, self._state_shape, self.dims, num_rows, self.mesh, asked)
                 jobs.append(_Job(self._samplers, (num_rows, asked), lower))
-        if self.dims.hidden_tokens:
+        if self._has_readers:
             for lower in (lower_scorer, lower_pooler):
                 jobs.append(_Job(self._readers, lower, partial(lower, *arrays, self.mesh)))
         # XLA compiles without the interpreter's lock, in threads. Lowering is Python: here, one after another, so that
@@ -213,9 +214,15 @@ class Runner:
                 on_progress("warm-up", i + 1, len(jobs))
         if self._adapters is not None:
             self.write_adapter(_zeros(self.adapter_shape()), 0)
-        if self.dims.hidden_tokens:
+        if self._has_readers:
             self.read_scores(self.score([0], [0]), in_full=False)
             self.read_pooled(self.pool(np.zeros(self.dims.hidden_tokens, np.int32)))
+
+    @property
+    def _has_readers(self) -> bool:
+        """Whether requests may ask for scores or embeddings; with stages, hidden states are there for the next one,
+        too."""
+        return self.dims.hidden_tokens > 0 and bool(set(self._samplings) & set(LOOKS_AT_ALL))
 
     @property
     def _num_variants(self) -> int:
