@@ -1,6 +1,6 @@
 """A model with a large vocabulary on pipeline stages: what one tick costs the processor, and what a device holds.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 python benchmarks/pipeline_head.py --mesh stage=4
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 PYTHONPATH=. python benchmarks/pipeline_head.py --mesh stage=4
 
 Prints a JSON line for each way to sample. No engine: the same step again and again, of rows that all decode. Virtual
 CPU devices share the processor's cores, so that what every stage calculates is counted as often as there are stages.
@@ -16,25 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.pipeline_bubble import CONFIG
 from jaxserve.bench.environment import environment
-from jaxserve.config import CacheConfig, ModelConfig
+from jaxserve.config import CacheConfig
 from jaxserve.execution.placement import place_params
 from jaxserve.execution.runner import Runner
 from jaxserve.model.params import TreeSource, init_params
 from jaxserve.parallel.mesh import make_mesh, parse_mesh
 from jaxserve.step_io import Bucket, Sampling, StepDims, new_inputs
 
-CONFIG = ModelConfig(
-    vocab_size=65536,
-    hidden_size=512,
-    intermediate_size=1536,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=64,
-    max_position_embeddings=512,
-    eos_token_ids=(),
-)
+VOCAB = 65536
 SAMPLINGS: tuple[Sampling, ...] = ("greedy", "any")
 CONTEXT, PAGE_SIZE, TICKS = 40, 16, 10
 
@@ -43,14 +34,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a tick of a model with a large vocabulary costs.")
     parser.add_argument("--mesh", default="stage=4")
     parser.add_argument("--rows", type=int, default=8, help="Of the step in each stage.")
-    parser.add_argument("--vocab", type=int, default=CONFIG.vocab_size)
+    parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
-    config, mesh, dtype = (
-        replace(CONFIG, vocab_size=asked.vocab),
-        make_mesh(parse_mesh(asked.mesh)),
-        jnp.dtype("float32"),
-    )
+    config, mesh = replace(CONFIG, vocab_size=asked.vocab), make_mesh(parse_mesh(asked.mesh))
+    dtype = jnp.dtype("float32")
     params = place_params(TreeSource(init_params(config, jax.random.key(0)), config), config, config, mesh, dtype)
     stages, bucket = mesh.shape["stage"], Bucket(asked.rows, 0, 0)
     each = -(-CONTEXT // PAGE_SIZE)
