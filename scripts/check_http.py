@@ -35,6 +35,9 @@ def server(model: str) -> Iterator[tuple[str, str]]:
     """HTTP address and gRPC target of a server of ``model``, once it is ready."""
     command = [sys.executable, "-m", "jaxserve", "serve", model, *SERVE]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        showing = threading.Thread(
+            target=lambda: [print(line, end="", file=sys.stderr) for line in process.stderr or ()]
+        )
         try:
             assert process.stderr is not None
             found = None
@@ -45,12 +48,12 @@ def server(model: str) -> Iterator[tuple[str, str]]:
                     break
             if found is None:
                 raise SystemExit("the server did not start")
-            threading.Thread(
-                target=lambda: [print(line, end="", file=sys.stderr) for line in process.stderr or ()]
-            ).start()
+            showing.start()
             yield f"http://{found[2]}", found[1]
         finally:
             process.terminate()
+            if showing.ident is not None:  # to the last line, before the pipe is closed under it
+                showing.join()
 
 
 class Tools:

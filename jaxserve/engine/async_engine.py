@@ -323,16 +323,17 @@ class AsyncEngine:
                 return False
             if not self._watchdog.end() or self._has_ended:
                 return False
-        exact = any(event.finish_reason is not None for event in events) or not engine.has_unfinished()
-        if exact:  # who has seen a request's last event finds it in the figures
-            self._stats = engine.stats()
+        ended = any(event.finish_reason is not None for event in events) or not engine.has_unfinished()
+        if ended:  # who has seen a request's last event finds it in the figures
+            self._refresh_stats(engine)
         self._publish(engine, events)
-        if not exact and time.monotonic() >= self._next_stats:  # what readers wait for goes first
-            self._stats = engine.stats()
-            exact = True
-        if exact:
-            self._next_stats = time.monotonic() + STATS_INTERVAL_S
+        if not ended and time.monotonic() >= self._next_stats:  # what readers wait for goes first
+            self._refresh_stats(engine)
         return True
+
+    def _refresh_stats(self, engine: EngineCore) -> None:
+        self._stats = engine.stats()
+        self._next_stats = time.monotonic() + STATS_INTERVAL_S
 
     def _next_commands(self, engine: EngineCore) -> deque[Command] | None:
         """Commands to run before the next step, sleeping while there is nothing to do. None: the engine was closed."""
