@@ -1,5 +1,6 @@
 """The ``jaxserve`` command: its subcommands and the one place where errors become a line and an exit status."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -46,7 +47,9 @@ def _top_level(
 
 def main() -> None:
     """The console script. Ends the process without waiting for threads: one that is inside XLA's compiler, of a server
-    that was told to stop while loading, cannot be interrupted, and the commands have closed what they opened."""
+    that was told to stop while loading, cannot be interrupted, and the commands have closed what they opened. A crash
+    in compiled code says on stderr where Python was."""
+    faulthandler.enable()
     status = run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: a late Ctrl-C has nothing left to stop
     sys.stdout.flush()

@@ -117,9 +117,15 @@ def place_params(
         (name, spec, place_as)
         for (name, spec), (_, place_as) in zip(named_leaves(shapes), named_leaves(formats), strict=True)
     ]
+    # One before there are threads: JAX makes the Python type that goes over a list of devices when it first needs it,
+    # and a second thread that needs it meanwhile ends the process (nanobind's make_iterator, if an audit hook lets go
+    # of the interpreter's lock).
+    first = min(range(len(jobs)), key=lambda i: math.prod(jobs[i][1].shape))
+    leaves = {first: place(*jobs[first])}
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
-        leaves = list(pool.map(lambda job: place(*job), jobs))
-    return prepare_params(jax.tree.unflatten(jax.tree.structure(formats), leaves), mesh)
+        rest = [i for i in range(len(jobs)) if i != first]
+        leaves |= zip(rest, pool.map(lambda i: place(*jobs[i]), rest), strict=True)
+    return prepare_params(jax.tree.unflatten(jax.tree.structure(formats), [leaves[i] for i in range(len(jobs))]), mesh)
 
 
 def copied_params(params: StageParams, mesh: Mesh) -> StageParams:

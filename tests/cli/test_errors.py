@@ -1,6 +1,9 @@
 """Every error is one line on stderr with a status that tells bad input from failure; a traceback only with --debug."""
 
+import signal
 import socket
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -133,3 +136,11 @@ def test_unexpected_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("jaxserve.checkpoint.open.resolve_model", broken)
     assert run(["info", DEFAULT_MODEL]) == 1
     assert error_line(capsys).startswith("KeyError: ")
+
+
+def test_a_crash_says_where_python_was():
+    crash = "lambda arguments: os.kill(os.getpid(), signal.SIGSEGV)"
+    code = f"import os, signal; from jaxserve.cli import app; app.run = {crash}; app.main()"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in ran.stderr and 'cli/app.py", line' in ran.stderr

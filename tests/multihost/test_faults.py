@@ -65,7 +65,8 @@ def launched(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str
             )
         deadline = time.monotonic() + START_S
         while not ((folder / "port").exists() and health(f"127.0.0.1:{(folder / 'port').read_text().strip()}")):
-            assert all(process.poll() is None for process in started), [p.communicate() for p in started if p.poll()]
+            over = [process for process in started if process.poll() is not None]
+            assert not over, [(process.returncode, *process.communicate(timeout=10)) for process in over]
             assert time.monotonic() < deadline
             time.sleep(0.1)
         yield started[0], started[1], f"127.0.0.1:{(folder / 'port').read_text().strip()}"
