@@ -2,8 +2,9 @@
 
     loop: stream() --commands--> engine thread: add / abort / step --one delivery per step--> loop: _Stream --> reader
 
-The engine thread is the only one that touches the engine and ``_streams``; a ``_Stream`` is touched only on its own
-loop's thread. Commands go through a list guarded by one condition, on which the thread sleeps when it has no work.
+The engine thread is the only one that touches the engine and ``_streams`` (whoever ends everything from outside takes
+all out of those); a ``_Stream`` is touched only on its own loop's thread. Commands go through a list guarded by one
+condition, on which the thread sleeps when it has no work.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
@@ -89,10 +90,12 @@ class AsyncEngine:
         self._max_requests_per_client = max_requests_per_client
         self._observer = observer
         self._on_failure = on_failure
-        self._wake = threading.Condition()  # guards _state and _commands
+        self._wake = threading.Condition()  # guards _state, _commands and _running
         self._state: State = "loading"
         self._has_ended = False
+        self._failure: BaseException | None = None  # that it ended by
         self._commands: deque[Command] = deque()
+        self._running: Command | None = None  # the one that the engine thread runs, until it is answered
         self._engine: EngineCore | None = None  # set once; used outside its thread only for facts and make_request
         self._stats: EngineStats | None = None
         self._next_stats = 0.0  # engine thread only: when they are taken again
@@ -258,7 +261,7 @@ class AsyncEngine:
     async def _idle(self) -> None:
         waiter: Future[None] = _started_future()
         self._post(lambda _: self._idle_waiters.append(waiter), when=("draining",)).add_done_callback(
-            lambda posted: waiter.set_result(None) if posted.exception() else None
+            lambda posted: _release(waiter) if posted.exception() else None
         )
         await asyncio.wrap_future(waiter)
 
@@ -290,7 +293,8 @@ class AsyncEngine:
         failure = None
         try:
             if not self._serve(engine):
-                return  # another thread has ended everything; the device is not to be touched again
+                self._dismiss()  # another thread has ended everything; the device is not to be touched again
+                return
         except BaseException as error:
             logger.exception("the engine failed")
             failure = error
@@ -299,18 +303,20 @@ class AsyncEngine:
         engine.close()
 
     def _serve(self, engine: EngineCore) -> bool:
-        """Returns when the engine was closed. False: another thread has ended everything during a step, and what that
-        left is not this thread's."""
-        while (commands := self._next_commands(engine)) is not None:
-            if not self._turn(engine, commands):
+        """Returns when the engine was closed. False: another thread has ended everything while this one had
+        commands or a step, and what they left is not this thread's."""
+        while (num_commands := self._next_commands(engine)) is not None:
+            if not self._turn(engine, num_commands):
                 return False
         return True
 
-    def _turn(self, engine: EngineCore, commands: deque[Command]) -> bool:
+    def _turn(self, engine: EngineCore, num_commands: int) -> bool:
         """Runs the commands, then a step if there is one to do. False: see ``_serve``."""
-        is_asked = bool(commands)
-        while commands:  # taken out: whoever keeps one's error keeps this frame, too, which would keep all of them
-            _answer(engine, *commands.popleft())
+        is_asked = num_commands > 0
+        for _ in range(num_commands):  # not those that come meanwhile, which would hold up the step
+            self._run_command(engine)
+        if self._has_ended:
+            return False
         # A command may have left only a last event to give: has_unfinished() need not count that as work.
         events: list[TokenEvent] = []
         if is_asked or engine.has_unfinished():
@@ -335,26 +341,44 @@ class AsyncEngine:
         self._stats = engine.stats()
         self._next_stats = time.monotonic() + STATS_INTERVAL_S
 
-    def _next_commands(self, engine: EngineCore) -> deque[Command] | None:
-        """Commands to run before the next step, sleeping while there is nothing to do. None: the engine was closed."""
+    def _next_commands(self, engine: EngineCore) -> int | None:
+        """How many commands to run before the next step, sleeping while there is nothing to do. None: the engine was
+        closed."""
         with self._wake:
             while not self._commands and not engine.has_unfinished() and not self._is_over:
-                for waiter in self._idle_waiters:
-                    waiter.set_result(None)
-                self._idle_waiters.clear()
+                while self._idle_waiters:
+                    _release(self._idle_waiters.pop())
                 self._wake.wait()
-            commands, self._commands = self._commands, deque()
-            if self._is_over:
-                self._commands = commands  # _end refuses them
-                return None
-            return commands
+            return None if self._is_over else len(self._commands)
+
+    def _run_command(self, engine: EngineCore) -> None:
+        """Runs the oldest command, which ``_end`` may answer meanwhile, as it does those behind it."""
+        with self._wake:
+            if not self._commands:
+                return
+            self._running = self._commands.popleft()
+            command, future = self._running
+        try:
+            result = command(engine)
+        except Exception as error:  # not kept here: who keeps it keeps this frame
+            self._answer(future.set_exception, error)
+        else:
+            self._answer(future.set_result, result)
+
+    def _answer(self, tell: Callable[[Any], None], what: Any) -> None:
+        with self._wake:
+            is_answered, self._running = self._running is None, None
+        if not is_answered:
+            tell(what)
 
     def _publish(self, engine: EngineCore, events: list[TokenEvent]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]] = {}
         for event in events:
-            stream = self._streams[event.request_id]
+            stream = self._streams.get(event.request_id)
+            if stream is None:  # ``_end`` has told it
+                continue
             if event.ends_request:
-                del self._streams[event.request_id]
+                self._streams.pop(event.request_id, None)
             by_loop.setdefault(stream.loop, []).append((stream, event))
         for loop, deliveries in by_loop.items():
             try:
@@ -396,34 +420,41 @@ class AsyncEngine:
         with self._wake:
             if self._has_ended:
                 return
+            self._failure = failure
             self._has_ended = True
             self._state = "closed" if failure is None else "failed"
-            commands, self._commands = self._commands, deque()
+            commands, self._commands = [*((self._running,) if self._running else ()), *self._commands], deque()
+            self._running = None
             if failure is not None and not self._ready.done():
                 self._ready.set_exception(failure)
             self._wake.notify()
         for _, future in commands:
             future.set_exception(NotServingError(f"the engine is {self._state}"))
-        for stream in list(self._streams.values()):  # of another thread, when it was told to ``fail``
-            error = NotServingError("the engine was closed") if failure is None else _failed(failure)
-            try:
-                stream.loop.call_soon_threadsafe(stream.fail, error)
-            except RuntimeError:
-                logger.debug("a stream's loop was closed before its engine ended")
-        self._streams.clear()
-        for waiter in self._idle_waiters:
-            waiter.set_result(None)
+        self._dismiss()
         if failure is None:
             self._stopped.set_result(None)
         else:
             self._stopped.set_exception(_failed(failure))
 
+    def _dismiss(self) -> None:
+        """Tells streams and waiters that everything has ended. Again by the engine thread where another one has ended
+        it: what a command was adding meanwhile came too late for that one."""
+        while self._streams:
+            with suppress(KeyError):  # the last one's end was published just now
+                _, stream = self._streams.popitem()
+                error = NotServingError("the engine was closed") if self._failure is None else _failed(self._failure)
+                try:
+                    stream.loop.call_soon_threadsafe(stream.fail, error)
+                except RuntimeError:
+                    logger.debug("a stream's loop was closed before its engine ended")
+        while self._idle_waiters:
+            with suppress(IndexError):
+                _release(self._idle_waiters.pop())
 
-def _answer(engine: EngineCore, command: Callable[[EngineCore], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(command(engine))
-    except Exception as error:
-        future.set_exception(error)
+
+def _release(waiter: Future[None]) -> None:
+    with suppress(InvalidStateError):  # of two threads that know of the end
+        waiter.set_result(None)
 
 
 def _tell_refusal(stream: EventStream, added: Future[Any]) -> None:

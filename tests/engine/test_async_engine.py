@@ -261,6 +261,34 @@ async def test_a_step_over_the_limit_fails_all_and_what_comes_of_it_is_not_used(
         assert await async_engine.close() is True and async_engine.state == "failed"
 
 
+async def test_an_end_from_outside_while_commands_run_leaves_nobody_waiting():
+    """As of a process of the cluster that has gone: a thread that listens to it says so at any moment."""
+
+    class Unlucky(FakeEngine):
+        def add_request(self, request):
+            other = threading.Thread(target=async_engine.fail, args=(RuntimeError("a process is lost"),))
+            other.start()
+            other.join()
+            super().add_request(request)
+
+    engine, may_go_on = Unlucky(), threading.Event()
+    async with running(engine) as async_engine:
+        holding = async_engine._post(lambda _: may_go_on.wait(TIMEOUT_S))
+        being_added, behind = [asyncio.ensure_future(tokens_of(async_engine.stream(request_of(engine)))) for _ in "ab"]
+        aborting = asyncio.ensure_future(async_engine.abort("x"))
+        while len(async_engine._commands) < 3:
+            await asyncio.sleep(0)
+        may_go_on.set()
+        assert holding.result(TIMEOUT_S)
+        async with asyncio.timeout(TIMEOUT_S):
+            for waiting in (being_added, behind, aborting):
+                with pytest.raises(NotServingError, match="failed"):
+                    await waiting
+        with pytest.raises(EngineFailedError, match="a process is lost"):
+            await async_engine.wait_stopped()
+        assert engine.num_steps == 0, "the device is not to be touched again"
+
+
 async def test_drain_lets_running_requests_finish_and_takes_no_new_one():
     engine = FakeEngine(step_delay_s=0.001)
     async with running(engine) as async_engine:
