@@ -8,7 +8,7 @@ second best.
 
 import json
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import jax.numpy as jnp
@@ -35,7 +35,11 @@ NUM_TOKENS = 24
 
 
 def completions(
-    mesh_text: str = "", *, dtype: str = "bfloat16", config: ModelConfig = TINY, logprobs: int = 0
+    mesh_text: str = "",
+    *,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    config: ModelConfig = TINY,
+    logprobs: int = 0,
 ) -> list[Any]:
     """``NUM_TOKENS`` greedy tokens behind each of the prompts, with their log-probabilities and those of so many of the
     best."""

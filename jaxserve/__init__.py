@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxserve.config import ModelConfig
     from jaxserve.engine.async_engine import AsyncEngine
     from jaxserve.engine.engine import Engine
+    from jaxserve.engine.options import EngineOptions
     from jaxserve.errors import RequestError
     from jaxserve.request import Completion, Embedding, TokenEvent
     from jaxserve.sampling_params import SamplingParams, StructuredOutputs
@@ -24,6 +25,7 @@ _HOMES = {
     "Completion": "jaxserve.request",
     "Embedding": "jaxserve.request",
     "Engine": "jaxserve.engine.engine",
+    "EngineOptions": "jaxserve.engine.options",
     "ModelConfig": "jaxserve.config",
     "RequestError": "jaxserve.errors",
     "SamplingParams": "jaxserve.sampling_params",
@@ -37,6 +39,7 @@ __all__ = [
     "Completion",
     "Embedding",
     "Engine",
+    "EngineOptions",
     "ModelConfig",
     "RequestError",
     "SamplingParams",

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import numpy as np
 
@@ -15,10 +15,10 @@ from jaxserve.engine.loading import LoadFormat, opened_model
 from jaxserve.engine.loop import StepLoop
 from jaxserve.engine.loras import PlacedLora
 from jaxserve.engine.mirror import LeadingRunner
+from jaxserve.engine.options import EngineOptions, check_names
 from jaxserve.engine.output import completions_of, embedding_of
 from jaxserve.engine.step_times import StepTimes
 from jaxserve.errors import QueueFullError, RequestError
-from jaxserve.execution.runner import Progress
 from jaxserve.execution.step import StageParams
 from jaxserve.model.lora import Adapter
 from jaxserve.request import Completion, Embedding, EngineStats, LoadedAdapter, PageMap, Pooling, Request, TokenEvent
@@ -49,32 +49,39 @@ class Engine:
         skip_tokenizer_init: bool = False,
         generation_config: Literal["auto", "none"] = "auto",
         quantization: str = "auto",
-        on_progress: Progress | None = None,
-        **options: Any,
+        model_name: str | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        **options: Unpack[EngineOptions],
     ) -> Self:
         """An engine from a checkpoint: a known name, a GGUF file, or a folder with one or in the Hugging Face layout.
 
         Args:
             name_or_path, load_format, skip_tokenizer_init, generation_config, quantization: see
                 ``loading.opened_model``.
-            on_progress: called with (stage, done, total) while loading, compiling and warming up.
-            options: as for ``from_params``.
+            model_name, sampling_defaults: as for ``from_params``; None are the checkpoint's own.
+            options: see ``EngineOptions``.
 
         Raises:
             CheckpointError: nothing is found under that name, or the file cannot be used; names the tensor or offset.
+            TypeError: an option that no engine has.
             ValueError: an option that does not fit the model or the memory, with both numbers.
         """
+        check_names(options)
         with opened_model(
             name_or_path,
             load_format=load_format,
             skip_tokenizer_init=skip_tokenizer_init,
             generation_config=generation_config,
             quantization=quantization,
-            on_progress=on_progress,
+            on_progress=options.get("on_progress"),
         ) as model:
-            about = {"model_name": model.name, "sampling_defaults": model.sampling_defaults}
-            return cls.from_params(
-                model.config, model.params, model.tokenizer, **(about | options), on_progress=on_progress
+            return cls(
+                model.config,
+                model.params,
+                model.tokenizer,
+                model_name=model.name if model_name is None else model_name,
+                sampling_defaults=model.sampling_defaults if sampling_defaults is None else sampling_defaults,
+                **options,
             )
 
     @classmethod
@@ -83,13 +90,15 @@ class Engine:
         model_config: ModelConfig,
         params: GivenParams,
         tokenizer: Tokenizer | None = None,
-        **options: Any,
+        *,
+        model_name: str = "model",
+        sampling_defaults: Mapping[str, Any] | None = None,
+        **options: Unpack[EngineOptions],
     ) -> Self:
-        """An engine over live arrays (``jaxserve.model.params`` has the tree and its layout).
-
-        ``options`` are the keywords of the constructor.
-        """
-        return cls(model_config, params, tokenizer, **options)
+        """An engine over live arrays (``jaxserve.model.params`` has the tree and its layout); as the constructor."""
+        return cls(
+            model_config, params, tokenizer, model_name=model_name, sampling_defaults=sampling_defaults, **options
+        )
 
     def __init__(
         self,
@@ -99,7 +108,7 @@ class Engine:
         *,
         model_name: str = "model",
         sampling_defaults: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ):
         """
         Args:
@@ -107,8 +116,12 @@ class Engine:
             params: canonical ``Params`` of numpy or jax arrays, in any dtype; or where to read them from, part by part;
                 or ``StageParams`` that lie on the mesh in the engine's dtype already; or ``DummyWeights``.
             sampling_defaults: fields of ``SamplingParams`` that a request has where it does not say otherwise.
-            options: the keywords of ``construction.build_parts``: mesh, dtype, sizes of cache and steps, ...
+            options: see ``EngineOptions``.
+
+        Raises:
+            TypeError, ValueError: as ``from_pretrained``.
         """
+        check_names(options)
         self.sampling_defaults = dict(sampling_defaults or {})
         try:
             self.default_sampling_params()
