@@ -30,7 +30,7 @@ from jaxserve.server.http.app import make_app
 from jaxserve.server.http.backend import Backend
 from jaxserve.server.http.guard import Guard
 from jaxserve.server.http.listener import HttpListener
-from jaxserve.server.interceptors import MalformedInterceptor
+from jaxserve.server.interceptors import LostCallInterceptor, MalformedInterceptor
 from jaxserve.server.logs import RequestLog
 from jaxserve.server.metrics import ServerMetrics
 from jaxserve.server.options import ServerOptions
@@ -104,7 +104,11 @@ class Server:
             if port is not None:
                 check_can_bind(options.host, port)
         self._grpc = grpc.aio.server(
-            interceptors=[*([] if keys is None else [TokenInterceptor(keys)]), MalformedInterceptor()],
+            interceptors=[  # the first is outermost
+                LostCallInterceptor(),
+                *([] if keys is None else [TokenInterceptor(keys)]),
+                MalformedInterceptor(),
+            ],
             options=[
                 ("grpc.so_reuseport", 0),  # or a second server would take half of the first one's connections
                 ("grpc.max_receive_message_length", options.max_message_bytes),

@@ -1,5 +1,6 @@
 """What every gRPC call goes through before a service has it."""
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -27,6 +28,41 @@ def same_form(handler: Any, behaviour: Callable[..., Any], deserialize: Callable
     return make(behaviour, deserialize or handler.request_deserializer, handler.response_serializer)
 
 
+def _behaviour(handler: Any) -> Any:
+    """The method itself."""
+    return getattr(handler, f"{_COUNTS[handler.request_streaming]}_{_COUNTS[handler.response_streaming]}")
+
+
+class LostCallInterceptor(grpc.aio.ServerInterceptor):
+    """CancelledError, which gRPC takes for a client that went, in place of its own InternalError, by which a chunk, a
+    status or metadata cannot be sent any more: gRPC may be told only later that the client went, and until then raises
+    its error into nowhere, as a task's, which is logged as the server's."""
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:  # a handler, or None
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        behaviour = _behaviour(handler)
+
+        async def handle(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                return await behaviour(request, context)
+            except grpc.aio.InternalError as error:
+                raise asyncio.CancelledError from error
+
+        async def generate(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            try:
+                async with aclosing(behaviour(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except grpc.aio.InternalError as error:
+                raise asyncio.CancelledError from error
+
+        return same_form(handler, generate if inspect.isasyncgenfunction(behaviour) else handle)
+
+
 class MalformedInterceptor(grpc.aio.ServerInterceptor):
     """INVALID_ARGUMENT for bytes that are no message: gRPC itself says UNKNOWN, and logs a traceback for each."""
 
@@ -36,8 +72,7 @@ class MalformedInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)  # None: no such method
         if handler is None:
             return None
-        form = f"{_COUNTS[handler.request_streaming]}_{_COUNTS[handler.response_streaming]}"
-        behaviour = getattr(handler, form)
+        behaviour = _behaviour(handler)
         is_generator = inspect.isasyncgenfunction(behaviour)
         # What generated code has in place of a method that its service lacks (List of health) logs a traceback, too.
         if not (is_generator or inspect.iscoroutinefunction(behaviour)):

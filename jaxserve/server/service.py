@@ -38,11 +38,6 @@ FIELD_KEY = "jaxserve-field"  # trailing metadata: the request field at fault
 ABORT_TIMEOUT_S = 0.2  # a reader that takes nothing may not take its status either
 
 
-class CallLostError(Exception):
-    """The transport takes nothing more of the call: its client has gone, of which gRPC may tell only later. Raised on
-    from a handler, gRPC's own error would be logged as the server's."""
-
-
 STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (DuplicateRequestError, grpc.StatusCode.ALREADY_EXISTS),
     (UnsupportedByModelError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -79,14 +74,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 async for events in batches:
                     if not started:  # by themselves: grpc would send them again after a first write given up
                         started = True
-                        await _send_metadata(context)
+                        await context.send_initial_metadata(())
                     for chunk in writer.chunks(events):
                         await self._write(context, chunk)
                     finish_reason = events[-1].finish_reason
         except SlowReaderError as error:
             await _abort_unread(context, error)
-        except CallLostError:
-            raise asyncio.CancelledError from None
         except ANSWERED as error:
             await _abort(context, error)
         if finish_reason == "deadline":
@@ -111,12 +104,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await self._write(context, chunk)
 
         try:
-            await _send_metadata(context)
+            await context.send_initial_metadata(())
             ends = await run_batch(request_iterator, self._engine, read, write, _failure)
         except SlowReaderError as error:
             await _abort_unread(context, error)
-        except CallLostError:
-            raise asyncio.CancelledError from None
         except MissingIdError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error), ((FIELD_KEY, "request_id"),))
         except ANSWERED as error:
@@ -188,13 +179,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return await asyncio.to_thread(self._read_request, message, deadline, caller)
 
     async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk | pb.BatchChunk) -> None:
-        """Raises CallLostError; SlowReaderError, as by itself a write waits for as long as the client does not read."""
+        """Raises SlowReaderError: by itself a write waits for as long as the client does not read."""
         timeout_s = self._options.slow_reader_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 await context.write(chunk)
-        except grpc.aio.InternalError as error:
-            raise CallLostError from error
         except TimeoutError:
             raise SlowReaderError(f"a chunk was not taken for {timeout_s:g} s: the request was aborted") from None
 
@@ -286,14 +275,6 @@ def _failure(request_id: str, error: Exception) -> pb.BatchChunk | None:
     field = error.field if isinstance(error, RequestError) else ""
     number = code.value[0]
     return pb.BatchChunk(failure=pb.RequestFailure(request_id=request_id, code=number, message=str(error), field=field))
-
-
-async def _send_metadata(context: grpc.aio.ServicerContext) -> None:
-    """Raises CallLostError."""
-    try:
-        await context.send_initial_metadata(())
-    except grpc.aio.InternalError as error:
-        raise CallLostError from error
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve.request import TokenLogprobs
 from jaxserve.server.client import Client, batch_request
+from jaxserve.server.interceptors import LostCallInterceptor
 from jaxserve.server.v1 import inference_pb2 as pb
 from jaxserve.text.tokenizer import Tokenizer
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
@@ -353,6 +354,9 @@ class LostContext:
 
     write = send_initial_metadata
 
+    async def abort(self, code: object, details: str, metadata: object) -> None:
+        await self.send_initial_metadata(metadata)
+
     def add_done_callback(self, callback: object) -> None:
         pass
 
@@ -366,8 +370,10 @@ class LostContext:
         return "ipv4:127.0.0.1:1"
 
 
-@pytest.mark.parametrize("num_sent", [0, 1, 3])
-@pytest.mark.parametrize("method", ["Generate", "GenerateBatch"])
+@pytest.mark.parametrize(
+    ("method", "num_sent"),
+    [*((method, sent) for method in ("Generate", "GenerateBatch") for sent in (0, 1, 3)), ("refused", 0), ("Abort", 0)],
+)
 async def test_a_send_that_fails_ends_the_call_and_is_no_error_of_the_server(method: str, num_sent: int):
     """gRPC takes CancelledError for a client that went; its own error it raises into nowhere, as a task's."""
 
@@ -377,8 +383,20 @@ async def test_a_send_that_fails_ends_the_call_and_is_no_error_of_the_server(met
         await asyncio.sleep(TIMEOUT_S)  # half of the call is open still
 
     async with serving(endless_engine()) as s:
-        asked = messages() if method == "GenerateBatch" else batch_request("a", "abc")
+        service = s.server._service
+        form, method_of, asked = {
+            "Generate": ("unary_stream", service.Generate, batch_request("a", "abc")),
+            "refused": ("unary_stream", service.Generate, batch_request("a", "abc", temperature=-1.0)),
+            "GenerateBatch": ("stream_stream", service.GenerateBatch, messages()),
+            "Abort": ("unary_unary", service.Abort, pb.AbortRequest(request_id="nobody")),
+        }[method]
+
+        async def continuation(details: object) -> grpc.RpcMethodHandler:
+            return getattr(grpc, f"{form}_rpc_method_handler")(method_of)
+
+        details: Any = None  # which it does not read
+        handler = await LostCallInterceptor().intercept_service(continuation, details)
         with pytest.raises(asyncio.CancelledError):
             async with asyncio.timeout(TIMEOUT_S / 2):
-                await getattr(s.server._service, method)(asked, LostContext(num_sent))
+                await getattr(handler, form)(asked, LostContext(num_sent))
         assert await s.is_idle()
