@@ -159,7 +159,8 @@ class Follower:
         self._read_params, self._read_adapter = read_params, read_adapter
         self._computed: Computed | None = None
         self._dispatched: deque[jax.Array] = deque()
-        self._kept: dict[int, Any] = {}  # what was read, by the leader's number
+        self._kept: dict[int, Any] = {}  # what was read, by the leader's number; readers put it there at any time
+        self._wanted: frozenset[int] = frozenset()  # of the numbers: all others' parts are dropped
         self._orders: dict[str, Callable[[list[Any], list[np.ndarray]], None]] = {
             "forward": self._forward,
             "sample": self._sample,
@@ -193,14 +194,19 @@ class Follower:
 
     def _read_files(self, number: int, kept: Sequence[int], path: str, digest: str | None) -> None:
         """Reads beside the steps, then tells the leader, which waits for it, how that went."""
-        # What it does not want any more goes first: the memory is planned for one of a kind on its way.
-        self._kept = {n: part for n, part in self._kept.items() if n in kept}
+        # What it does not want any more goes first: the memory is planned for one of a kind on its way. Where another
+        # process could not read one, that may be on its way here still.
+        self._wanted = frozenset((*kept, number))
+        for unwanted in frozenset(tuple(self._kept)) - self._wanted:  # a tuple at once: readers add to it
+            self._kept.pop(unwanted, None)
 
         def read() -> None:
             error, is_refusal = None, False
             try:
                 part = self._read_params(path) if digest is None else self._read_adapter(path, digest)
                 self._kept[number] = part
+                if number not in self._wanted:
+                    self._kept.pop(number, None)
             except Exception as cause:  # whatever it is, this process goes on with what it has
                 is_refusal = isinstance(cause, (ValueError, OSError))
                 error = str(cause) if is_refusal else f"{type(cause).__name__}: {cause}"
