@@ -2,9 +2,9 @@
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from jaxserve.step_io import SAMPLINGS, Sampling
 from jaxserve.text.grammar import Grammar, GrammarCompiler
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int]  # a row of an array will do, numpy's or jax's
 
 
 class Door:
@@ -60,6 +60,8 @@ class Door:
         adapter: LoadedAdapter | None = None,
     ) -> Request:
         """See ``Engine.make_request``."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params: {params!r:.80} is not SamplingParams")
         limit = self._max_model_len
         self._check_sampling(params)
         ids = self._prompt_ids(prompt, params.truncate_prompt_tokens)
@@ -169,7 +171,7 @@ class Door:
                     "prompt", f"its token {max(ids)} is not below the model's vocabulary {self._vocab_size}"
                 )
         else:
-            ids = tuple(prompt)
+            ids = _sequence(prompt)
             # Of thousands of ids one after another is asked only where something is wrong, or numpy's.
             if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self._vocab_size):
                 for i, token in enumerate(ids):
@@ -196,8 +198,33 @@ class Door:
             raise RequestError("prompt", str(error)) from None
 
 
-def listed_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))):
+# Iterable, and no prompts: bytes are numbers, but hardly token ids.
+_NEITHER = (bytes, bytearray, Mapping, Set)
+
+
+def _sequence(prompt: Any) -> tuple[Any, ...]:
+    """What is to be token ids, as a tuple: of a sequence, or of an array (numpy's, jax's) of one dimension."""
+    if isinstance(prompt, (list, tuple)):
+        return tuple(prompt)
+    if hasattr(prompt, "__array__"):
+        array = np.asarray(prompt)
+        if array.ndim != 1:
+            raise RequestError("prompt", f"an array of shape {array.shape}, token ids have one dimension")
+        return tuple(array.tolist())
+    if isinstance(prompt, _NEITHER) or not isinstance(prompt, Iterable):
+        raise RequestError("prompt", f"{prompt!r:.80} is neither text nor token ids")
+    return tuple(prompt)
+
+
+def listed_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list; of an array each row is a prompt. What is no prompt is a list of itself, for
+    the door to refuse."""
+    is_array = hasattr(prompts, "__array__")
+    if is_array and np.ndim(prompts) > 1:
+        return list(np.asarray(prompts))
+    if is_array or isinstance(prompts, (str, *_NEITHER)) or not isinstance(prompts, Iterable):
         return [cast(Prompt, prompts)]
-    return [cast(Prompt, p) for p in prompts]
+    listed = list(prompts)
+    if listed and isinstance(listed[0], (int, np.integer)):
+        return [cast(Prompt, listed)]
+    return cast(list[Prompt], listed)

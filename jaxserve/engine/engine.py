@@ -1,7 +1,7 @@
 """The synchronous core: requests in, token events out, one step at a time."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
@@ -156,7 +156,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         lora: str | Sequence[str | None] | None = None,
@@ -165,7 +165,7 @@ class Engine:
         a prompt's ``n`` choices one after another.
 
         Args:
-            prompts: one prompt or a sequence of them.
+            prompts: one prompt or several; token ids may be arrays, each row a prompt.
             params: for all prompts, or one for each; None is ``default_sampling_params()``.
             lora: name of the loaded adapter, for all prompts or one for each; None is the base model.
 
@@ -173,8 +173,8 @@ class Engine:
             RequestError: a prompt or parameter that cannot be served; nothing was started.
         """
         listed = listed_prompts(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or self.default_sampling_params()] * len(listed)
+        if not isinstance(params, Sequence):
+            params = [self.default_sampling_params() if params is None else params] * len(listed)
         if len(params) != len(listed):
             raise ValueError(f"{len(listed)} prompts but {len(params)} SamplingParams")
         loras = [lora] * len(listed) if lora is None or isinstance(lora, str) else lora
@@ -239,7 +239,7 @@ class Engine:
 
     def embed(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         *,
         pooling: Pooling = "last",
         normalize: bool = True,

@@ -45,6 +45,11 @@ def drain(engine: Engine) -> list:
         ([5, -1], {}, "prompt: token 1 is -1"),
         ([5, True], {}, "prompt: token 1 is True"),
         ([5, "x"], {}, "prompt: token 1 is 'x'"),
+        (jnp.array([[5, 6]]), {}, r"prompt: an array of shape \(1, 2\), token ids have one dimension"),
+        (np.array([5.0]), {}, "prompt: token 0 is 5.0, not an id below 259"),
+        (b"ab", {}, "prompt: b'ab' is neither text nor token ids"),
+        ({"prompt": "a"}, {}, "prompt: {'prompt': 'a'} is neither text nor token ids"),
+        (None, {}, "prompt: None is neither text nor token ids"),
         ([5] * 10, {"max_tokens": 87}, "max_tokens: 87 and 10 prompt tokens are more than max_model_len=96"),
         ([5] * 10, {"min_tokens": 87}, "min_tokens: 87 and 10 prompt tokens are more than max_model_len=96"),
         ([5], {"stop_token_ids": (259,)}, "stop_token_ids: 259 is not below the vocabulary's 259"),
@@ -54,6 +59,21 @@ def test_refused_by_the_engine(engine, prompt, params, match):
     with pytest.raises(RequestError, match=match):
         engine.generate([prompt], SamplingParams(**params))
     assert not engine.has_unfinished()
+
+
+def test_arrays_and_iterators_are_prompts(engine):
+    ids = [[5, 6, 7], [8, 9, 10]]
+    expected = [c.token_ids for c in engine.generate(ids, GREEDY)]
+    several = [np.array(ids, np.uint16), jnp.array(ids), map(jnp.array, ids), (tuple(row) for row in ids)]
+    for prompts in several:
+        assert [c.token_ids for c in engine.generate(prompts, GREEDY)] == expected
+    for prompt in (np.array(ids[0]), jnp.array(ids[0])):
+        assert [c.token_ids for c in engine.generate(prompt, GREEDY)] == expected[:1]
+    for prompts in ({"a"}, {"prompt": "a"}, b"ab", None, 5, jnp.array(5)):
+        with pytest.raises(RequestError, match=r"^prompt: "):
+            engine.generate(prompts, GREEDY)
+    with pytest.raises(TypeError, match=r"params: {'temperature': 0, 'max_tokens': 1} is not SamplingParams"):
+        engine.generate("a", {"temperature": 0, "max_tokens": 1})
 
 
 def test_a_huge_prompt_is_refused_before_it_is_tokenized(engine, monkeypatch):
