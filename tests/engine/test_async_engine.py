@@ -3,9 +3,11 @@ import gc
 import threading
 import time
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 
+from jaxserve.engine import watchdog
 from jaxserve.engine.async_engine import (
     AsyncEngine,
     DuplicateRequestError,
@@ -31,6 +33,13 @@ async def running(engine: FakeEngine, **options):
     finally:
         assert await async_engine.close(TIMEOUT_S)
         assert engine.closed or async_engine.state == "failed"
+
+
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Has the watchdog count as passed what the test puts into the list: on a busy machine a good step may be long."""
+    passed_s: list[float] = []
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: sum(passed_s)))
+    return passed_s
 
 
 async def is_idle(engine: FakeEngine) -> bool:
@@ -190,11 +199,16 @@ async def test_slow_reader_is_aborted_and_its_memory_dropped():
 
 
 async def test_slow_reader_of_a_finished_request_is_refused_too():
-    engine = FakeEngine()
-    async with running(engine, slow_reader_timeout_s=0.05) as async_engine:
+    engine, ended = FakeEngine(), asyncio.Event()
+
+    def observe(request, event):
+        if event.finish_reason is not None:
+            ended.set()
+
+    async with running(engine, slow_reader_timeout_s=0.05, observer=observe) as async_engine:
         stream = async_engine.stream_batches(request_of(engine, max_tokens=100))
         await anext(stream)
-        assert await is_idle(engine)
+        await asyncio.wait_for(ended.wait(), TIMEOUT_S)  # all has been delivered
         passed = asyncio.Event()
         asyncio.get_running_loop().call_later(0.2, passed.set)
         await passed.wait()
@@ -237,14 +251,20 @@ async def test_engine_failure_fails_every_stream_and_all_that_follows():
 
 
 @pytest.mark.parametrize("how_it_comes_back", ["with events", "with an error"])
-async def test_a_step_over_the_limit_fails_all_and_what_comes_of_it_is_not_used(how_it_comes_back):
+async def test_a_step_over_the_limit_fails_all_and_what_comes_of_it_is_not_used(
+    how_it_comes_back: str, monkeypatch: pytest.MonkeyPatch
+):
     engine = FakeEngine(max_model_len=ENDLESS_LEN, step_delay_s=0.001)
+    passed_s = stopped_clock(monkeypatch)
     async with running(engine, step_timeout_s=0.2) as async_engine:
-        await asyncio.sleep(0.4)  # idle: no step, no limit
+        passed_s.append(0.4)  # idle: no step, no limit
+        await asyncio.sleep(0.05)  # in which the watchdog looks some times
         streams = [async_engine.stream(request_of(engine)) for _ in range(3)]
         for stream in streams:
             await anext(stream)
         engine.may_step.clear()
+        assert await asyncio.to_thread(engine.hangs.wait, TIMEOUT_S)
+        passed_s.append(0.3)
         for stream in streams:
             with pytest.raises(EngineFailedError, match=r"StepTimeoutError: a step took longer than 0\.2 s"):
                 async for _ in stream:
@@ -258,7 +278,7 @@ async def test_a_step_over_the_limit_fails_all_and_what_comes_of_it_is_not_used(
         if how_it_comes_back == "with an error":
             engine.fail.set()
         engine.may_step.set()
-        assert await async_engine.close() is True and async_engine.state == "failed"
+        assert await async_engine.close(TIMEOUT_S) is True and async_engine.state == "failed"
 
 
 async def test_an_end_from_outside_while_commands_run_leaves_nobody_waiting():

@@ -114,6 +114,7 @@ class FakeEngine:
         self.fail = threading.Event()
         self.may_step = threading.Event()
         self.may_step.set()
+        self.hangs = threading.Event()
         self.idle = threading.Event()
         self.idle.set()
         self.requests: list[Request] = []
@@ -201,7 +202,9 @@ class FakeEngine:
     def step(self) -> list[TokenEvent]:
         self._on_one_thread()
         time.sleep(self._step_delay_s)  # what a step takes, not a synchronisation
-        self.may_step.wait()
+        if not self.may_step.wait(0):
+            self.hangs.set()
+            self.may_step.wait()
         if self.fail.is_set():
             raise RuntimeError("the device was lost")
         self.num_steps += 1

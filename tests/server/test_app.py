@@ -3,6 +3,8 @@
 import asyncio
 import threading
 import urllib.request
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -17,6 +19,7 @@ from jaxserve.server.app import SERVICE_NAME, ServeError, Server, serve
 from jaxserve.server.client import AsyncClient, Client
 from jaxserve.server.options import ServerOptions
 from jaxserve.server.v1 import inference_pb2 as pb
+from tests.engine.test_async_engine import stopped_clock
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
 from tests.server.fake_engine import QUEUE_TIME_S, FakeEngine, byte_tokenizer, expected_text
 from tests.server.test_service import refused, text_of
@@ -32,6 +35,16 @@ async def health(target: str) -> dict[str, int]:
             response_deserializer=Health.FromString,
         )
         return {name: (await check(health_pb2.HealthCheckRequest(service=name))).status for name in ("", SERVICE_NAME)}
+
+
+def watched(channel: grpc.aio.Channel) -> AsyncIterator[Any]:
+    """The service's health, now and when it changes."""
+    watch = channel.unary_stream(
+        "/grpc.health.v1.Health/Watch",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=Health.FromString,
+    )
+    return aiter(watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME)))
 
 
 async def test_health_follows_loading_ready_and_drain():
@@ -107,12 +120,7 @@ async def test_drain_aborts_at_its_limit_and_says_so():
 
 async def test_health_is_not_serving_once_the_engine_died():
     async with serving(endless_engine()) as s, grpc.aio.insecure_channel(s.target) as channel:
-        watch = channel.unary_stream(
-            "/grpc.health.v1.Health/Watch",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=Health.FromString,
-        )(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
-        statuses = aiter(watch)
+        statuses = watched(channel)
         assert (await anext(statuses)).status == Health.SERVING
         stream = s.client.generate("a")
         await anext(stream)
@@ -164,23 +172,28 @@ async def test_serve_stops_when_told_and_raises_when_the_engine_dies():
         await run(broken, break_it_while_it_drains)
 
 
-async def test_a_hanging_step_is_unavailable_everywhere():
+async def test_a_hanging_step_is_unavailable_everywhere(monkeypatch: pytest.MonkeyPatch):
+    passed_s = stopped_clock(monkeypatch)
     async with (
         serving(endless_engine(), step_timeout_s=0.3, http_port=0) as s,
         httpx2.AsyncClient(base_url=s.url, timeout=TIMEOUT_S) as http,
+        grpc.aio.insecure_channel(s.target) as channel,
     ):
+        statuses = watched(channel)
+        assert (await anext(statuses)).status == Health.SERVING
         stream = s.client.generate("a")
         await anext(stream)
         asking = asyncio.ensure_future(http.post("/v1/completions", json={"prompt": "a", "max_tokens": 10**5}))
         while len(s.engine.requests) < 2:
             await asyncio.sleep(0.001)
         s.engine.may_step.clear()
+        assert await asyncio.to_thread(s.engine.hangs.wait, TIMEOUT_S)
+        passed_s.append(0.4)
         assert (await refused(stream)).code() == grpc.StatusCode.UNAVAILABLE
         answer = await asking
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_failed"
-        async with asyncio.timeout(1):
-            while set((await health(s.target)).values()) != {Health.NOT_SERVING}:
-                await asyncio.sleep(0.001)
+        assert (await anext(statuses)).status == Health.NOT_SERVING
+        assert set((await health(s.target)).values()) == {Health.NOT_SERVING}
         assert [(await http.get(path)).status_code for path in ("/health", "/ready")] == [503, 503]
         s.engine.may_step.set()  # so that its thread can end
 
