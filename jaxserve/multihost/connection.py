@@ -13,7 +13,6 @@ import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import numpy as np
 MAGIC = "jaxserve-multihost-1"
 MAX_HEADER, MAX_PAYLOAD = 1 << 20, 1 << 30  # bytes
 LOOK_AGAIN_S = 0.5  # at a timeout that may have changed
+LOOKS = 4  # in a timeout, at least: see ``Connection.receive``
 _PREFIX = struct.Struct("!4sII")  # kind, bytes of the header, bytes of the arrays
 
 
@@ -69,7 +69,8 @@ class Connection:
 
     def receive(self, timeout_s: float | Callable[[], float]) -> Frame:
         """The next frame. Raises ``Lost`` at the end, or where nothing comes for ``timeout_s``, which may change while
-        this waits."""
+        this waits. Time in which this process was to wait and did not even run, on a machine that was paused or too
+        busy, is not counted: the other side, where it is on that machine, could not send either."""
         kind, header_size, payload_size = _PREFIX.unpack(self._bytes(_PREFIX.size, timeout_s))
         if header_size > MAX_HEADER or payload_size > MAX_PAYLOAD:
             raise Lost(f"a frame of {header_size} + {payload_size} bytes, at most {MAX_HEADER} + {MAX_PAYLOAD}")
@@ -89,13 +90,14 @@ class Connection:
     def _bytes(self, size: int, timeout_s: float | Callable[[], float]) -> bytearray:
         data = bytearray(size)
         view, got = memoryview(data), 0
-        since = time.monotonic()
+        silent_s = 0.0
         while got < size:
             limit_s = timeout_s() if callable(timeout_s) else timeout_s
-            left_s = since + limit_s - time.monotonic()
+            wait_s = max(0.0, min(limit_s - silent_s, limit_s / LOOKS, LOOK_AGAIN_S))
             try:
-                if not self._poll.poll(max(0.0, min(left_s, LOOK_AGAIN_S)) * 1000):
-                    if left_s <= LOOK_AGAIN_S:
+                if not self._poll.poll(wait_s * 1000):
+                    silent_s += wait_s
+                    if silent_s >= limit_s:
                         raise Lost(f"nothing came for {limit_s:g} s")
                     continue
                 count = self._socket.recv_into(view[got:])
@@ -104,7 +106,7 @@ class Connection:
             if count == 0:
                 raise Lost("the connection was closed")
             got += count
-            since = time.monotonic()
+            silent_s = 0.0
         return data
 
     def close(self) -> None:

@@ -127,10 +127,20 @@ def test_a_leader_without_the_token_is_not_followed():
         connection.close()
 
 
+def connected(index: int, where: str) -> socket.socket:
+    """To process 0, once it listens."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            return socket.create_connection(Process(index, 2, where).address())
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_strangers_do_not_keep_others_out():
     def stranger_first(index: int, where: str) -> Cluster:
-        time.sleep(0.2)
-        with socket.create_connection(Process(index, 2, where).address()) as sock:
+        with connected(index, where) as sock:
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + b"\xff" * 4096)
         return with_()(index, where)
 
@@ -143,14 +153,7 @@ def silent_follower(connections: list[Connection]):
     """One that proves itself and then sends nothing."""
 
     def follow(index: int, where: str) -> None:
-        deadline = time.monotonic() + 5
-        while True:
-            try:
-                connection = Connection(socket.create_connection(Process(index, 2, where).address()))
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        connection = Connection(connected(index, where))
         facts = {"num_processes": "2"} | FACTS
         prove_follower(connection, b"t", {"index": index, "host": "far", "facts": facts}, 5.0)
         connections.append(connection)
@@ -161,7 +164,8 @@ def silent_follower(connections: list[Connection]):
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_the_leader_notices_who_has_gone(is_closed: bool):
     connections: list[Connection] = []
-    leader, _ = joined(2, silent_follower(connections))
+    patient = Timeouts(start_s=QUICK.start_s)  # on a busy machine the silence could be noticed before the end
+    leader, _ = joined(2, silent_follower(connections), timeouts=patient if is_closed else QUICK)
     lost: queue.SimpleQueue[ClusterError] = queue.SimpleQueue()
     leader.when_lost(lost.put)
     if is_closed:
@@ -201,6 +205,31 @@ def test_who_builds_may_be_silent_for_longer_than_who_serves():
     assert "nothing came for 0.5 s" in str(lost.get(timeout=3.0))
     leader.close()
     connections[0].close()
+
+
+def test_time_in_which_nobody_ran_is_no_silence():
+    """As on a machine that is paused: what was to wait a tenth of a second comes back later, and then the other side
+    goes on, too."""
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours)
+
+    class Paused:
+        _poll, _has_been = connection._poll, False
+
+        def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+            if self._has_been:
+                return self._poll.poll(milliseconds)
+            self._has_been = True
+            time.sleep(0.5)
+            Connection(theirs).send("beat")
+            return []
+
+    connection._poll = Paused()  # pyright: ignore[reportAttributeAccessIssue]
+    assert connection.receive(0.4).kind == "beat"
+    with pytest.raises(Lost, match=r"nothing came for 0\.4 s"):
+        connection.receive(0.4)
+    for sock in (ours, theirs):
+        sock.close()
 
 
 def test_a_frame_that_cannot_be_is_a_loss():
