@@ -51,7 +51,7 @@ from jaxserve.server.tool_calls import Content
 class ChatRequest(Body):
     messages: Any = required(MESSAGES)
     max_completion_tokens: Any = optional(COUNT)
-    logprobs: Any = optional(BOOLEAN)
+    logprobs: bool | None = None
     top_logprobs: int | None = None
     prompt_logprobs: Any = optional(NUM_LOGPROBS)
     tools: Any = optional(TOOLS)
@@ -113,10 +113,9 @@ def chat_routes(backend: Backend) -> APIRouter:
 def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None) -> Plan:
     """In a thread: renders and tokenizes."""
     engine = backend.engine
-    with_logprobs = boolean("logprobs", body.logprobs, False)
-    if body.top_logprobs is not None and not with_logprobs:
+    if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs", f"{body.top_logprobs}, but logprobs is not true")
-    num_top = integer("top_logprobs", body.top_logprobs, 0, 0, 2**31 - 1) if with_logprobs else None
+    num_top = integer("top_logprobs", body.top_logprobs, 0, 0, 2**31 - 1) if body.logprobs else None
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RequestError("max_completion_tokens", f"{body.max_completion_tokens}, but max_tokens={body.max_tokens}")
     num_prompt_top = num_prompt_logprobs(body, body.prompt_logprobs)
@@ -184,7 +183,7 @@ async def _chunks(
 
     def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        shown = {"usage": usage.total() if always else None} if with_usage else {}
+        shown = {"usage": usage.total() if always else None} if with_usage or always else {}
         return event({**head, "choices": [choice], **shown})
 
     try:

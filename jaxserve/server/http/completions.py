@@ -169,8 +169,11 @@ def read_prompts(value: Any) -> list[str] | list[list[int]] | list[str | list[in
         raise RequestError("prompt", f"{value!r:.80} is not a string, a list of strings, or (a list of) token ids")
     if not value:
         raise RequestError("prompt", "is an empty list")
-    if all(isinstance(part, int) and not isinstance(part, bool) for part in value):
+    others = [i for i, part in enumerate(value) if isinstance(part, bool) or not isinstance(part, int)]
+    if not others:
         return [value]
+    if others[0] > 0:
+        raise RequestError("prompt", f"prompt[{others[0]}] is {value[others[0]]!r:.80}, no token id as prompt[0] is")
     if len(value) > MAX_PROMPTS:
         raise RequestError("prompt", f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
     for i, part in enumerate(value):

@@ -323,7 +323,8 @@ def priority_of(body: Body) -> int:
 
 
 def wants_usage(body: Body) -> tuple[bool, bool]:
-    """Of ``stream_options``: whether a last chunk has the usage, and whether every chunk has it so far."""
+    """Of ``stream_options``: whether a last chunk, without choices, has the usage, and whether every chunk has it so
+    far."""
     options = body.stream_options
     if options is None:
         return False, False
@@ -338,4 +339,4 @@ def wants_usage(body: Body) -> tuple[bool, bool]:
         raise RequestError("stream_options.include_obfuscation", "no padding is sent")
     at_end = boolean("stream_options.include_usage", options.get("include_usage"), False)
     always = boolean("stream_options.continuous_usage_stats", options.get("continuous_usage_stats"), False)
-    return at_end, always and at_end
+    return at_end, always

@@ -67,6 +67,8 @@ async def test_logprobs(site: Web):
     assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
     status, error = await site.refused(CHAT, messages=HELLO, top_logprobs=2)
     assert status == 400 and error["param"] == "top_logprobs"
+    status, error = await site.refused(CHAT, messages=HELLO, logprobs=5)
+    assert status == 400 and error["param"] == "logprobs" and error["message"].startswith("logprobs: 5: ")
 
 
 async def prompt_of(site: Web, **body) -> str:

@@ -80,6 +80,8 @@ async def test_stream_options(site: Web):
     *chunks, last = await site.stream(COMPLETIONS, prompt="abc", max_tokens=3, stream_options=options)
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts) and counts[-1] == 3 == last["usage"]["completion_tokens"]
+    chunks = await site.stream(COMPLETIONS, prompt="abc", max_tokens=3, stream_options={"continuous_usage_stats": True})
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks][-1] == 3 and all(c["choices"] for c in chunks)
     for bad in ({"foo": 1}, {"include_usage": 1}, {"include_obfuscation": True}, []):
         status, error = await site.refused(COMPLETIONS, prompt="a", stream=True, stream_options=bad)
         assert status == 400 and error["param"].startswith("stream_options")

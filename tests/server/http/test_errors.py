@@ -91,6 +91,8 @@ async def test_bad_prompts(site: Web):
     for prompt in PROMPTS:
         status, error = await site.refused(COMPLETIONS, prompt=prompt)
         assert (status, error["param"]) == (400, "prompt"), (prompt, error)
+    _, error = await site.refused(COMPLETIONS, prompt=[1] * 3000 + [2.5])
+    assert error["message"] == "prompt: prompt[3000] is 2.5, no token id as prompt[0] is"
 
 
 MALFORMED = [
