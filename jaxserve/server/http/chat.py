@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from jaxserve.errors import RequestError
 from jaxserve.request import Request as EngineRequest
 from jaxserve.request import TokenEvent
+from jaxserve.sampling_params import ALL_LOGPROBS
 from jaxserve.server.chat.conversation import encode_conversation
 from jaxserve.server.chat.tools import Answer, ToolPlan, tool_plan
 from jaxserve.server.http.backend import Backend
@@ -39,7 +40,7 @@ from jaxserve.server.http.fields import (
     wants_usage,
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread
-from jaxserve.server.http.logprobs import chat_logprobs, prompt_logprobs
+from jaxserve.server.http.logprobs import chat_logprobs, check_num_values, prompt_logprobs
 from jaxserve.server.http.routes import Routes
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of
@@ -115,7 +116,7 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
     engine = backend.engine
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs", f"{body.top_logprobs}, but logprobs is not true")
-    num_top = integer("top_logprobs", body.top_logprobs, 0, 0, 2**31 - 1) if body.logprobs else None
+    num_top = integer("top_logprobs", body.top_logprobs, 0, ALL_LOGPROBS, 2**31 - 1) if body.logprobs else None
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RequestError("max_completion_tokens", f"{body.max_completion_tokens}, but max_tokens={body.max_tokens}")
     num_prompt_top = num_prompt_logprobs(body, body.prompt_logprobs)
@@ -153,6 +154,7 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
         deadline=deadline,
         lora=backend.lora_of(body.model),
     )
+    check_num_values([request], engine.model_config.vocab_size)
     return Plan(request=request, tools=tools, num_top=num_top, num_prompt_top=num_prompt_top)
 
 

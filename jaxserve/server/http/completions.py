@@ -31,7 +31,7 @@ from jaxserve.server.http.fields import (
     wants_usage,
 )
 from jaxserve.server.http.generation import Choice, Generation, UsageCount, collected, deadline_of, in_thread, is_small
-from jaxserve.server.http.logprobs import CompletionLogprobs, Entry, prompt_logprobs
+from jaxserve.server.http.logprobs import CompletionLogprobs, Entry, check_num_values, prompt_logprobs
 from jaxserve.server.http.routes import Routes
 from jaxserve.server.http.sse import DONE, STREAMED, EventStream, event
 from jaxserve.server.http.structured import constraint_name, constraint_of, is_constrained
@@ -101,7 +101,7 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
     """In a thread: tokenizes."""
     engine = backend.engine
     echo = boolean("echo", body.echo, False)
-    num_top = None if body.logprobs is None else integer("logprobs", body.logprobs, 0, 0, MAX_LOGPROBS)
+    num_top = None if body.logprobs is None else integer("logprobs", body.logprobs, 0, ALL_LOGPROBS, MAX_LOGPROBS)
     num_prompt_top = num_prompt_logprobs(body, body.prompt_logprobs)
     of_prompt = [k for k in (num_top if echo else None, num_prompt_top) if k is not None]
     max_tokens = integer("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, 0, 2**31 - 1)
@@ -141,6 +141,7 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
         requests.append(request)
         if echo:
             texts.append(_text_of(backend, prompt, request, params))
+    check_num_values(requests, engine.model_config.vocab_size)
     return Plan(
         requests=requests,
         texts=texts,

@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve.errors import RequestError
 from jaxserve.sampling_params import SamplingParams, StructuredOutputs
+from tests.server.fake_engine import FakeEngine, byte_tokenizer
 from tests.server.http.conftest import Web, web
 from tests.server.test_sampling_wire import REFUSED, TAKEN
 
@@ -22,7 +23,6 @@ OTHERWISE = {
     "completions": {"logprobs": lambda k: {"logprobs": k}},
     "chats": {"logprobs": lambda k: {"logprobs": True, "top_logprobs": k}},
 }
-ALL_ONLY_IN_PROMPTS = {"logprobs": (-1,)}  # OpenAI's field has no such value: refused by its name
 ZERO_MAKES_NOTHING = {"completions": {"max_tokens": (0,)}}  # lm-eval asks for a prompt's log-probabilities so
 
 
@@ -50,7 +50,7 @@ async def test_every_taken_value_arrives_as_it_was_set(way: str):
     async with web() as site:
         for name, values in TAKEN.items():
             for value in values:
-                if name in NOT_THERE.get(way, ()) or value in ALL_ONLY_IN_PROMPTS.get(name, ()):
+                if name in NOT_THERE.get(way, ()):
                     continue
                 status, answer = await post(site, way, body_of(way, name, value))
                 assert status == 200, (name, value, answer)
@@ -62,7 +62,7 @@ async def test_every_taken_value_arrives_as_it_was_set(way: str):
 async def test_every_refused_value_is_refused_by_name(way: str):
     async with web() as site:
         for name, values in REFUSED.items():
-            for value in (*values, *ALL_ONLY_IN_PROMPTS.get(name, ())):
+            for value in values:
                 if value in ZERO_MAKES_NOTHING.get(way, {}).get(name, ()):
                     continue
                 status, answer = await post(site, way, body_of(way, name, value))
@@ -105,3 +105,23 @@ async def test_prompt_logprobs_are_told_in_vllms_shape():
             status, error = await site.refused(path, **body, prompt_logprobs=1, stream=True)
             assert (status, error["param"]) == (400, "prompt_logprobs")
             assert "prompt_logprobs" not in json.dumps(await site.post(path, **body, max_tokens=1))
+
+
+async def test_all_log_probabilities_are_given_of_few_tokens():
+    async with web(FakeEngine(tokenizer=byte_tokenizer(), max_model_len=2100)) as site:
+        most = 1020  # tokens of 257 values
+        completion, chat = {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}
+        for path, name, body in (
+            ("/v1/completions", "logprobs", completion | {"logprobs": -1}),
+            ("/v1/chat/completions", "top_logprobs", chat | {"logprobs": True, "top_logprobs": -1}),
+        ):
+            assert (await site.post(path, **body, max_tokens=most // 2, n=2))["choices"]
+            status, error = await site.refused(path, **body, max_tokens=most // 2 + 1, n=2)
+            assert (status, error["param"]) == (400, name) and "of 1022 tokens" in error["message"]
+        prompts = {"prompt": ["a" * (most // 2)] * 2, "max_tokens": 1}
+        assert (await site.post("/v1/completions", **prompts, prompt_logprobs=-1))["choices"]
+        prompts["prompt"] = ["a" * most, "a"]
+        status, error = await site.refused("/v1/completions", **prompts, prompt_logprobs=-1)
+        assert (status, error["param"]) == (400, "prompt_logprobs")
+        status, error = await site.refused("/v1/completions", **prompts, logprobs=-1, echo=True)
+        assert (status, error["param"]) == (400, "logprobs")
