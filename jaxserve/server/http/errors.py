@@ -1,6 +1,7 @@
 """Every error of the HTTP front end, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,10 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 class HTTPError(HTTPException):
     """An error that is known by its kind."""
 
-    def __init__(self, kind: Kind, message: str, param: str | None = None):
-        super().__init__(kind.status, message)
+    def __init__(
+        self, kind: Kind, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ):
+        super().__init__(kind.status, message, headers)
         self.kind, self.param = kind, param
 
     def __str__(self) -> str:
@@ -105,7 +108,8 @@ def error_of(error: Exception) -> HTTPError:
         return _validation_error(error)
     if isinstance(error, HTTPException):  # the framework's own
         kind = {404: NOT_FOUND, 405: NO_SUCH_METHOD}.get(error.status_code, INVALID)
-        return HTTPError(kind, "the body is not JSON" if kind is INVALID else str(error.detail))
+        message = "the body is not JSON" if kind is INVALID else str(error.detail)
+        return HTTPError(kind, message, headers=error.headers)
     kind = next((kind for known, kind in KINDS if isinstance(error, known)), None)
     if kind is None:
         return HTTPError(INTERNAL, "internal error: the server's log has it")
@@ -122,7 +126,7 @@ def body_of(error: HTTPError) -> dict[str, Any]:
 
 
 def response_of(error: HTTPError) -> JSONResponse:
-    headers = {}
+    headers = dict(error.headers or {})  # of 405: which methods there are
     if error.kind.status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_S)
     if error.kind is UNAUTHORIZED:

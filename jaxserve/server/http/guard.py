@@ -125,7 +125,8 @@ class Guard:
             message, body = {"type": "http.request", "body": body, "more_body": False}, None
             return message
 
-        await self._app(scope, replay, send)
+        # HEAD is GET whose answer's body is not sent: uvicorn, which has the scope as it was, sees to that.
+        await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, replay, send)
 
     async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A WebSocket. A page's script cannot set its headers: it names the token as a second subprotocol instead.

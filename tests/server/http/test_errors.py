@@ -169,6 +169,15 @@ async def test_unknown_models_and_paths(site: Web):
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
     answer = await site.client.get(COMPLETIONS)
     assert answer.status_code == 405 and answer.json()["error"]["code"] == "method_not_allowed"
+    assert answer.headers["allow"] == "POST"
+
+
+async def test_head_is_get_without_the_body(site: Web):
+    for path in ("/", "/health", "/v1/models", "/v1/nothing"):
+        asked, told = await site.client.get(path), await site.client.head(path)
+        assert (told.status_code, told.content) == (asked.status_code, b"")
+        names = ("content-type", "content-length")
+        assert [told.headers[name] for name in names] == [asked.headers[name] for name in names]
 
 
 async def test_served_names():
