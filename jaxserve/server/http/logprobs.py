@@ -9,8 +9,8 @@ from jaxserve.request import Request
 from jaxserve.sampling_params import ALL_LOGPROBS
 from jaxserve.text.tokenizer import Tokenizer
 
-# Of one answer, where all tokens' are asked for. They are written as JSON on the event loop, about 3 us a value: so many
-# stop every stream for most of a second. gRPC and Python give as many as the engine does.
+# Of one answer, where all tokens' are asked for. They are written as JSON on the event loop, about 3 us a value: so
+# many stop every stream for most of a second. gRPC and Python give as many as the engine does.
 MAX_ALL_VALUES = 2**18
 
 Entry = tuple[int, float | None, Sequence[tuple[int, float]]]  # token id, its log-probability, the k best
