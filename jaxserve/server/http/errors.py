@@ -90,9 +90,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 class HTTPError(HTTPException):
     """An error that is known by its kind."""
 
-    def __init__(
-        self, kind: Kind, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
-    ):
+    def __init__(self, kind: Kind, message: str, param: str | None = None, headers: Mapping[str, str] | None = None):
         super().__init__(kind.status, message, headers)
         self.kind, self.param = kind, param
 
