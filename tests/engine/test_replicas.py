@@ -25,6 +25,7 @@ from jaxserve.parallel.mesh import make_mesh, make_meshes, parse_mesh
 from jaxserve.request import Request
 from jaxserve.step_io import StepOutputs
 from tests import tiny
+from tests.halt import Halt, all_replicas_run
 from tests.lora.adapters import merged, random_adapter
 from tests.oracle import oracle_greedy
 
@@ -125,12 +126,14 @@ async def stream(engine: AsyncEngine, request: Request) -> tuple[list[int], str 
     return [e.token_id for e in events if e.token_id is not None], events[-1].finish_reason
 
 
-async def started(engine: AsyncEngine, requests: list[Request]) -> list[asyncio.Task[tuple[list[int], str | None]]]:
-    """Their streams, once both replicas run some."""
+async def started(
+    engine: AsyncEngine, requests: list[Request]
+) -> tuple[list[asyncio.Task[tuple[list[int], str | None]]], Halt]:
+    """Their streams, once both replicas run some; the engine waits."""
+    halt = Halt(engine.engine, all_replicas_run)
     streams = [asyncio.create_task(stream(engine, request)) for request in requests]
-    while (stats := engine.stats()) is None or not all(own.num_running for own in stats.replicas):
-        await asyncio.sleep(0.001)
-    return streams
+    await halt.reached()
+    return streams, halt
 
 
 async def test_tensor_tokens_and_a_drain_that_leaves_no_page(single: Engine):
@@ -141,8 +144,11 @@ async def test_tensor_tokens_and_a_drain_that_leaves_no_page(single: Engine):
     running = AsyncEngine(lambda: engine)
     await running.ready()
     requests = [engine.make_request(p, greedy(40)) for p in PROMPTS]
-    streams = await started(running, requests)
-    assert await running.abort(requests[0].request_id)
+    streams, halt = await started(running, requests)
+    aborting = asyncio.create_task(running.abort(requests[0].request_id))
+    await asyncio.sleep(0)  # lets it start
+    halt.end()
+    assert await aborting
     assert await running.drain(60)
     said = await asyncio.gather(*streams)
     assert said[0][1] == "abort" and [tokens for tokens, _ in said[1:]] == expected(PROMPTS[1:], 40)
@@ -161,12 +167,13 @@ async def test_stage_tokens_and_a_failure_of_one_that_is_of_all():
     assert all(own.generation_tokens for own in stats.replicas) and stats.num_pages_held == 0
     running = AsyncEngine(lambda: engine)
     await running.ready()
-    streams = await started(running, [engine.make_request(p, greedy(50)) for p in PROMPTS])
+    streams, halt = await started(running, [engine.make_request(p, greedy(50)) for p in PROMPTS])
 
     def gone(handle: jax.Array) -> StepOutputs:
         raise RuntimeError("the device has gone")
 
     engine.replicas.loops[1].runner.read = gone
+    halt.end()
     with pytest.raises(EngineFailedError, match="the device has gone"):
         await running.wait_stopped()
     ends = await asyncio.gather(*streams, return_exceptions=True)

@@ -5,10 +5,13 @@ import urllib.request
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve import Engine
+from jaxserve.engine import async_engine
 from tests import tiny
+from tests.halt import Halt, all_replicas_run
 from tests.oracle import oracle_greedy
 from tests.server.conftest import TIMEOUT_S, serving
 
@@ -23,8 +26,10 @@ def read(url: str) -> str:
         return response.read().decode()
 
 
-async def test_a_server_of_two_replicas():
+async def test_a_server_of_two_replicas(monkeypatch: pytest.MonkeyPatch):
     engine = Engine.from_params(CONFIG, BASE, tiny.tokenizer(), **SIZES, mesh="replica=2")
+    monkeypatch.setattr(async_engine, "STATS_INTERVAL_S", 0.0)  # figures are of the last step
+    halt = Halt(engine, all_replicas_run)
     async with serving(engine, http_port=0) as s:  # pyright: ignore[reportArgumentType]: not the fake one
         info = await s.client.server_info()
         assert (info.mesh_replica, info.mesh_stage, info.mesh_tensor, info.load.num_pages) == (2, 1, 1, 80)
@@ -35,11 +40,12 @@ async def test_a_server_of_two_replicas():
             return [token async for chunk in stream for token in chunk.token_ids]
 
         asked = [asyncio.create_task(tokens(prompt)) for prompt in prompts]
-        while len(busy := _running(await asyncio.to_thread(read, f"{s.url}/metrics"))) < 2 or not all(busy.values()):
-            await asyncio.sleep(0.001)
-        assert set(busy) == {"0", "1"}
+        await halt.reached()
+        busy = _running(await asyncio.to_thread(read, f"{s.url}/metrics"))
+        assert set(busy) == {"0", "1"} and all(busy.values())
         load = await s.client.get_load()
         assert load.num_running + load.num_waiting > 1
+        halt.end()
         endless = s.client.generate(token_ids=prompts[0], request_id="x", temperature=0, ignore_eos=True)
         await anext(endless)
         await s.client.abort("x")
