@@ -1,10 +1,11 @@
 import asyncio
 import socket
 import threading
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
+from jaxserve.engine.async_engine import NotServingError
 from jaxserve.server.app import Server
 from jaxserve.server.client import AsyncClient
 from jaxserve.server.options import ServerOptions
@@ -24,8 +25,11 @@ class Serving:
         self.url = f"http://127.0.0.1:{server.http_port}"
 
     async def is_idle(self) -> bool:
-        """Waits until the engine has no live request."""
-        return await asyncio.to_thread(self.engine.idle.wait, TIMEOUT_S)
+        """Waits until the engine has no live request, and the server's figures say so."""
+        is_idle = await asyncio.to_thread(self.engine.idle.wait, TIMEOUT_S)
+        with suppress(NotServingError):  # it has failed, or is closed: there are none any more
+            await self.server.engine.page_map()  # after the step that gives the last one's end
+        return is_idle
 
 
 @asynccontextmanager

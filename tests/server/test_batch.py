@@ -1,6 +1,7 @@
 """Many requests on one call: every one's tokens, failures by name, and nothing left whatever ends the call."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import grpc
@@ -11,7 +12,7 @@ import pytest
 from jaxserve.server.client import Client, batch_request
 from jaxserve.server.client_codec import Chunk, RequestFailure
 from jaxserve.server.v1 import inference_pb2 as pb
-from tests.server.conftest import endless_engine, serving
+from tests.server.conftest import TIMEOUT_S, endless_engine, serving
 from tests.server.fake_engine import embedding_of_prompt, expected_tokens
 
 Code = grpc.StatusCode
@@ -105,7 +106,14 @@ async def test_a_full_queue_refuses_one_and_keeps_the_others():
     engine = endless_engine(max_num_waiting=2)
     async with serving(engine) as s:
         requests = [batch_request(f"r{i}", "abc", max_tokens=50) for i in range(3)]
-        tokens, failures = await collect(s.client.generate_batch(requests))
+        may_go_on = threading.Event()  # once all are there: the first two could have ended before
+        s.server.engine._post(lambda _: may_go_on.wait(TIMEOUT_S))
+        collecting = asyncio.create_task(collect(s.client.generate_batch(requests)))
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(s.server.engine._commands) < 3:
+                await asyncio.sleep(0.001)
+        may_go_on.set()
+        tokens, failures = await collecting
         assert len(tokens) == 2 and all(len(t) == 50 for t in tokens.values())
         assert [f.code for f in failures] == [Code.RESOURCE_EXHAUSTED.value[0]]
 

@@ -7,7 +7,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.server.conftest import endless_engine, serving
+from tests.server.conftest import TIMEOUT_S, endless_engine, serving
 from tests.server.fake_engine import FakeEngine, byte_tokenizer
 
 Code = grpc.StatusCode
@@ -23,7 +23,9 @@ async def test_load():
     async with serving(endless_engine()) as s:
         stream = s.client.generate("abc")
         await anext(stream)
-        load = await s.client.get_load()
+        async with asyncio.timeout(TIMEOUT_S):
+            while not (load := await s.client.get_load()).num_running:  # a tenth of a second old at most
+                await asyncio.sleep(0.01)
         assert (load.num_running, load.num_pages, load.recompilations_after_ready) == (1, 100, 0)
         await stream.aclose()
 

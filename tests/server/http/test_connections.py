@@ -26,9 +26,11 @@ def request(body: object, path: str = COMPLETIONS, **headers: str) -> bytes:
 
 
 @asynccontextmanager
-async def connected(site: Web, **options):
-    port = site.served.server.http_port
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, **options)
+async def connected(site: Web, *, sent: bytes = b"", **options):
+    """``sent``: what is there before the server, whose loop is this one, sees that there is a connection."""
+    sock = socket.create_connection(("127.0.0.1", site.served.server.http_port))
+    sock.sendall(sent)
+    reader, writer = await asyncio.open_connection(sock=sock, **options)
     try:
         yield reader, writer
     finally:
@@ -117,16 +119,16 @@ async def test_headers_and_bodies_have_their_time(monkeypatch: pytest.MonkeyPatc
             async with connected(site) as (reader, writer):
                 writer.write(begun)
                 assert await reader.read() == b""
-        async with connected(site) as (reader, writer):
-            writer.write(request({"prompt": "a"})[:-3])
+        async with connected(site, sent=request({"prompt": "a"})[:-3]) as (reader, writer):
             answer = await reader.read()
             assert answer.startswith(b"HTTP/1.1 408 ") and b"0.1 s" in answer
         # Between requests a connection may rest for longer.
-        async with connected(site) as (reader, writer):
-            for _ in range(2):
-                writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-                assert b"ready" in await reader.readuntil(b"}")
-                await asyncio.sleep(0.2)
+        asked = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+        async with connected(site, sent=asked) as (reader, writer):
+            assert b"ready" in await reader.readuntil(b"}")
+            await asyncio.sleep(0.2)
+            writer.write(asked)
+            assert b"ready" in await reader.readuntil(b"}")
         assert site.engine.requests == []
 
 
