@@ -120,20 +120,44 @@ def _named(choice: Any, names: Sequence[str]) -> str | None:
 
 
 def _calls_schema(tools: Sequence[dict[str, Any]], parallel: bool) -> dict[str, Any]:
-    """Of a list of at least one call."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": _name(tool)},
-                "parameters": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
+    """Of a list of at least one call. RequestError for parameters that are nested too deep to be read."""
+    calls = []
+    for i, tool in enumerate(tools):
+        parameters = tool["function"].get("parameters") or {"type": "object"}
+        try:
+            parameters = _moved(parameters, f"#/items/anyOf/{i}/properties/parameters")
+        except RecursionError:
+            raise RequestError(f"tools[{i}].function.parameters", "is nested too deep") from None
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": _name(tool)}, "parameters": parameters},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
     return {"type": "array", "minItems": 1, "items": {"anyOf": calls}, **({} if parallel else {"maxItems": 1})}
+
+
+def _moved(schema: Any, where: str) -> Any:
+    """A JSON schema as a part of another one, ``where`` in that (a JSON pointer): its references to its own root, such
+    as ``#/$defs/Place``, go on meaning what they did."""
+    if isinstance(schema, list):
+        return [_moved(part, where) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for name, value in schema.items():
+        if name in ("const", "enum", "default", "examples"):  # values, no schemas
+            moved[name] = value
+        elif name in ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions"):
+            # By any name, those of the line above too.
+            moved[name] = {k: _moved(v, where) for k, v in value.items()} if isinstance(value, dict) else value
+        elif name == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            moved[name] = where + value[1:]
+        else:
+            moved[name] = _moved(value, where)
+    return moved
 
 
 class Answer:

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.errors import RequestError
+from jaxserve.sampling_params import SamplingParams, StructuredOutputs
+from jaxserve.server.chat.tools import tool_plan
 from jaxserve.server.http.chat import ChatRequest
 from jaxserve.server.http.structured import constraint_name, constraint_of
+from jaxserve.server.options import ServerOptions
+from jaxserve.text.grammar import GrammarCompiler
 from tests.server.http.conftest import Web, web
 from tests.server.http.test_tools import HELLO, TOOLS, engine
 
@@ -74,3 +78,34 @@ async def test_tools_that_must_be_called():
                 assert [c["properties"]["name"]["const"] for c in schema["items"]["anyOf"]] == ["f", "g"]
             else:
                 assert schema == TOOLS[0]["function"]["parameters"]
+
+
+async def test_tools_parameters_may_have_definitions_of_their_own():
+    """References of each tool's schema are to its own root, as pydantic writes them; a list of calls has another."""
+
+    def tool(name: str, city: str) -> dict[str, Any]:
+        place = {"type": "object", "properties": {"city": {"enum": [city]}}, "required": ["city"]}
+        properties = {"where": {"$ref": "#/$defs/Place"}, "enum": {"$ref": "#/$defs/Place"}, "next": {"$ref": "#"}}
+        parameters = {"type": "object", "properties": properties, "additionalProperties": False}
+        return {"type": "function", "function": {"name": name, "parameters": parameters | {"$defs": {"Place": place}}}}
+
+    fake = engine("x")
+    plan = tool_plan(fake, ServerOptions(), [tool("f", "Paris"), tool("g", "Rome")], "required", parallel=True)
+    assert fake.tokenizer is not None
+    grammar = GrammarCompiler(fake.tokenizer, 257, (256,)).compile(StructuredOutputs(json=plan.schema))
+
+    def takes(calls: list[tuple[str, Any]]) -> bool:
+        matcher = grammar.matcher()
+        text = json.dumps([{"name": name, "parameters": parameters} for name, parameters in calls])
+        return all(matcher.consume(byte) for byte in text.encode()) and matcher.is_accepting
+
+    paris, rome = {"city": "Paris"}, {"city": "Rome"}
+    assert takes([("f", {"where": paris, "enum": paris, "next": {"where": paris}}), ("g", {"where": rome})])
+    for wrong in ({"where": rome}, {"enum": rome}, {"next": {"where": rome}}):
+        assert not takes([("f", wrong)])
+    deep: dict[str, Any] = {}
+    for _ in range(2000):
+        deep = {"not": deep}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+    with pytest.raises(RequestError, match=r"tools\[0\].function.parameters: is nested too deep"):
+        tool_plan(fake, ServerOptions(), tools, "required", parallel=True)
