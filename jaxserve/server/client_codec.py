@@ -67,6 +67,7 @@ def generate_request(
     given = {"prompt": prompt, "token_ids": token_ids, "messages": messages}
     if sum(value is not None for value in given.values()) != 1:
         raise RequestError("prompt", f"give exactly one of {', '.join(given)}")
+    _check_prompt(prompt)
     sampling, chat = split_fields(fields, messages)
     request = pb.GenerateRequest(sampling=sampling_message(sampling))
     if messages is not None:
@@ -102,6 +103,7 @@ def embed_request(
     """Raises RequestError for a value that the wire cannot hold."""
     if (prompt is None) == (token_ids is None):
         raise RequestError("prompt", "give exactly one of prompt, token_ids")
+    _check_prompt(prompt)
     if pooling is not None and pooling not in POOLINGS:
         raise RequestError("pooling", f"{pooling!r} is not one of {', '.join(POOLINGS)}")
     request = pb.EmbedRequest()
@@ -123,6 +125,12 @@ def embed_request(
     return request
 
 
+def _check_prompt(prompt: Any) -> None:
+    """protobuf refuses it, too, without saying what it would take."""
+    if prompt is not None and not isinstance(prompt, str):
+        raise RequestError("prompt", f"{prompt!r:.80} is not a text; token ids are given as token_ids")
+
+
 def split_fields(fields: Mapping[str, Any], messages: Messages | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those of ``SamplingParams`` and those of a chat. RequestError for one of a chat without ``messages``."""
     chat = {name: value for name, value in fields.items() if name in CHAT_FIELDS and value is not None}
@@ -138,6 +146,7 @@ def tokenize_request(
     """As ``generate_request``; ``fields`` of a chat only."""
     if (prompt is None) == (messages is None):
         raise RequestError("prompt", "give exactly one of prompt, messages")
+    _check_prompt(prompt)
     request = pb.TokenizeRequest(add_special_tokens=add_special_tokens)
     others, chat = split_fields(fields, messages)
     for name in others:

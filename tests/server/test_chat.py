@@ -212,6 +212,14 @@ async def test_what_else_a_chat_may_say_reaches_the_template():
             assert await s.client.tokenize(messages=thought, **chat) == list(prompt)
 
 
+async def test_contents_may_be_parts_and_what_is_null_is_unset():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    async with serving(engine("x", "{{ messages[-1].content }}")) as s:
+        for content, prompt in ((parts, b"a\nb"), (parts[:1], b"a")):
+            await s.client.chat([{"role": "user", "content": content, "audio": None}])
+            assert prompt_of(s) == prompt
+
+
 async def test_tokenize_reads_tools_as_generate_does():
     async with serving(engine("x")) as s:
         assert bytes(await s.client.tokenize(messages=HELLO, tools=TOOLS)) == b"hi[f][g]"
@@ -265,11 +273,20 @@ async def test_tools_that_nobody_would_read_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("chat", "field"),
+    ("chat", "message"),
     [
-        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "messages: a message has no field 'weight'"),
+        ({"messages": "hi"}, "messages: 'hi' is not a list of messages"),
+        ({"messages": HELLO[0]}, "messages: {'role': .*} is not a list of messages"),
+        ({"messages": ["hi"]}, "messages: 'hi' is not a message"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages: 5 is neither a text nor a list of parts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages: .* is not a part of type 'text'",
+        ),
+        ({"prompt": [5, 6]}, r"prompt: \[5, 6\] is not a text; token ids are given as token_ids"),
         ({"messages": [{"role": "user"}]}, "messages"),
-        ({"messages": [{"content": "a"}]}, "messages"),
+        ({"messages": [{"content": "a"}]}, "messages: {'content': 'a'} has no role"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages"),
         ({"messages": HELLO, "tools": [{"type": "web_search"}]}, "tools"),
@@ -282,8 +299,8 @@ async def test_tools_that_nobody_would_read_are_refused():
         ({"token_ids": [1], "continue_final_message": True}, "continue_final_message"),
     ],
 )
-async def test_what_the_wire_cannot_hold_is_refused_by_the_client(chat, field):
+async def test_what_the_wire_cannot_hold_is_refused_by_the_client(chat, message):
     async with serving() as s:
-        with pytest.raises(RequestError) as caught:
+        with pytest.raises(RequestError, match=message) as caught:
             s.client.generate(**chat)
-        assert caught.value.field == field
+        assert caught.value.field == message.partition(":")[0]

@@ -168,6 +168,8 @@ def chat_messages(messages: Sequence[Mapping[str, Any]], fields: Mapping[str, An
 
     Raises RequestError naming what the wire cannot hold.
     """
+    if isinstance(messages, (str, Mapping)):
+        raise RequestError("messages", f"{messages!r:.80} is not a list of messages")
     chat = pb.ChatMessages()
     with Refusing("messages"):
         for message in messages:
@@ -179,10 +181,14 @@ def chat_messages(messages: Sequence[Mapping[str, Any]], fields: Mapping[str, An
 
 
 def _message(given: Mapping[str, Any]) -> pb.ChatMessage:
-    for name in given:
-        if name not in ("role", "content", "tool_calls", "refusal", *OPTIONAL_FIELDS):
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{given!r:.80} is not a message")
+    for name, value in given.items():
+        if name not in ("role", "content", "tool_calls", "refusal", *OPTIONAL_FIELDS) and value is not None:
             raise ValueError(f"a message has no field {name!r:.80}")
-    message = pb.ChatMessage(role=given["role"], content=given.get("content"))
+    if "role" not in given:
+        raise ValueError(f"{given!r:.80} has no role")
+    message = pb.ChatMessage(role=given["role"], content=_content(given.get("content")))
     for name in OPTIONAL_FIELDS:
         if given.get(name) is not None:
             setattr(message, name, given[name])
@@ -194,6 +200,18 @@ def _message(given: Mapping[str, Any]) -> pb.ChatMessage:
     if given.get("content") is None and not message.tool_calls:
         raise ValueError("a message without tool_calls has no content")
     return message
+
+
+def _content(content: Any) -> str | None:
+    """One text, as the wire has it: of parts, which OpenAI's API takes, a line each."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise ValueError(f"{content!r:.80} is neither a text nor a list of parts")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"{part!r:.80} is not a part of type 'text'")
+    return "\n".join(part["text"] for part in content)
 
 
 def _set_tools(chat: pb.ChatMessages, tools: Sequence[Mapping[str, Any]]) -> None:
