@@ -156,6 +156,9 @@ class _Conversation:
         self._socket = socket
         self._waiting: asyncio.Queue[str] = asyncio.Queue(MAX_WAITING_MESSAGES)
         self._answering: asyncio.Task[None] | None = None
+        self._num_open = 0  # messages that came and are not answered
+        self._has_begun = False  # the answer to the oldest of them; a task that is cancelled before says nothing
+        self._is_aborted = False  # that one
 
     async def run(self) -> None:
         """Returns when the client has left."""
@@ -189,25 +192,40 @@ class _Conversation:
             except (WebSocketDisconnect, KeyError):  # KeyError: a binary message
                 return
             if _is_abort(text):
-                if self._answering is not None:
-                    self._answering.cancel()
+                self._abort()
                 continue
+            self._num_open += 1
             await self._waiting.put(text)
 
-    async def _answer(self, text: str) -> None:
-        try:
-            generation = await _generation(self._backend, _parsed(text), self._socket)
-        except (*ANSWERED, HTTPError, RequestValidationError) as error:
-            await self._send(body_of(error_of(error)))
+    def _abort(self) -> None:
+        """Ends the oldest message's answer, which may not have begun: both may have come at once."""
+        if self._num_open == 0 or self._is_aborted:
             return
+        self._is_aborted = True
+        if self._has_begun:
+            assert self._answering is not None
+            self._answering.cancel()
+
+    async def _answer(self, text: str) -> None:
+        self._has_begun = True
+        generation = None
         try:
+            if self._is_aborted:
+                raise asyncio.CancelledError
+            generation = await _generation(self._backend, _parsed(text), self._socket)
             async for shown in _events(self._backend, generation):
                 await self._send(shown)
+        except (*ANSWERED, HTTPError, RequestValidationError) as error:
+            await self._send(body_of(error_of(error)))
         except asyncio.CancelledError:
-            await generation.aclose()
+            if generation is not None:
+                await generation.aclose()
             with suppress(WebSocketDisconnect, TimeoutError):
                 await self._send({"finish_reason": "abort"})
             raise
+        finally:
+            self._num_open -= 1
+            self._has_begun = self._is_aborted = False
 
     async def _send(self, data: dict[str, Any]) -> None:
         async with asyncio.timeout(self._backend.options.slow_reader_timeout_s):

@@ -1,11 +1,12 @@
 """``/generate/stream`` and ``/generate/ws``."""
 
+import asyncio
 import json
 
 import websockets.asyncio.client as ws
 from websockets.exceptions import ConnectionClosed
 
-from tests.server.conftest import endless_engine
+from tests.server.conftest import TIMEOUT_S, endless_engine
 from tests.server.fake_engine import expected_text, expected_tokens
 from tests.server.http.conftest import Web, web
 
@@ -113,6 +114,24 @@ async def test_a_websocket_that_closes_or_sends_too_much_ends_its_request():
             await connection.recv()
             connection.transport.abort()
         assert await site.served.is_idle()
+
+
+async def test_a_websocket_may_abort_what_it_has_just_asked_for():
+    """Both messages are there before the server looks. An abort of nothing is not one of what comes after it."""
+    async with web(endless_engine()) as site, socket(site) as connection:
+        for fields in ({}, {"structured_outputs": {"regex": "a+"}}):  # which is read in a thread
+            await connection.send(json.dumps({"prompt": "a", "max_tokens": 10**6, **fields}))
+            await connection.send('{"abort": true}')
+            async with asyncio.timeout(TIMEOUT_S):
+                while json.loads(await connection.recv()).get("finish_reason") != "abort":
+                    pass
+            assert await site.served.is_idle()
+            await connection.send('{"abort": true}')
+            await connection.send(json.dumps({"prompt": "a", "max_tokens": 2}))
+            async with asyncio.timeout(TIMEOUT_S):
+                while (reason := json.loads(await connection.recv()).get("finish_reason")) is None:
+                    pass
+            assert reason == "length"
 
 
 async def test_a_websocket_that_takes_nothing_is_cut():
