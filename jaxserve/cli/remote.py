@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Generator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,17 +142,28 @@ def connect(address: ServerAddress) -> "Client":
 
 
 def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool, num_choices: int = 1) -> None:
-    """Writes a stream's text as it comes; or at its end, as JSON or where there are several choices, each by itself."""
+    """Writes a stream's text as it comes; or at its end, as JSON or where there are several choices, each by itself.
+
+    Raises RuntimeError at the end of what was aborted: that is no whole answer.
+    """
     watch = StreamStats()
     live = num_choices == 1 and not as_json
     choices: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        watch.add(len(chunk.token_ids))
-        watch.prompt_tokens = chunk.usage and chunk.usage.prompt_tokens
-        if live:
-            write_answer(chunk.text)
-        else:
-            choices.setdefault(chunk.choice, []).append(chunk)
+    aborted: Chunk | None = None
+    try:
+        for chunk in chunks:
+            watch.add(len(chunk.token_ids))
+            watch.prompt_tokens = chunk.usage and chunk.usage.prompt_tokens
+            if chunk.finish_reason == "abort":
+                aborted = chunk
+            if live:
+                write_answer(chunk.text)
+            else:
+                choices.setdefault(chunk.choice, []).append(chunk)
+    except Exception:
+        if live and watch.num_tokens and sys.stdout.isatty():
+            write_answer("\n")  # the error is a line of its own
+        raise
     if live:
         write_answer("\n")
     for number, (_, of_choice) in enumerate(sorted(choices.items())):
@@ -161,6 +173,8 @@ def show(chunks: "Iterator[Chunk]", *, as_json: bool, stats: bool, num_choices: 
             write_answer(("\n" if number else "") + "".join(chunk.text for chunk in of_choice) + "\n")
     if stats:
         note(watch.line())
+    if aborted is not None:
+        raise RuntimeError("the request was aborted" + (f": {aborted.stop_reason}" if aborted.stop_reason else ""))
 
 
 def _whole(chunks: "list[Chunk]") -> dict[str, Any]:

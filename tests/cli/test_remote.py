@@ -1,5 +1,6 @@
 """The client's commands against a server whose answers are known by arithmetic."""
 
+import contextlib
 import json
 import os
 import pty
@@ -8,11 +9,14 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import grpc
 import pytest
 
 from jaxserve.cli.app import run
+from jaxserve.server.client import Client
 from tests.cli.conftest import ENVIRONMENT
 from tests.server.fake_engine import expected_text
 
@@ -70,6 +74,22 @@ def test_refusals_are_bad_input(client):
 def test_timeout_ends_the_stream(client):
     status, out, err = client("generate", "-p", "once", "--timeout", "0.3")
     assert status == 1 and expected_text("once", 1999).startswith(out) and "DEADLINE_EXCEEDED" in err
+
+
+def test_an_aborted_answer_is_no_whole_one(client, fake_server: str):
+    def abort() -> None:
+        with Client(fake_server) as other:
+            while True:  # until it is known
+                with contextlib.suppress(grpc.RpcError):
+                    return other.abort("ended")
+
+    for options in ((), ("--json",)):
+        thread = threading.Thread(target=abort)
+        thread.start()
+        status, out, err = client("generate", "-p", "once", "--request-id", "ended", *options)
+        thread.join()
+        assert (status, err) == (1, "error: the request was aborted\n")
+        assert json.loads(out)["finish_reason"] == "abort" if options else out.endswith("\n")
 
 
 def test_tokenize_health_info(client):
