@@ -13,6 +13,7 @@ first: where it lies depends on B alone.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -126,14 +127,26 @@ def num_elements(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def new_inputs(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, StepInputs]:
     """A buffer whose every row is padding, and the views into it."""
-    buffer = np.zeros(buffer_size(bucket, dims), np.int32)
-    views, start = {}, 0
+    padding, places = _padding(bucket, dims)
+    buffer = padding.copy()
+    return buffer, _views(buffer, places)
+
+
+def _views(buffer: np.ndarray, places: dict[str, tuple[slice, tuple[int, ...]]]) -> StepInputs:
+    views = {name: buffer[place].reshape(shape) for name, (place, shape) in places.items()}
+    return StepInputs(**views | {name: views[name].view(np.float32) for name in FLOAT_FIELDS})
+
+
+@cache
+def _padding(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, dict[str, tuple[slice, tuple[int, ...]]]]:
+    """A buffer of padding alone, for every step of its shape to copy, and where each field is in it."""
+    places, start = {}, 0
     for name, shape in input_shapes(bucket, dims).items():
-        size = math.prod(shape)
-        view = buffer[start : start + size].reshape(shape)
-        views[name] = view.view(np.float32) if name in FLOAT_FIELDS else view
-        start += size
-    inputs = StepInputs(**views)
+        end = start + math.prod(shape)
+        places[name] = slice(start, end), shape
+        start = end
+    buffer = np.zeros(start, np.int32)
+    inputs = _views(buffer, places)
     inputs.kv_write_index[:] = dims.num_pages * dims.page_size
     if inputs.adapter_ids is not None:
         inputs.adapter_ids[:] = -1
@@ -141,7 +154,7 @@ def new_inputs(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, StepInputs]:
     inputs.stop_ids[:] = -1
     inputs.num_logprobs[:] = -1
     inputs.top_p[:] = 1.0
-    return buffer, inputs
+    return buffer, places
 
 
 def outputs_shape(num_rows: int, dims: StepDims) -> tuple[int, int]:

@@ -188,9 +188,9 @@ class Engine:
         """All events of each request, when all have ended."""
         num_ended = 0
         waiting = deque(requests)
-        inboxes = {r.request_id: deque[TokenEvent]() for r in requests}
+        inbox = deque[TokenEvent]()  # of all of them
         collected: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests}
-        self._inboxes |= inboxes
+        self._inboxes |= dict.fromkeys(collected, inbox)
         try:
             while num_ended < len(requests):
                 while waiting:
@@ -200,14 +200,10 @@ class Engine:
                         break
                     waiting.popleft()
                 self._step()
-                for request in requests:
-                    inbox = inboxes[request.request_id]
-                    if not inbox:
-                        continue
-                    events = collected[request.request_id]
-                    events.extend(inbox)
-                    inbox.clear()
-                    num_ended += events[-1].ends_request
+                while inbox:
+                    event = inbox.popleft()
+                    collected[event.request_id].append(event)
+                    num_ended += event.ends_request
         finally:
             for request in requests:
                 self._drop(request.request_id)

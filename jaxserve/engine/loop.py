@@ -178,7 +178,8 @@ class StepLoop:
         batch = step.batch
         asides = allowed = None
         asked = choose_sampling(step.inputs)
-        if any(row.sequence.request.is_aside for row in batch.rows):
+        more = [row for row in batch.rows if row.sequence.needs_more]
+        if any(row.sequence.request.is_aside for row in more):
             # A new sequence may have the id of one that has ended.
             outputs = [
                 self._outputs[row.sequence.request_id] if row.sequence.status != "finished" else None
@@ -188,7 +189,7 @@ class StepLoop:
             asides.dispatch(self.runner)
         for load in step.loads:
             self.runner.load_constraints(load)
-        if any(row.samples and row.sequence.request.grammar is not None for row in batch.rows):
+        if any(row.samples and row.sequence.request.grammar is not None for row in more):
             asked = "constrained"
             self._spent("dispatch_s")
             while self.in_flight:
@@ -236,12 +237,16 @@ class StepLoop:
             output.forget_scores()
 
     def _commit(self, batch: ScheduledBatch, outputs: StepOutputs, in_full: Mapping[int, np.ndarray]) -> None:
+        requests, events = self._outputs, self._events
         for token in self.scheduler.commit(batch, outputs.tokens):
-            event = self._outputs[token.request_id].on_token(token, outputs, in_full)
-            if event.finish_reason:
-                del self._outputs[token.request_id]
-                if not token.finish_reason:  # a stop string or a complete text, which the scheduler cannot see
-                    self.scheduler.finish(token.request_id, "stop")
+            own_id = token.sequence.request_id
+            event = requests[own_id].on_token(token, outputs, in_full)
+            if not event.finish_reason:
+                events.append(event)
+                continue
+            del requests[own_id]
+            if not token.finish_reason:  # a stop string or a complete text, which the scheduler cannot see
+                self.scheduler.finish(own_id, "stop")
             self._emit(event)
 
     def _end(self, own_id: str, reason: FinishReason, stop_reason: str | None = None) -> bool:

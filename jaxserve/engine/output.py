@@ -114,14 +114,9 @@ class RequestOutput:
             return self._embedding_event()
         reason, stop_reason = token.finish_reason, token.stop_reason
         if self._is_plain:
-            return TokenEvent(
-                request_id=self._request_id,
-                index=token.index,
-                token_id=token.token,
-                finish_reason=reason,
-                stop_reason=stop_reason,
-                usage=self.usage() if reason else None,
-                choice=self._choice,
+            usage = self.usage() if reason else None
+            return TokenEvent(  # by position, which takes half the time
+                self._request_id, token.index, token.token, "", None, None, reason, stop_reason, usage, self._choice
             )
         # A token that ends the request is part of its ids, and of its text only on demand.
         silent = reason == "stop" and not self._params.include_stop_str_in_output
@@ -146,18 +141,10 @@ class RequestOutput:
             top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         if self._prompt_logprobs and token.index == 0:
             prompt_logprobs, self._prompt_logprobs = tuple(self._prompt_logprobs), []
+        usage = self.usage() if reason else None
         return TokenEvent(
-            request_id=self._request_id,
-            index=token.index,
-            token_id=token.token,
-            text=text,
-            logprob=logprob,
-            top_logprobs=top,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            usage=self.usage() if reason else None,
-            choice=self._choice,
-            prompt_logprobs=prompt_logprobs,
+            *(self._request_id, token.index, token.token, text, logprob, top, reason, stop_reason, usage),
+            *(self._choice, prompt_logprobs),
         )
 
     def on_end(self, reason: FinishReason, stop_reason: str | None = None) -> TokenEvent:

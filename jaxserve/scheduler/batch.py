@@ -198,25 +198,31 @@ def build_inputs(batch: ScheduledBatch, slots: SlotArrays, dims: StepDims) -> tu
         return buffer, inputs
     page_size = dims.page_size
 
-    # Per row, in the order of batch.rows; b: where each row lies in [B], t: where its first token lies in [T].
-    slot, start, num_new, samples = np.array([row[1:5] for row in rows], np.int32).T
-    b = np.arange(len(rows), dtype=np.int32)
-    b[num_decode:] += first_prefill - num_decode
-    t = np.cumsum(num_new) - num_new
+    # Per row, in the order of batch.rows; t: where its first token lies in [T].
+    sequences, slots_of, starts, *others, _ = zip(*rows, strict=True)
+    slot, start, num_new, samples = (np.array(column, np.int32) for column in (slots_of, starts, *others))
+    t = np.cumsum(num_new, dtype=np.int32) - num_new
     ends = num_decode + np.cumsum(num_new[num_decode:])
 
-    inputs.slot_ids[b] = slot
-    inputs.kv_lens[b] = start + num_new
-    inputs.does_sample[b] = samples
-    inputs.sample_index[b] = t + num_new - 1
-    for name in PER_SLOT_FIELDS:
-        getattr(inputs, name)[b] = getattr(slots, name)[slot]
+    # Where those that decode lie in [B], and those that have chunks; and in the order of batch.rows.
+    places = [(slice(num_decode), slice(num_decode))]
+    if len(rows) > num_decode:
+        last = first_prefill + len(rows) - num_decode
+        places.append((slice(first_prefill, last), slice(num_decode, len(rows))))
+    for here, there in places:
+        inputs.slot_ids[here] = slot[there]
+        inputs.kv_lens[here] = start[there] + num_new[there]
+        inputs.does_sample[here] = samples[there]
+        inputs.sample_index[here] = t[there] + num_new[there] - 1
+        for name in PER_SLOT_FIELDS:  # straight to its place: "clip" has numpy write without a copy between
+            getattr(slots, name).take(slot[there], axis=0, out=getattr(inputs, name)[here], mode="clip")
     inputs.prefill_cu_q_lens[0] = num_decode
     inputs.prefill_cu_q_lens[1 : len(ends) + 1] = ends
     inputs.prefill_cu_q_lens[len(ends) + 1 :] = ends[-1] if len(ends) else num_decode
 
     inputs.token_ids[:num_decode] = [
-        row.sequence.tokens[row.start] if row.start < len(row.sequence.tokens) else -1 for row in rows[:num_decode]
+        tokens[i] if i < len(tokens) else -1
+        for tokens, i in zip([s.tokens for s in sequences[:num_decode]], starts, strict=False)
     ]
     for row, first in zip(rows[num_decode:], t[num_decode:].tolist(), strict=True):
         chunk = row.sequence.tokens[row.start : row.start + row.num_new_tokens]

@@ -1,5 +1,6 @@
 """Which sequence computes which tokens in the next step, and what becomes of the sampled ones."""
 
+import math
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -198,17 +199,22 @@ class Scheduler:
 
         # Best first; a victim is never better than who needs the page, so no row made here is taken back.
         share = self._shares and self._shares.next(sum(map(_decodes_on, self._running)))
+        page_size = self.cache.page_size
         for sequence in tuple(self._running):
             if sequence.status != "running":
                 break  # preempted just now, and so were all after it
-            if sequence.num_uncomputed > 1:
+            start, total_len = sequence.num_computed, len(sequence.tokens) + sequence.num_in_flight
+            if total_len - start > 1:
                 in_prompt.append(sequence)
-            elif _decodes_on(sequence) and not sequence.in_stages:
+            elif start < total_len < sequence.max_total_len and not sequence.in_stages:
                 if share is not None and len(decode) == share:
                     continue  # it enters with the next step
-                if not self._grow(sequence):
+                if start >= len(sequence.pages) * page_size and not self._grow(sequence):
                     break
-                decode.append(_advance(sequence, 1))
+                # As ``_advance``, for all the rows of most steps.
+                sequence.num_computed = start + 1
+                sequence.num_in_flight += 1
+                decode.append(ScheduledRow(sequence, sequence.slot, start, 1, True, sequence.num_preemptions))
 
         wanted = sum(s.num_uncomputed for s in in_prompt)  # prompt tokens
         budget, max_rows = self.config.prefill_sizes[-1] - len(decode), self.config.max_prefill_rows
@@ -308,17 +314,14 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence) -> bool:
-        """See to it that the next token has a page; False if this took the pages of ``sequence`` itself."""
-        index = sequence.num_computed // self.cache.page_size
-        if index < len(sequence.pages):
-            return True
+        """A page for the next token, which has none; False if this took the pages of ``sequence`` itself."""
         while (pages := self.pool.allocate(1)) is None:
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
+        self.slots.add_page(sequence.slot, len(sequence.pages), pages[0])
         sequence.pages += pages
-        self.slots.add_page(sequence.slot, index, pages[0])
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -344,34 +347,32 @@ class Scheduler:
         """
         committed = []
         sampled = tokens.tolist()
-        for i, row in enumerate(batch.rows):
-            sequence = row.sequence
+        num_decode = batch.num_decode_rows
+        page_size = self.cache.page_size if self.cache.prefix_caching else math.inf
+        for i, (sequence, _, _, _, samples, _) in enumerate(batch.rows):
             if sequence.status == "finished":
                 continue
-            if row.samples:
-                index = batch.row_index(i)
-                committed.append(self._append(sequence, index, sampled[index]))
-            if sequence.status == "running":
+            known = sequence.tokens
+            if samples:
+                row = i if i < num_decode else batch.row_index(i)
+                token, index = sampled[row], len(known) - sequence.prompt_len
+                known.append(token)
+                sequence.num_in_flight -= 1
+                if index == 0:
+                    self.load.has_first_token(sequence)
+                reason, stop_reason = None, None
+                if token in sequence.request.stop_token_ids:
+                    reason = "stop"
+                    stop_reason = token if token in sequence.request.params.stop_token_ids else None
+                elif len(known) >= sequence.max_total_len:
+                    reason = "length"
+                if reason is not None:
+                    self._end(sequence, reason)
+                committed.append(CommittedToken(sequence, row, token, index, reason, stop_reason))
+            if sequence.status == "running" and len(known) >= (sequence.num_registered + 1) * page_size:
                 self._register_full_pages(sequence)
         self._counts.generation_tokens += len(committed)
         return committed
-
-    def _append(self, sequence: Sequence, row: int, token: int) -> CommittedToken:
-        request = sequence.request
-        sequence.tokens.append(token)
-        sequence.num_in_flight -= 1
-        if sequence.num_output_tokens == 1:
-            self.load.has_first_token(sequence)
-        reason: FinishReason | None = None
-        stop_reason = None
-        if token in request.stop_token_ids:
-            reason = "stop"
-            stop_reason = token if token in request.params.stop_token_ids else None
-        elif len(sequence.tokens) >= request.max_total_len:
-            reason = "length"
-        if reason is not None:
-            self._end(sequence, reason)
-        return CommittedToken(sequence, row, token, sequence.num_output_tokens - 1, reason, stop_reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         self._waiting.end(sequence)
@@ -430,4 +431,4 @@ def _advance(sequence: Sequence, num_new_tokens: int) -> ScheduledRow:
 
 def _decodes_on(sequence: Sequence) -> bool:
     """Whether its next row is one token, and not all that it may have are computed or in flight."""
-    return sequence.num_uncomputed == 1 and sequence.total_len < sequence.request.max_total_len
+    return sequence.num_uncomputed == 1 and sequence.total_len < sequence.max_total_len

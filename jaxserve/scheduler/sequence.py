@@ -16,6 +16,7 @@ class Sequence:
 
     Attributes:
         number: order of ``Scheduler.add``; breaks ties.
+        needs_more: its steps do more than give it a token: they read hidden states, or wait for a grammar.
         shares_with: the sequence that computes the prompt for this one too; None for one by itself.
         order: sort key, best first: lower priority value, earlier arrival, lower number.
         tokens: prompt and committed output token ids.
@@ -37,6 +38,11 @@ class Sequence:
     request: Request
     number: int
     shares_with: "Sequence | None" = None
+    # Of the request, as a step reads them for every row.
+    request_id: str = field(init=False)
+    prompt_len: int = field(init=False)
+    max_total_len: int = field(init=False)
+    needs_more: bool = field(init=False)
     order: tuple[int, float, int] = field(init=False)
     tokens: list[int] = field(init=False)
     num_computed: int = 0
@@ -55,21 +61,17 @@ class Sequence:
     num_registered: int = 0
 
     def __post_init__(self):
-        self.order = (self.request.priority, self.request.arrival, self.number)
-        self.tokens = list(self.request.prompt_token_ids)
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)
+        request = self.request
+        self.request_id, self.max_total_len = request.request_id, request.max_total_len
+        self.prompt_len = len(request.prompt_token_ids)
+        self.needs_more = request.is_aside or request.grammar is not None
+        self.order = (request.priority, request.arrival, self.number)
+        self.tokens = list(request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
         """Committed output tokens."""
-        return len(self.tokens) - len(self.request.prompt_token_ids)
+        return len(self.tokens) - self.prompt_len
 
     @property
     def total_len(self) -> int:
