@@ -34,7 +34,7 @@ def params() -> Params:
 
 
 @cache
-def tokenizer() -> Tokenizer:
+def tokenizer(chat_template: str | None = None) -> Tokenizer:
     """Ids: 0 end of sequence, 1 a control token, 2 to 257 the bytes; the model's last id has no text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(
@@ -43,7 +43,7 @@ def tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<eos>", "<ctl>"])
-    return Tokenizer.from_backend(backend, eos_token_ids=(EOS,))
+    return Tokenizer.from_backend(backend, eos_token_ids=(EOS,), chat_template=chat_template)
 
 
 def engine(**options: Any) -> Engine:

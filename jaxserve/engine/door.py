@@ -14,10 +14,12 @@ from jaxserve.errors import RequestError
 from jaxserve.request import LoadedAdapter, Pooling, Request
 from jaxserve.sampling_params import ALL_LOGPROBS, MAX_ALL_LOGPROBS, SamplingParams, StructuredOutputs
 from jaxserve.step_io import SAMPLINGS, Sampling
+from jaxserve.text.chat_template import ChatTemplateError
 from jaxserve.text.grammar import Grammar, GrammarCompiler
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
 
 Prompt = str | Sequence[int]  # a row of an array will do, numpy's or jax's
+Conversation = Sequence[Mapping[str, Any]]  # messages as OpenAI's API has them: {"role": ..., "content": ...}
 
 
 class Door:
@@ -219,12 +221,34 @@ def _sequence(prompt: Any) -> tuple[Any, ...]:
 def listed_prompts(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list; of an array each row is a prompt. What is no prompt is a list of itself, for
     the door to refuse."""
-    is_array = hasattr(prompts, "__array__")
-    if is_array and np.ndim(prompts) > 1:
-        return list(np.asarray(prompts))
-    if is_array or isinstance(prompts, (str, *_NEITHER)) or not isinstance(prompts, Iterable):
+    if hasattr(prompts, "__array__"):
+        array = np.asarray(cast(Any, prompts))
+        return list(array) if array.ndim > 1 else [cast(Prompt, array)]
+    if isinstance(prompts, (str, *_NEITHER)) or not isinstance(prompts, Iterable):
         return [cast(Prompt, prompts)]
     listed = list(prompts)
     if listed and isinstance(listed[0], (int, np.integer)):
         return [cast(Prompt, listed)]
     return cast(list[Prompt], listed)
+
+
+def encode_conversations(
+    tokenizer: Tokenizer | None, messages: Conversation | Iterable[Conversation], template: Mapping[str, Any]
+) -> list[list[int]]:
+    """Token ids of one conversation or of several.
+
+    Args:
+        template: what else ``Tokenizer.encode_chat`` takes.
+
+    Raises RequestError naming ``messages``.
+    """
+    if tokenizer is None:
+        raise RequestError("messages", "this engine has no tokenizer, so no chat template")
+    if isinstance(messages, (str, *_NEITHER)) or not isinstance(messages, Iterable):
+        raise RequestError("messages", f"{messages!r:.80} is not a list of messages")
+    listed = list(messages)
+    conversations = [listed] if listed and isinstance(listed[0], Mapping) else listed
+    try:
+        return [tokenizer.encode_chat(cast(Conversation, one), **template) for one in conversations]
+    except (ChatTemplateError, TokenizerError) as error:
+        raise RequestError("messages", str(error)) from error

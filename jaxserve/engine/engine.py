@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxserve.config import LoraConfig, ModelConfig
 from jaxserve.engine.construction import GivenParams, build_parts, placed_params
-from jaxserve.engine.door import Prompt, listed_prompts
+from jaxserve.engine.door import Conversation, Prompt, encode_conversations, listed_prompts
 from jaxserve.engine.interrupts import interrupts_held
 from jaxserve.engine.loading import LoadFormat, opened_model
 from jaxserve.engine.loop import StepLoop
@@ -183,6 +183,27 @@ class Engine:
         requests = [self.make_request(p, s, lora=name) for p, s, name in zip(listed, params, loras, strict=True)]
         events = self._run(requests)
         return [c for request in requests for c in completions_of(request, events[request.request_id])]
+
+    def chat(
+        self,
+        messages: Conversation | Iterable[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
+        **template: Any,
+    ) -> list[Completion]:
+        """Answers one conversation or several: ``generate`` of what the model's chat template makes of them.
+
+        Args:
+            messages: of OpenAI's API, ``[{"role": "user", "content": "hi"}]``, or several lists of them.
+            params, lora: as for ``generate``, for all or one for each conversation.
+            template: what else ``Tokenizer.render_chat`` takes, such as ``tools``; calls are in the answer's text, as
+                the model writes them.
+
+        Raises:
+            RequestError: messages that the template refuses, a model without one, or as ``generate``.
+        """
+        return self.generate(encode_conversations(self.tokenizer, messages, template), params, lora=lora)
 
     def _run(self, requests: list[Request]) -> dict[str, list[TokenEvent]]:
         """All events of each request, when all have ended."""

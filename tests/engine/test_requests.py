@@ -76,6 +76,25 @@ def test_arrays_and_iterators_are_prompts(engine):
         engine.generate("a", {"temperature": 0, "max_tokens": 1})
 
 
+def test_a_chat_is_generate_of_its_template(engine, monkeypatch):
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(RequestError, match="messages: the model has no chat template"):
+        engine.chat(messages)
+    template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{% for m in messages %}{{ m.content }};{% endfor %}"
+    monkeypatch.setattr(engine, "tokenizer", tiny.tokenizer(template))
+
+    def answers(*args, **template):
+        return [c.token_ids for c in engine.chat(*args, **template)]
+
+    one, two, tools = (engine.generate(text, GREEDY)[0].token_ids for text in ("hi;", "hi;ho;", "[f]hi;"))
+    longer = [*messages, {"role": "assistant", "content": "ho"}]
+    assert answers(messages, GREEDY) == [one] and answers(iter([messages, longer]), [GREEDY] * 2) == [one, two]
+    assert answers(messages, GREEDY, tools=[{"name": "f"}]) == [tools] and answers([]) == []
+    for wrong in ("hi", messages[0], None, [[]], ["hi"], [messages, [{"role": "user"}]]):
+        with pytest.raises(RequestError, match=r"^messages: "):
+            engine.chat(wrong)
+
+
 def test_a_huge_prompt_is_refused_before_it_is_tokenized(engine, monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "encode", lambda text: pytest.fail("tokenized"))
     with pytest.raises(RequestError, match="do not fit in max_model_len=96"):
