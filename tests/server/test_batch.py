@@ -9,7 +9,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from jaxserve.server.client import Client, batch_request
+from jaxserve.server.client import AsyncClient, Client, batch_request
 from jaxserve.server.client_codec import Chunk, RequestFailure
 from jaxserve.server.v1 import inference_pb2 as pb
 from tests.server.conftest import TIMEOUT_S, endless_engine, serving
@@ -100,6 +100,28 @@ async def test_a_deadline_ends_all():
             await collect(s.client.generate_batch([batch_request("a", "abc"), batch_request("b", "x")], timeout_s=0.3))
         assert caught.value.code() == Code.DEADLINE_EXCEEDED
         assert await s.is_idle()
+
+
+@pytest.mark.parametrize("name", [None, "ann"])  # a name goes through an interceptor
+async def test_a_call_that_ends_while_requests_are_sent_ends_by_its_own_status(name: str | None):
+    async def requests(last: pb.GenerateRequest | None) -> AsyncIterator[pb.GenerateRequest]:
+        for i in range(10**6):
+            yield batch_request(f"{i}", "abc", max_tokens=1)
+            if last is not None and i == 20:
+                yield last
+            if i % 10 == 0:
+                await asyncio.sleep(0)
+
+    nameless = pb.GenerateRequest(text="abc")
+    ends = [(None, 0.05, Code.DEADLINE_EXCEEDED), (nameless, None, Code.INVALID_ARGUMENT)]
+    async with serving(endless_engine(max_num_waiting=10**6)) as s, AsyncClient(s.target, name=name) as client:
+        for last, timeout_s, code in ends * 6:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in client.generate_batch(requests(last), timeout_s=timeout_s):
+                    pass
+            assert caught.value.code() == code
+            if last is not None:
+                assert dict(caught.value.trailing_metadata() or ())["jaxserve-field"] == "request_id"
 
 
 async def test_a_full_queue_refuses_one_and_keeps_the_others():
