@@ -57,6 +57,9 @@ class ServerMetrics:
 
         self._first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", LATENCY_BUCKETS_S)
         self._inter_token = histogram("inter_token_latency_seconds", "One token to the next.", LATENCY_BUCKETS_S)
+        self._per_token = histogram(
+            "request_time_per_output_token_seconds", "Mean of a request's tokens after its first.", LATENCY_BUCKETS_S
+        )
         self._request = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS_S)
         self._queue = histogram("request_queue_time_seconds", "Arrival to admission.", REQUEST_BUCKETS_S)
         self._inference = histogram("request_inference_time_seconds", "Admission to last token.", REQUEST_BUCKETS_S)
@@ -98,7 +101,11 @@ class ServerMetrics:
             return
         self._prompt_tokens.observe(usage.prompt_tokens)
         self._output_tokens.observe(usage.completion_tokens)
-        if usage.admitted_at is None or times is None:
+        if times is None:
+            return
+        if usage.completion_tokens > 1:
+            self._per_token.observe((now - times[0]) / (usage.completion_tokens - 1))
+        if usage.admitted_at is None:
             return
         self._queue.observe(usage.admitted_at - request.arrival)
         self._inference.observe(now - usage.admitted_at)

@@ -283,6 +283,7 @@ async def test_metrics():
             "request_inference_time_seconds_count": 2,
             "request_prefill_time_seconds_count": 2,
             "request_decode_time_seconds_count": 2,
+            "request_time_per_output_token_seconds_count": 1,  # the other has one token
             "cache_config_info/auto/float32/1000000/8/100/16/True": 1,
         }
         assert {name: metrics[f"jaxserve:{name}"] for name in expected} == pytest.approx(expected)
