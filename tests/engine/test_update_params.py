@@ -1,5 +1,6 @@
 """New weights in a running engine: the next token is theirs, nothing is compiled, nothing old is found again."""
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.model.params import Params, TreeSource, init_params
 from tests import compiled, tiny
 from tests.checkpoint.live_checkpoint import LiveCheckpoint
+from tests.halt import Halt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 PROMPTS = tiny.prompts(5, seed=3)
@@ -107,12 +109,19 @@ async def test_between_the_steps_of_a_server(other: Params, fresh: Engine):
     async_engine = AsyncEngine(tiny.engine)
     await async_engine.ready()
     try:
+        halt = Halt(async_engine.engine, lambda stats: stats.generation_tokens > 2)
         request = async_engine.engine.make_request(PROMPTS[0], GREEDY)
-        stream = async_engine.stream(request)
-        events = [await anext(stream)]
-        await async_engine.update_params(other)
-        events += [event async for event in stream]
-        said = [event.token_id for event in events if event.token_id is not None]
+
+        async def tokens_of_it() -> list[int]:
+            return [e.token_id async for e in async_engine.stream(request) if e.token_id is not None]
+
+        reading = asyncio.create_task(tokens_of_it())
+        await halt.reached()
+        updating = asyncio.create_task(async_engine.update_params(other))
+        await asyncio.sleep(0)  # lets it start
+        halt.end()
+        await updating
+        said = await reading
         continued = range(1, 20)  # of them some were sampled before the update was asked for
         assert any(
             fresh.generate([[*PROMPTS[0], *said[:k]]], replace(GREEDY, max_tokens=20 - k))[0].token_ids == said[k:]

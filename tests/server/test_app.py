@@ -250,9 +250,9 @@ async def test_metrics():
         await text_of(s.client.generate("abc", max_tokens=5))
         await text_of(s.client.generate("abc", stop_token_ids=list(range(256))))
         stream = s.client.generate("a", request_id="x")
-        await anext(stream)
+        first = await anext(stream)
         await s.client.abort("x")
-        num_aborted = sum([len(chunk.token_ids) async for chunk in stream]) + 1
+        num_aborted = len(first.token_ids) + sum([len(chunk.token_ids) async for chunk in stream])
         metrics = await scrape(s.server.metrics_port)
         reasons = {r: metrics[f"jaxserve:request_success_total/{r}"] for r in ("stop", "length", "abort", "deadline")}
         assert reasons == {"stop": 1, "length": 1, "abort": 1, "deadline": 0}

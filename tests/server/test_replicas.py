@@ -2,6 +2,7 @@
 
 import asyncio
 import urllib.request
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve import Engine
 from jaxserve.engine import async_engine
+from jaxserve.server.client_codec import Chunk
 from tests import tiny
 from tests.halt import Halt, all_replicas_run
 from tests.oracle import oracle_greedy
@@ -19,6 +21,10 @@ CONFIG = replace(tiny.CONFIG, num_layers=1)
 BASE = replace(tiny.params(), layers=tiny.params().layers[:1])
 SIZES: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 3, "num_pages": 40, "page_size": 4,
                          "prefill_sizes": (16,), "decode_sizes": (3,), "samplings": ("any",)}  # fmt: skip
+
+
+async def reasons(chunks: AsyncIterator[Chunk]) -> list[str | None]:
+    return [chunk.finish_reason async for chunk in chunks]
 
 
 def read(url: str) -> str:
@@ -46,11 +52,17 @@ async def test_a_server_of_two_replicas(monkeypatch: pytest.MonkeyPatch):
         load = await s.client.get_load()
         assert load.num_running + load.num_waiting > 1
         halt.end()
+        halt = Halt(engine, lambda stats: engine.replicas.replica_of("x") is not None)
         endless = s.client.generate(token_ids=prompts[0], request_id="x", temperature=0, ignore_eos=True)
-        await anext(endless)
-        await s.client.abort("x")
-        async for _ in endless:
-            pass
+        ends = asyncio.create_task(reasons(endless))
+        await halt.reached()
+        aborting = asyncio.create_task(s.client.abort("x"))
+        async with asyncio.timeout(TIMEOUT_S):
+            while not s.server.engine._commands:
+                await asyncio.sleep(0.001)
+        halt.end()
+        await aborting
+        assert (await ends)[-1] == "abort"
         assert await asyncio.gather(*asked) == [oracle_greedy(CONFIG, BASE, p, 40) for p in prompts]
         page = await asyncio.to_thread(read, f"{s.url}/engine")
         assert '"num_pages":80' in page
