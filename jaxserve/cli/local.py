@@ -34,6 +34,7 @@ def generate(
 ) -> None:
     """Answer prompts on this machine: one is streamed, several are batched. --json prints a line for each."""
     sampling.params()  # what is wrong in itself is told before anything is loaded
+    check_lora(lora, engine)
     with open_engine(model, engine) as e:
         params = e.default_sampling_params(**sampling.set_fields())
         inputs = [chat_prompt(e, [{"role": "user", "content": p}]) for p in prompt] if chat else prompt
@@ -71,6 +72,7 @@ def chat(
 ) -> None:
     """Talk to a model on this machine, line by line. /exit leaves, Ctrl-C stops an answer."""
     sampling.one_answer().params()
+    check_lora(lora, engine)
     with open_engine(model, engine) as e:
         params = e.default_sampling_params(**sampling.set_fields())
 
@@ -99,6 +101,13 @@ def info(
         if (quantization := checkpoint.config.quantization) is not None:  # in short: it names every matrix
             values["quantization"] = str(quantization)
         print_table(values)
+
+
+def check_lora(lora: str | None, engine: EngineOptions) -> None:
+    """ValueError where no adapter of that name will be loaded."""
+    loaded = engine.keywords().get("lora_modules", {})
+    if lora is not None and lora not in loaded:
+        raise ValueError(f"lora: {lora!r} is none of --lora-modules: {', '.join(loaded) or 'there are none'}")
 
 
 def chat_prompt(engine: "Engine", messages: list[Message]) -> list[int]:

@@ -49,6 +49,14 @@ BAD_LINES = {
         "mesh replica=2: replica=2 must be 1",
     ),
     "dtype": (["generate", DEFAULT_MODEL, "-p", "a", "--dtype", "int3"], "int3"),
+    "an adapter that is not loaded": (
+        ["generate", DEFAULT_MODEL, "-p", "a", "--lora", "law", "--lora-modules", "sql=x"],
+        "lora: 'law' is none of --lora-modules: sql",
+    ),
+    "an adapter, and none is loaded": (
+        ["chat", DEFAULT_MODEL, "--lora", "law"],
+        "lora: 'law' is none of --lora-modules: there are none",
+    ),
     "an adapter with the model's name": (
         ["serve", DEFAULT_MODEL, "--lora-modules", f"{DEFAULT_MODEL}=x"],
         f"lora_modules: {DEFAULT_MODEL!r} is what HTTP requests call the model",
