@@ -84,6 +84,8 @@ class AsyncEngine:
         observer: Callable[[Request, TokenEvent], None] | None = None,
         on_failure: Callable[[Request, Exception], None] | None = None,
     ):
+        if not callable(engine_factory):
+            raise TypeError(f"engine_factory: {engine_factory!r:.80} is no function that builds an engine")
         self._factory = engine_factory
         self._slow_reader_timeout_s = slow_reader_timeout_s
         self._max_concurrent_requests = max_concurrent_requests
@@ -144,6 +146,8 @@ class AsyncEngine:
 
     async def stream_batches(self, request: Request) -> AsyncGenerator[list[TokenEvent]]:
         """As ``stream``, but all events that are pending at once: several when the reader is slower than the engine."""
+        if not isinstance(request, Request):
+            raise TypeError(f"request: {request!r:.80} is none of engine.make_request")
         stream = EventStream(request, asyncio.get_running_loop(), self._slow_reader_timeout_s, self._drop_soon)
         try:
             # Not awaited: a refusal comes through the stream, and the first token waits for one wake-up less.

@@ -199,6 +199,7 @@ def placed_params(
 
     Raises:
         ValueError: names the first parameter that is missing, extra or of another shape, with both shapes.
+        TypeError: ``params`` are none of ``GivenParams``.
     """
 
     def on_parameter(stage: str) -> Callable[[int, int], None] | None:
@@ -212,6 +213,10 @@ def placed_params(
         case Params():
             source: ParamSource = TreeSource(params, config)
         case source:
+            if not callable(getattr(source, "read", None)):
+                raise TypeError(
+                    f"params: {type(source).__name__} is neither jaxserve.model.params.Params nor an open checkpoint"
+                )
             if (other := getattr(source, "config", None)) is not None:  # an open checkpoint
                 check_params(param_specs(other), config)
     return place_params(source, config, placed, mesh, dtype, on_parameter=on_parameter("load"))

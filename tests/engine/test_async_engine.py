@@ -106,6 +106,15 @@ async def test_construction_error_is_raised_by_ready():
         await async_engine.wait_stopped()
 
 
+async def test_arguments_of_another_kind_are_named():
+    engine = FakeEngine()
+    with pytest.raises(TypeError, match=r"engine_factory: <.*FakeEngine.*> is no function that builds an engine"):
+        AsyncEngine(engine)  # pyright: ignore[reportArgumentType]
+    async with running(engine) as async_engine:
+        with pytest.raises(TypeError, match=r"request: 'hi' is none of engine.make_request"):
+            await tokens_of(async_engine.stream("hi"))  # pyright: ignore[reportArgumentType]
+
+
 async def test_closed_while_loading():
     may_build = threading.Event()
 

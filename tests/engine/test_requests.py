@@ -400,6 +400,10 @@ def test_parameters_that_do_not_fit_are_refused():
         Engine.from_params(tiny.CONFIG, replace(params, head=None))
     with pytest.raises(ValueError, match=r"params.layers.4.attn_norm is not a parameter"):
         Engine.from_params(tiny.CONFIG, replace(params, layers=params.layers + params.layers[:1]))
+    for wrong in ({}, None):
+        kind = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"params: {kind} is neither jaxserve.model.params.Params nor"):
+            Engine.from_params(tiny.CONFIG, wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_sampling_that_was_not_compiled_is_refused():
