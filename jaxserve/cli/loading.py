@@ -21,11 +21,13 @@ def open_engine(model: str, options: EngineOptions) -> "Engine":
 
     Raises:
         ValueError: an option or the checkpoint is wrong (``CheckpointError``).
+        RuntimeError: there are no devices of the platform.
     """
     keywords = options.keywords()
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         select_platform(options.platform, options.memory_fraction)
+        check_devices(options.platform)
         from jaxserve.engine.engine import Engine
 
         return Engine.from_pretrained(model, on_progress=progress, **keywords)
@@ -41,6 +43,18 @@ def select_platform(platform: str | None, memory_fraction: float | None = None) 
     reserve(memory_fraction)
     if platform is not None:
         jax.config.update("jax_platforms", platform)
+
+
+def check_devices(platform: str | None) -> None:
+    """RuntimeError where jax finds no devices of the ``platform``; of some it says so by a failed assertion."""
+    import jax
+
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        if platform is None:
+            raise
+        raise RuntimeError(f"platform={platform!r}: jax finds no such devices here. {error}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxserve.cli.loading import leaving_at_interrupt, select_platform
+from jaxserve.cli.loading import check_devices, leaving_at_interrupt, select_platform
 from jaxserve.cli.options import EngineOptions, Json, Model, Platform, flatten_options, parse_sizes
 from jaxserve.cli.terminal import ProgressDisplay, write_answer
 
@@ -137,6 +137,7 @@ def batching(model: Model, workload: WorkloadOptions, engine: EngineOptions, as_
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         select_platform(engine.platform, engine.memory_fraction)
+        check_devices(engine.platform)
         from jaxserve.bench.batching import run
         from jaxserve.bench.report import print_batching
 
@@ -158,6 +159,7 @@ def engine(model: Model, offline: OfflineOptions, engine: EngineOptions, as_json
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         select_platform(engine.platform, engine.memory_fraction)
+        check_devices(engine.platform)
         from jaxserve.bench.engine import run
         from jaxserve.bench.report import print_engine
 
@@ -175,6 +177,7 @@ def kernels(options: KernelOptions, platform: Platform = None, as_json: Json = F
     with ProgressDisplay() as progress, leaving_at_interrupt(progress):
         progress("import jax", 0, None)
         select_platform(platform)
+        check_devices(platform)
         from jaxserve.bench.kernels import parse_tuning, run
         from jaxserve.bench.report import print_kernels
 

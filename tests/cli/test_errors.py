@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve.checkpoint.resolve import DEFAULT_MODEL, resolve_model
 from jaxserve.cli.app import run
+from jaxserve.cli.loading import check_devices
 
 BAD_LINES = {
     "unknown command": (["frobnicate"], "frobnicate"),
@@ -152,3 +153,13 @@ def test_a_crash_says_where_python_was():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == -signal.SIGSEGV
     assert "Segmentation fault" in ran.stderr and 'cli/app.py", line' in ran.stderr
+
+
+def test_a_platform_without_devices_is_named(monkeypatch: pytest.MonkeyPatch):
+    def devices() -> list[object]:
+        raise AssertionError  # what jax does of plugins that find none
+
+    check_devices("cpu")
+    monkeypatch.setattr("jax.devices", devices)
+    with pytest.raises(RuntimeError, match="platform='cuda': jax finds no such devices here"):
+        check_devices("cuda")
