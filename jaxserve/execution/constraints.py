@@ -124,13 +124,7 @@ def _constrained(logits: jax.Array, constraints: Constraints, inputs: StepInputs
 
 def allow(logits: jax.Array, allowed: jax.Array, vocab: Vocabulary | None = None) -> jax.Array:
     """``logits`` [B, VL] with -inf where the bit (i % 32 of word i // 32) of ``allowed`` [B, W] i32 is not set."""
-
-    bits = (vocab or whole(logits)).bits
-
-    def only_allowed() -> jax.Array:
-        return jnp.where(bits(allowed), logits, -jnp.inf)
-
-    return lax.cond(jnp.any(allowed != -1), only_allowed, lambda: logits)
+    return jnp.where((vocab or whole(logits)).bits(allowed), logits, -jnp.inf)
 
 
 def record(

@@ -117,7 +117,7 @@ def test_the_same_as_one_device(asked: Sampling):
     jax.tree.map(np.testing.assert_array_equal, kept, want_kept)
 
 
-def test_the_noise_is_one_device_s():
+def test_the_noise_is_that_of_jax():
     mesh = make_mesh(ParallelConfig(stage=2, tensor=2))
     seed = np.random.default_rng(0).integers(-(2**31), 2**31, (5, 2)).astype(np.int32)
     position = np.arange(5, dtype=np.int32)
@@ -127,8 +127,15 @@ def test_the_noise_is_one_device_s():
             lambda s, p: sampling.gumbel(s, p, shared), mesh=mesh, in_specs=(P(), P()), out_specs=specs.LOGITS
         )
     )(seed, position)
-    want = jax.jit(lambda s, p: sampling.gumbel(s, p, Vocabulary(V)))(seed, position)
-    np.testing.assert_array_equal(np.asarray(got)[:, :V], np.asarray(want))
+    alone = jax.jit(lambda s, p: sampling.gumbel(s, p, Vocabulary(V)))(seed, position)
+
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (V,), jnp.float32)
+
+    want = jax.jit(jax.vmap(row))(seed.view(np.uint32), position)
+    np.testing.assert_array_equal(alone, want)
+    np.testing.assert_array_equal(np.asarray(got)[:, :V], want)
 
 
 def gathered_sizes(compiled: jax.stages.Compiled) -> list[int]:
