@@ -16,7 +16,7 @@ from jaxserve.sampling_params import ALL_LOGPROBS
 from jaxserve.server.chat.conversation import encode_conversation
 from jaxserve.server.chat.tools import Answer, ToolPlan, tool_plan
 from jaxserve.server.http.backend import Backend
-from jaxserve.server.http.completions import by_choice, entries_of, prompt_entries
+from jaxserve.server.http.completions import by_choice, entries_of, prompt_entries, token_ids_in
 from jaxserve.server.http.errors import ANSWERED, HTTPError, body_of, error_of, unfinished
 from jaxserve.server.http.fields import (
     BOOLEAN,
@@ -55,6 +55,7 @@ class ChatRequest(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     prompt_logprobs: Any = optional(NUM_LOGPROBS)
+    return_token_ids: Any = optional(BOOLEAN)
     tools: Any = optional(TOOLS)
     tool_choice: Any = optional(TOOL_CHOICE)
     parallel_tool_calls: Any = optional(BOOLEAN)
@@ -74,6 +75,7 @@ class Plan:
     tools: ToolPlan
     num_top: int | None  # log-probabilities of so many
     num_prompt_top: int | None  # of the prompt's tokens
+    returns_ids: bool
 
 
 def chat_routes(backend: Backend) -> APIRouter:
@@ -103,6 +105,8 @@ def chat_routes(backend: Backend) -> APIRouter:
         for choice in choices:
             usage.add(0, choice.events)
         answer = head | {"choices": [_choice(backend, plan, choice, i) for i, choice in enumerate(choices)]}
+        if plan.returns_ids:
+            answer["prompt_token_ids"] = list(plan.request.prompt_token_ids)
         if plan.num_prompt_top is not None:
             entries = prompt_entries(plan.request, choices[0].events)
             answer["prompt_logprobs"] = prompt_logprobs(backend.engine.tokenizer, entries, plan.num_prompt_top)
@@ -155,7 +159,13 @@ def _plan(backend: Backend, body: ChatRequest, name: str, deadline: float | None
         lora=backend.lora_of(body.model),
     )
     check_num_values([request], engine.model_config.vocab_size)
-    return Plan(request=request, tools=tools, num_top=num_top, num_prompt_top=num_prompt_top)
+    return Plan(
+        request=request,
+        tools=tools,
+        num_top=num_top,
+        num_prompt_top=num_prompt_top,
+        returns_ids=boolean("return_token_ids", body.return_token_ids, False),
+    )
 
 
 def _logprobs(backend: Backend, plan: Plan, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
@@ -167,13 +177,14 @@ def _logprobs(backend: Backend, plan: Plan, events: Sequence[TokenEvent]) -> dic
 def _choice(backend: Backend, plan: Plan, choice: Choice, index: int) -> dict[str, Any]:
     answer = Answer(plan.tools)
     message = message_of(answer.add(choice.text, at_end=True))
-    return {
+    shown = {
         "index": index,
         "message": message,
         "logprobs": _logprobs(backend, plan, choice.events),
         "finish_reason": answer.finish_reason(choice.finish_reason),
         "stop_reason": choice.stop_reason,
     }
+    return shown | {"token_ids": token_ids_in(choice.events)} if plan.returns_ids else shown
 
 
 async def _chunks(
@@ -181,10 +192,16 @@ async def _chunks(
 ) -> AsyncGenerator[bytes]:
     usage = UsageCount([plan.request])
     head = {**head, "object": "chat.completion.chunk"}
+    if plan.returns_ids:
+        head["prompt_token_ids"] = list(plan.request.prompt_token_ids)
     answers: dict[int, Answer] = {}
 
-    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
+    def chunk(
+        index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None, ids: Sequence[int] = ()
+    ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        if plan.returns_ids:
+            choice["token_ids"] = list(ids)
         shown = {"usage": usage.total() if always else None} if with_usage or always else {}
         return event({**head, "choices": [choice], **shown})
 
@@ -199,16 +216,18 @@ async def _chunks(
                 if index not in answers:
                     answers[index] = Answer(plan.tools)
                     yield chunk(index, {"role": "assistant", "content": ""})
+                    head.pop("prompt_token_ids", None)  # the first chunk has them
                 text = "".join(e.text for e in of_choice)
                 logprobs = _logprobs(backend, plan, of_choice)
+                ids = token_ids_in(of_choice) if plan.returns_ids else []
                 for delta in answers[index].add(text, at_end=last.finish_reason is not None):
                     shown = (
                         {"content": delta.text} if isinstance(delta, Content) else {"tool_calls": [call_delta(delta)]}
                     )
-                    yield chunk(index, shown, logprobs)
-                    logprobs = None  # once
-                if logprobs is not None and logprobs["content"]:
-                    yield chunk(index, {"content": ""}, logprobs)
+                    yield chunk(index, shown, logprobs, ids=ids)
+                    logprobs, ids = None, []  # once
+                if ids or (logprobs is not None and logprobs["content"]):
+                    yield chunk(index, {"content": ""}, logprobs, ids=ids)
                 if last.finish_reason is not None:
                     yield chunk(index, {}, None, answers[index].finish_reason(last.finish_reason))
         if with_usage:

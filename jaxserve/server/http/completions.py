@@ -48,6 +48,7 @@ class CompletionRequest(Body):
     echo: Any = optional(BOOLEAN)
     logprobs: int | None = None
     prompt_logprobs: Any = optional(NUM_LOGPROBS)
+    return_token_ids: Any = optional(BOOLEAN)
     add_special_tokens: Any = optional(BOOLEAN)
     response_format: Any = optional(RESPONSE_FORMAT)
 
@@ -62,6 +63,7 @@ class Plan:
     num_top: int | None
     num_prompt_top: int | None  # ``prompt_logprobs``
     drops_output: bool  # max_tokens 0: the engine makes one token, which nobody gets
+    returns_ids: bool
 
 
 def completions_routes(backend: Backend) -> APIRouter:
@@ -149,6 +151,7 @@ def _plan(backend: Backend, body: CompletionRequest, name: str, deadline: float 
         num_top=num_top,
         num_prompt_top=num_prompt_top,
         drops_output=max_tokens == 0,
+        returns_ids=boolean("return_token_ids", body.return_token_ids, False),
     )
 
 
@@ -208,9 +211,16 @@ def _choice(
         "finish_reason": "length" if plan.drops_output else choice.finish_reason,
         "stop_reason": None if plan.drops_output else choice.stop_reason,
     }
+    if plan.returns_ids:
+        shown["prompt_token_ids"] = list(plan.requests[request_index].prompt_token_ids)
+        shown["token_ids"] = token_ids_in(events)
     if plan.num_prompt_top is not None:
         shown["prompt_logprobs"] = prompt_logprobs(tokenizer, of_prompt, plan.num_prompt_top)
     return shown
+
+
+def token_ids_in(events: Sequence[TokenEvent]) -> list[int]:
+    return [e.token_id for e in events if e.token_id is not None]
 
 
 def entries_of(events: Sequence[TokenEvent]) -> list[Entry]:
@@ -250,7 +260,8 @@ async def _chunks(
                     text = plan.texts[i] + text
                     entries = [*prompt_entries(plan.requests[i], of_choice), *entries]
                 has_logprobs = plan.num_top is not None and entries
-                if not (text or has_logprobs or first or last.finish_reason):
+                ids = token_ids_in(of_choice) if plan.returns_ids and not plan.drops_output else []
+                if not (text or has_logprobs or ids or first or last.finish_reason):
                     continue
                 choice = {
                     "index": index,
@@ -259,6 +270,10 @@ async def _chunks(
                     "finish_reason": "length" if plan.drops_output and last.finish_reason else last.finish_reason,
                     "stop_reason": None if plan.drops_output else last.stop_reason,
                 }
+                if plan.returns_ids:
+                    choice["token_ids"] = ids
+                    if first:
+                        choice["prompt_token_ids"] = list(plan.requests[i].prompt_token_ids)
                 yield event({**head, "choices": [choice], **({"usage": usage.total()} if always else null_usage)})
         if with_usage:
             yield event({**head, "choices": [], "usage": usage.total()})

@@ -107,6 +107,36 @@ async def test_prompt_logprobs_are_told_in_vllms_shape():
             assert "prompt_logprobs" not in json.dumps(await site.post(path, **body, max_tokens=1))
 
 
+async def test_token_ids_are_returned_as_vllm_does():
+    """Of prompt and output, whole and in pieces; of tokens that are no text, too: parts of calls."""
+    says = 'a<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    template = "{{ messages[-1].content }}{# tools <tool_call> #}"
+    async with web(FakeEngine(tokenizer=byte_tokenizer(template), says=says)) as site:
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        for path, body in (
+            ("/v1/completions", {"prompt": ["ab", [97, 98]], "n": 2, "max_tokens": 100}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ab"}], "n": 2, "tools": tools}),
+        ):
+            body["return_token_ids"] = True
+            answer = await site.post(path, **body)
+            output = [*says.encode(), 256]
+            assert all(choice["token_ids"] == output for choice in answer["choices"])
+            chunks = await site.stream(path, **body)
+            streamed: dict[int, list[int]] = {}
+            prompts = []
+            for chunk in chunks:
+                (choice,) = chunk["choices"]
+                streamed.setdefault(choice["index"], []).extend(choice["token_ids"])
+                prompts += [part["prompt_token_ids"] for part in (chunk, choice) if "prompt_token_ids" in part]
+            assert list(streamed.values()) == [output] * len(answer["choices"])
+            whole = [part["prompt_token_ids"] for part in (answer, *answer["choices"]) if "prompt_token_ids" in part]
+            assert whole == prompts == [[97, 98]] * (4 if path == "/v1/completions" else 1)
+            body["return_token_ids"] = False
+            assert "token_ids" not in json.dumps(await site.post(path, **body))
+            status, error = await site.refused(path, **body | {"return_token_ids": 1})
+            assert (status, error["param"]) == (400, "return_token_ids")
+
+
 async def test_all_log_probabilities_are_given_of_few_tokens():
     async with web(FakeEngine(tokenizer=byte_tokenizer(), max_model_len=2100)) as site:
         most = 1020  # tokens of 257 values
