@@ -1,6 +1,7 @@
 """Replay against the fake engine's server, and what is made of its answers."""
 
 import json
+import time
 
 import pytest
 
@@ -8,8 +9,9 @@ from jaxserve.cli.app import run as command
 from jaxserve.loadtest.arrivals import Arrival
 from jaxserve.loadtest.figures import figures
 from jaxserve.loadtest.replay import Answer, replay
+from jaxserve.request import TokenEvent
 from tests.server.conftest import endless_engine, serving
-from tests.server.fake_engine import expected_tokens
+from tests.server.fake_engine import FakeEngine, byte_tokenizer, expected_tokens
 
 
 def arrival(at_s: float, prompt_len: int, num_output_tokens: int, follows: int | None = None) -> Arrival:
@@ -23,26 +25,37 @@ def arrival(at_s: float, prompt_len: int, num_output_tokens: int, follows: int |
     )
 
 
+class Patient(FakeEngine):
+    """Its first request does not end before there is a second one."""
+
+    def step(self) -> list[TokenEvent]:
+        if len(self.requests) == 1 and self.num_steps > 100:
+            time.sleep(0.001)
+            return []
+        return super().step()
+
+
 async def test_requests_are_sent_when_due_and_answered_whole():
-    async with serving(endless_engine()) as s:
+    async with serving(Patient(tokenizer=byte_tokenizer(), max_model_len=1000, step_delay_s=0.001)) as s:
         arrivals = [arrival(0.0, 5, 300), arrival(0.05, 4, 10), arrival(0.1, 400, 2, follows=0)]
         answers = await replay(s.client, arrivals, 256)
         assert [len(a.tokens) for a in answers] == [300, 10, 2] and not any(a.error for a in answers)
-        for request, answer in zip(s.engine.requests, answers, strict=True):
+        first, second, third = sorted(s.engine.requests, key=lambda r: [5, 4, 400].index(len(r.prompt_token_ids)))
+        for request, answer in zip((first, second, third), answers, strict=True):
             assert answer.tokens == expected_tokens(request.prompt_token_ids, len(answer.tokens))
         assert answers[1].sent >= answers[1].due > answers[0].due
         assert answers[1].messages[-1][0] < answers[0].messages[-1][0], "the second did not wait for the first"
-        said = s.engine.requests[2].prompt_token_ids
-        assert said[:305] == (*s.engine.requests[0].prompt_token_ids, *answers[0].tokens) and len(said) == 400
+        said = third.prompt_token_ids
+        assert said[:305] == (*first.prompt_token_ids, *answers[0].tokens)
         assert answers[2].due >= answers[0].messages[-1][0]
 
 
 async def test_a_request_that_fails_is_counted_and_the_others_go_on():
-    async with serving(endless_engine(max_num_waiting=1)) as s:
-        answers = await replay(s.client, [arrival(0.0, 5, 10**5), arrival(0.1, 5, 5)], 256, timeout_s=2)
-        assert [a.error for a in answers] == ["DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
+    async with serving(endless_engine(max_model_len=2000, step_delay_s=0.01)) as s:
+        answers = await replay(s.client, [arrival(0.0, 5, 1900), arrival(0.1, 2500, 5)], 256, timeout_s=2)
+        assert [a.error for a in answers] == ["DEADLINE_EXCEEDED", "INVALID_ARGUMENT"]
         row = figures(answers)
-        assert row["num_failed"] == 2 and row["errors"] == {"DEADLINE_EXCEEDED": 1, "RESOURCE_EXHAUSTED": 1}
+        assert row["num_failed"] == 2 and row["errors"] == {"DEADLINE_EXCEEDED": 1, "INVALID_ARGUMENT": 1}
         assert row["goodput_requests_per_s"] == 0 and row["ttft_p50_ms"] is None
 
 
