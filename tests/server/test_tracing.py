@@ -333,7 +333,8 @@ def absent(request: pytest.FixtureRequest, collector: Collector) -> Iterator[str
 
 
 async def test_no_collector_holds_anything_up(absent: str, caplog: pytest.LogCaptureFixture):
-    longest = 0.0
+    longest = longest_elsewhere = 0.0
+    has_ended = threading.Event()
     async with serving(endless_engine(step_delay_s=0.0), otlp_traces_endpoint=absent) as s:
 
         async def watch() -> None:
@@ -343,12 +344,22 @@ async def test_no_collector_holds_anything_up(absent: str, caplog: pytest.LogCap
                 await asyncio.sleep(0.01)
                 longest = max(longest, time.monotonic() - before)
 
+        def watch_elsewhere() -> None:
+            """What a busy machine takes from every thread of this process."""
+            nonlocal longest_elsewhere
+            while not has_ended.is_set():
+                before = time.monotonic()
+                time.sleep(0.01)
+                longest_elsewhere = max(longest_elsewhere, time.monotonic() - before)
+
+        threading.Thread(target=watch_elsewhere, daemon=True).start()
         watching = asyncio.create_task(watch())
         for i in range(0, 120, 20):  # more than a batch of spans
             texts = [text_of(s.client.generate(f"p{i + j}", max_tokens=3)) for j in range(20)]
             assert await asyncio.gather(*texts) == [expected_text(f"p{i + j}", 3) for j in range(20)]
         watching.cancel()
-        assert longest < FLUSH_TIMEOUT_S / 2  # the loop waited for nobody
+        has_ended.set()
+        assert longest < longest_elsewhere + FLUSH_TIMEOUT_S / 2  # the loop waited for nobody
         started = time.monotonic()
     assert time.monotonic() - started < FLUSH_TIMEOUT_S + 3.0
     lost = [record for record in caplog.records if record.name == "jaxserve.server.tracing"]
