@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 
 import pytest
@@ -27,6 +28,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["XLA_FLAGS"] += (
             " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
         )
+
+
+# A shell starts its background jobs deaf to Ctrl-C, and they their children: tests interrupt commands.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
