@@ -126,8 +126,9 @@ class Server:
         except RuntimeError as error:
             raise ServeError(f"cannot bind {where}: {error}") from error
 
+        log, recent = RequestLog(), RecentLatencies()
         metrics = ServerMetrics(
-            lambda: None if self._engine is None else self._engine.stats(), lambda: self.engine.engine
+            lambda: None if self._engine is None else self._engine.stats(), lambda: self.engine.engine, recent
         )
         if options.metrics_port is not None:
             try:
@@ -144,7 +145,6 @@ class Server:
                 raise ServeError(f"cannot bind {address(options.host, options.metrics_port)}: {error}") from error
             self.metrics_port = self._metrics_server.server_port
         listening = None if options.http_port is None else listening_socket(options.host, options.http_port)
-        log, recent = RequestLog(), RecentLatencies()
         if options.otlp_traces_endpoint is not None:
             # Not with the others: it is an extra, and its imports cost a start time and memory.
             from jaxserve.server.tracing import RequestTracer, otlp_exporter
@@ -154,10 +154,10 @@ class Server:
 
         def observe(request: Request, event: TokenEvent) -> None:
             metrics.observe(request, event)
-            log.observe(request, event)
-            recent.observe(request, event)
-            if tracer is not None:
-                tracer.observe(request, event)
+            if event.index == 0 or event.finish_reason is not None:
+                log.observe(request, event)
+                if tracer is not None:
+                    tracer.observe(request, event)
 
         # Last of what can fail: its thread cannot be interrupted while it loads.
         self._engine = AsyncEngine(

@@ -35,15 +35,18 @@ class RequestLog:
 
     def __init__(self) -> None:
         self._first: dict[str, float] = {}  # when an unfinished request's first token came, monotonic seconds
-        self._num_tokens: dict[str, int] = {}
+        self._num_tokens: dict[str, int] = {}  # of an unfinished request's choices that have ended
 
     def observe(self, request: Request, event: TokenEvent) -> None:
+        """Wants the first event and the last of every choice."""
         if not requests.isEnabledFor(logging.INFO):
             return
         now = time.monotonic()
         if event.token_id is not None:
             self._first.setdefault(request.request_id, now)
-            self._num_tokens[request.request_id] = self._num_tokens.get(request.request_id, 0) + 1
+        if event.usage is not None:
+            so_far = self._num_tokens.get(request.request_id, 0)
+            self._num_tokens[request.request_id] = so_far + event.usage.completion_tokens
         if not event.ends_request:
             return
         first = self._first.pop(request.request_id, None)

@@ -6,6 +6,7 @@ gauges are of each, all else is of all.
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ from prometheus_client.utils import floatToGoString
 
 from jaxserve.engine.core import EngineCore
 from jaxserve.request import STEP_TOKEN_BOUNDS, EngineStats, Request, TokenEvent, Usage
+from jaxserve.server.recent import RecentLatencies
 
 GAUGES = {
     "num_requests_running": ("num_running", "Requests that hold an engine slot."),
@@ -45,18 +47,23 @@ class ServerMetrics:
     Args:
         stats: the engine's figures; None until it is ready.
         engine: the engine, called when ``stats`` has figures.
+        recent: is told of every latency, too.
     """
 
-    def __init__(self, stats: Callable[[], EngineStats | None], engine: Callable[[], EngineCore]):
+    def __init__(
+        self, stats: Callable[[], EngineStats | None], engine: Callable[[], EngineCore], recent: RecentLatencies
+    ):
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(stats, engine))
-        self._tokens_at: dict[tuple[str, int], tuple[float, float]] = {}  # unfinished choices: first and last token
+        self._recent = recent
+        self._tokens_at: dict[tuple[str, int], list[float]] = {}  # unfinished choices: their first token and their last
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"jaxserve:{name}", text, registry=self.registry, buckets=buckets)
 
         self._first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", LATENCY_BUCKETS_S)
-        self._inter_token = histogram("inter_token_latency_seconds", "One token to the next.", LATENCY_BUCKETS_S)
+        self._inter_token = _InterTokenLatency()
+        self.registry.register(self._inter_token)
         self._per_token = histogram(
             "request_time_per_output_token_seconds", "Mean of a request's tokens after its first.", LATENCY_BUCKETS_S
         )
@@ -79,10 +86,13 @@ class ServerMetrics:
         if event.token_id is not None:
             times = self._tokens_at.get(choice)
             if times is None:
+                self._tokens_at[choice] = [now, now]
                 self._first_token.observe(now - request.arrival)
+                self._recent.first.append(now - request.arrival)
             else:
-                self._inter_token.observe(now - times[1])
-            self._tokens_at[choice] = (now if times is None else times[0], now)
+                between, times[1] = now - times[1], now
+                self._inter_token.observe(between)
+                self._recent.between.append(between)
         if event.finish_reason is not None:
             times = self._tokens_at.pop(choice, None)
             self._finished[event.finish_reason].inc()
@@ -94,9 +104,7 @@ class ServerMetrics:
             if request.params.max_tokens is not None:
                 self._max_tokens.observe(request.params.max_tokens)
 
-    def _observe_phases(
-        self, request: Request, usage: Usage | None, times: tuple[float, float] | None, now: float
-    ) -> None:
+    def _observe_phases(self, request: Request, usage: Usage | None, times: list[float] | None, now: float) -> None:
         if usage is None:
             return
         self._prompt_tokens.observe(usage.prompt_tokens)
@@ -111,6 +119,28 @@ class ServerMetrics:
         self._inference.observe(now - usage.admitted_at)
         self._prefill.observe(times[0] - usage.admitted_at)
         self._decode.observe(now - times[0])
+
+
+class _InterTokenLatency(Collector):
+    """A histogram whose ``observe`` is one search and two additions, on one thread: it runs for every token, and the
+    library's walks along the buckets and takes two locks."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(LATENCY_BUCKETS_S) + 1)
+        self._total_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
+        self._total_s += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*map(floatToGoString, LATENCY_BUCKETS_S), "+Inf"]
+        yield HistogramMetricFamily(
+            "jaxserve:inter_token_latency_seconds",
+            "One token to the next.",
+            buckets=list(zip(bounds, accumulate(self._counts))),
+            sum_value=self._total_s,
+        )
 
 
 class _EngineCollector(Collector):

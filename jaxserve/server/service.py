@@ -29,6 +29,7 @@ from jaxserve.server.clients import CLIENT_HEADER, address_of_peer, client_name
 from jaxserve.server.codec import Asked
 from jaxserve.server.limits import limited_deadline, make_request, remaining_deadline
 from jaxserve.server.options import ServerOptions
+from jaxserve.server.patience import Patience
 from jaxserve.server.prompts import UnsupportedByModelError, check_bytes, check_fits, renamed, tokenizer_of
 from jaxserve.server.trace_context import trace_context
 from jaxserve.server.v1 import inference_pb2 as pb
@@ -67,6 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         deadline = remaining_deadline(self._options, context.time_remaining())
         finish_reason = None
         started = False
+        patience = Patience(self._options.slow_reader_timeout_s)
         try:
             asked = await self._read(request, deadline, self._caller(context))
             writer = codec.ChunkWriter(asked.tools)
@@ -76,12 +78,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         started = True
                         await context.send_initial_metadata(())
                     for chunk in writer.chunks(events):
-                        await self._write(context, chunk)
+                        await _write(context, chunk, patience)
                     finish_reason = events[-1].finish_reason
         except SlowReaderError as error:
             await _abort_unread(context, error)
         except ANSWERED as error:
             await _abort(context, error)
+        finally:
+            patience.close()
         if finish_reason == "deadline":
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
         if finish_reason == "abort" and self._engine.state != "ready":
@@ -100,8 +104,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             limited = limited_deadline(self._options, deadline)
             return await self._read(message, limited, caller)
 
+        patience = Patience(self._options.slow_reader_timeout_s)
+
         async def write(chunk: pb.BatchChunk) -> None:
-            await self._write(context, chunk)
+            await _write(context, chunk, patience)
 
         try:
             await context.send_initial_metadata(())
@@ -112,6 +118,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error), ((FIELD_KEY, "request_id"),))
         except ANSWERED as error:
             await _abort(context, error)
+        finally:
+            patience.close()
         if "deadline" in ends:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's deadline passed")
         if "abort" in ends and self._engine.state != "ready":
@@ -177,15 +185,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if codec.is_quick(message):
             return self._read_request(message, deadline, caller)
         return await asyncio.to_thread(self._read_request, message, deadline, caller)
-
-    async def _write(self, context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk | pb.BatchChunk) -> None:
-        """Raises SlowReaderError: by itself a write waits for as long as the client does not read."""
-        timeout_s = self._options.slow_reader_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                await context.write(chunk)
-        except TimeoutError:
-            raise SlowReaderError(f"a chunk was not taken for {timeout_s:g} s: the request was aborted") from None
 
     def _count_open(self, context: grpc.aio.ServicerContext) -> None:
         self._num_open += 1
@@ -263,6 +262,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 raise RequestError("token_ids", f"{i} is not a token id, the vocabulary has {tokenizer.vocab_size}")
         skip_special_tokens = message.skip_special_tokens if message.HasField("skip_special_tokens") else True
         return tokenizer.decode(message.token_ids, skip_special_tokens=skip_special_tokens)
+
+
+async def _write(
+    context: grpc.aio.ServicerContext, chunk: pb.GenerateChunk | pb.BatchChunk, patience: Patience
+) -> None:
+    """Raises SlowReaderError: by itself a write waits for as long as the client does not read."""
+    try:
+        with patience:
+            await context.write(chunk)
+    except TimeoutError:
+        raise SlowReaderError(f"a chunk was not taken for {patience.timeout_s:g} s: the request was aborted") from None
 
 
 def _failure(request_id: str, error: Exception) -> pb.BatchChunk | None:

@@ -1,6 +1,5 @@
 """Server-sent events: one response that ends with its reader, at the latest when that takes nothing."""
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -9,6 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from jaxserve.server.http.guard import Receive, Scope, Send, until_left
+from jaxserve.server.patience import Patience
 
 DONE = b"data: [DONE]\n\n"
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -34,13 +34,16 @@ class EventStream(Response):
         await until_left(receive, self._send_all(scope, send))
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
+        patience = Patience(self._timeout_s)
         async with aclosing(self._events) as events:
             try:
                 start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
                 await send(start)
                 async for data in events:
-                    async with asyncio.timeout(self._timeout_s):
+                    with patience:
                         await send({"type": "http.response.body", "body": data, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             except TimeoutError:
                 scope["state"]["connection"].abort()  # its buffers are full: it would not read an error either
+            finally:
+                patience.close()
