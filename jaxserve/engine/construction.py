@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve.checkpoint.hf.adapter import read_adapter
 from jaxserve.config import CacheConfig, CacheDtype, ModelConfig, ParallelConfig, SchedulerConfig
 from jaxserve.engine import plan
 from jaxserve.engine.door import Door
@@ -22,6 +23,7 @@ from jaxserve.execution.kept import version_folder
 from jaxserve.execution.placement import copied_params, place_params
 from jaxserve.execution.runner import Progress, Runner
 from jaxserve.execution.step import StageParams
+from jaxserve.model.lora import check_adapter
 from jaxserve.model.params import Params, ParamSource, TreeSource, check_params, param_specs
 from jaxserve.multihost.cluster import Cluster
 from jaxserve.parallel.mesh import parallel_config
@@ -115,6 +117,9 @@ def build_parts(
         **({} if max_prefill_rows is None else {"max_prefill_rows": max_prefill_rows}),
     )
     lora = plan.lora_config(max_loras, max_lora_rank, len(lora_modules))
+    if lora is not None and (cluster is None or cluster.process.leads):
+        for path in lora_modules.values():  # what is wrong is told before the model is placed and compiled
+            check_adapter(read_adapter(path, model_config, lora.max_rank), model_config, lora)
     samplings = tuple(plan.defaults(resolved)["samplings"] if samplings is None else samplings)
     placed = placed_config(model_config, parallel.tensor, scheduler_config.max_model_len)
     first = placed_params(params, model_config, placed, resolved, jnp_dtype, on_progress)

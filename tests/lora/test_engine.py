@@ -231,6 +231,10 @@ def test_what_an_engine_without_room_says():
             call()
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"max_loras": 1, "lora_modules": {"a": "x", "b": "y"}}, "lora_modules has 2 adapters, max_loras=1"),
+        (
+            {"lora_modules": {"a": "no/folder"}, "on_progress": lambda *stage: pytest.fail(f"{stage} comes before")},
+            "no/folder is not a folder with adapter_config.json",
+        ),
         ({"max_loras": -1}, "max_loras=-1 must be at least 0"),
         ({"max_loras": 1, "max_lora_rank": 0}, "max_lora_rank=0 must be at least 1"),
     ]
