@@ -1,15 +1,14 @@
 """From logits to tokens, for all rows of a step at once, with no sort of the vocabulary.
 
 ``top_k`` and ``top_p`` are thresholds on the logits: each is found by bisection over the ordered bit patterns of f32,
-exact to the last tie, in at most 32 passes over ``[B, V]`` and in as many as the closest two logits need.
+exact to the last tie, in at most 32 rounds and in fewer where the logits around it are further apart, unless they are
+equal. Devices that share the vocabulary cut each interval into 16, in at most 8 rounds of one exchange each.
 Sampling adds Gumbel noise and takes the maximum; the noise depends on (seed, position) alone. Devices may share the
 vocabulary (``vocabulary.Vocabulary``): shapes are those of one device, ``VL`` columns of V.
 
 What a step's rows may ask (``step_io.Sampling``) is fixed when it is compiled: "any" tests at run time what is needed,
 which costs nothing on a CPU, but on a GPU a loop on the device makes the host wait.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,29 +26,68 @@ def ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def largest_threshold(keys: jax.Array, enough: Callable[[jax.Array], jax.Array], vocab: Vocabulary) -> jax.Array:
-    """For each row the largest key ``t`` [B] with ``enough(keys >= t)``, which must hold for ``t = 0`` and be monotone.
+# Where devices share the vocabulary they try several thresholds at once, to exchange sums less often: of a wide range
+# these, dense where logits below the best lie and at most 2**28 keys apart, then 15 that cut what is left into 16. One
+# device has nothing to exchange, and every pass over its columns costs it as much as the first.
+WIDE = 1 << 28
+FIRST_TRIED = (-(2.0**96), -(2.0**64), -(2.0**32), -16.0, -12.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, -0.25)
+FIRST_TRIED += (-(2.0**-32), -(2.0**-64), -(2.0**-96))
+MINUS_INF_KEY, ZERO_KEY = 0x007FFFFF, 0x80000000  # ``ordered_bits``
+
+
+def largest_threshold(
+    keys: jax.Array,
+    weights: jax.Array | None,
+    least: jax.Array,
+    low: jax.Array,
+    searched: jax.Array,
+    vocab: Vocabulary,
+) -> jax.Array:
+    """For each row of ``searched`` [B] bool a key ``t`` [B] that keeps what the largest one with
+    ``sum(weights[keys >= t]) >= least`` keeps; ``low`` [B] for the others.
 
     Args:
-        keys: ``[B, VL]`` uint32.
-        enough: from a kept mask ``[B, VL]`` to ``[B]`` bool.
+        keys: ``[B, VL]`` uint32 of numbers up to 0.
+        weights: ``[B, VL]`` f32, not negative; None: each is 1.
+        least: ``[B]``.
+        low: ``[B]`` uint32, which keeps enough.
     """
+    num = 1 if vocab.shards == 1 else len(FIRST_TRIED)
+    ones = jnp.ones((), jnp.float32)  # of which sums are exact below 2**24
+
+    def sums(masks: list[jax.Array], values: jax.Array) -> list[jax.Array]:
+        # Of [B, VL] each, not of [B, C, VL] at once, which sums in another order than one device's.
+        return [jnp.sum(jnp.where(m, values, 0), axis=1) for m in masks]
 
     def unresolved(carry):
-        low, high, between = carry
-        return jnp.any(between & (high - low > 1))
+        low, high, _, _, several = carry
+        return jnp.any((high - low > 1) & several)
 
-    def halve(carry):
-        low, high, _ = carry
-        mid = low + (high - low) // 2
-        ok = enough(keys >= mid[:, None])
-        low, high = jnp.where(ok, mid, low), jnp.where(ok, high, mid)
-        # Nothing lies strictly between: every t in [low, high) keeps the same set.
-        return low, high, vocab.any((keys > low[:, None]) & (keys < high[:, None]))
+    def narrow(carry):
+        low, high, from_low, from_high = (x[:, None] for x in carry[:4])  # [B, 1]
+        step = (high - low - 1) // (num + 1) + 1
+        tried = jnp.minimum(low + step * jnp.arange(1, num + 1, dtype=jnp.uint32), high - 1)  # [B, C], ascending
+        if num > 1:
+            first = ordered_bits(jnp.asarray(FIRST_TRIED, jnp.float32))
+            tried = jnp.where(high - low > WIDE, jnp.clip(first, low, high - 1), tried)
+        found = sums([keys >= tried[:, i, None] for i in range(num)], ones if weights is None else weights)
+        if weights is not None:
+            found += sums([(keys >= low) & (keys < high)], ones)
+        found = vocab.total(jnp.stack(found, axis=1))  # one exchange
+        enough = (found[:, :num] >= least[:, None]) | (tried == low)
+        high = jnp.min(jnp.where(enough, high, tried), axis=1, keepdims=True)
+        below = tried < high  # up to the first that is not enough, whatever rounding makes of the later ones
+        low = jnp.max(jnp.where(below, tried, low), axis=1)
+        from_low = jnp.min(jnp.where(below, found[:, :num], from_low), axis=1)
+        from_high = jnp.max(jnp.where(below, from_high, found[:, :num]), axis=1)
+        # low keeps enough and high does not: a single column between them is the threshold's own. Of weights, whose
+        # sums do not tell how many there are, one round late.
+        inside = from_low - from_high if weights is None else found[:, num]
+        return low, high[:, 0], from_low, from_high, inside > 1
 
-    low = jnp.zeros(keys.shape[0], jnp.uint32)
-    high = vocab.max(keys) + 1
-    return lax.while_loop(unresolved, halve, (low, high, jnp.ones(keys.shape[0], bool)))[0]
+    high = jnp.where(searched, jnp.uint32(ZERO_KEY + 1), low + 1)
+    zeros = jnp.zeros(low.shape, jnp.float32)
+    return lax.while_loop(unresolved, narrow, (low, high, zeros + vocab.padded_size, zeros, searched))[0]
 
 
 # Samplings that look at every field of the inputs; of "constrained" rows the logits are changed before.
@@ -57,29 +95,26 @@ LOOKS_AT_ALL: tuple[Sampling, ...] = ("any", "constrained")
 
 
 def kept(scaled: jax.Array, inputs: StepInputs, asked: Sampling = "any", vocab: Vocabulary | None = None) -> jax.Array:
-    """Mask [B, VL] of what ``top_k``, ``top_p`` and ``min_p`` leave of the tempered logits ``scaled`` [B, VL]."""
+    """Mask [B, VL] of what ``top_k``, ``top_p`` and ``min_p`` leave of the tempered logits ``scaled`` [B, VL], of which
+    each row's largest is 0. Rows that do not sample keep what ``min_p`` leaves."""
     vocab = vocab or whole(scaled)
-    top = vocab.max(scaled)[:, None]
-    weight = jnp.exp(scaled - top)  # [B, VL], probabilities up to a factor
+    weight = jnp.exp(scaled)  # [B, VL], probabilities up to a factor
     keep = weight >= inputs.min_p[:, None]
     if asked not in LOOKS_AT_ALL:
         return keep
+    random = inputs.temperature > 0
+    by_number = random & (inputs.top_k > 0) & (inputs.top_k < vocab.size)  # [B]
+    by_mass = random & (inputs.top_p < 1)
 
     def with_thresholds() -> jax.Array:
         keys = ordered_bits(scaled)
-        k = jnp.where(inputs.top_k > 0, jnp.minimum(inputs.top_k, vocab.size), vocab.padded_size)  # [B]
-        in_top_k = keys >= largest_threshold(keys, lambda m: vocab.sum(m) >= k, vocab)[:, None]
-        mass = inputs.top_p * vocab.sum(jnp.where(in_top_k, weight, 0))  # [B]
+        lowest = jnp.full(keys.shape[:1], MINUS_INF_KEY, jnp.uint32)
+        top_k = largest_threshold(keys, None, inputs.top_k, lowest, by_number, vocab)
+        total = vocab.total(jnp.sum(jnp.where(keys >= top_k[:, None], weight, 0), axis=1))
+        top_p = largest_threshold(keys, weight, inputs.top_p * total, top_k, by_mass, vocab)
+        return keys >= top_p[:, None]
 
-        def enough(mask: jax.Array) -> jax.Array:
-            return vocab.sum(jnp.where(mask & in_top_k, weight, 0)) >= mass
-
-        # top_p = 1 keeps all: a sum in another order must not drop the tail.
-        in_top_p = (keys >= largest_threshold(keys, enough, vocab)[:, None]) | (inputs.top_p >= 1)[:, None]
-        return in_top_k & in_top_p
-
-    used = jnp.any((inputs.top_k > 0) | (inputs.top_p < 1))
-    return keep & lax.cond(used, with_thresholds, lambda: jnp.ones_like(keep))
+    return keep & lax.cond(jnp.any(by_number | by_mass), with_thresholds, lambda: jnp.ones_like(keep))
 
 
 def gumbel(seed: jax.Array, position: jax.Array, vocab: Vocabulary) -> jax.Array:

@@ -46,16 +46,12 @@ class Vocabulary:
 
     def max(self, x: jax.Array) -> jax.Array:
         """[B] of ``x`` [B, VL]."""
-        return self._over_shards(lax.pmax, jnp.max(x, axis=1))
+        top = jnp.max(x, axis=1)
+        return top if self.shards == 1 else lax.pmax(top, VOCABULARY)
 
-    def sum(self, x: jax.Array) -> jax.Array:
-        """[B] of ``x`` [B, VL]."""
-        return self._over_shards(lax.psum, jnp.sum(x, axis=1))
-
-    def any(self, x: jax.Array) -> jax.Array:
-        """[B] bool of ``x`` [B, VL] bool."""
-        found = jnp.any(x, axis=1)
-        return found if self.shards == 1 else lax.pmax(found.astype(jnp.int32), VOCABULARY) > 0
+    def total(self, x: jax.Array) -> jax.Array:
+        """Sum over the devices of what each has."""
+        return x if self.shards == 1 else lax.psum(x, VOCABULARY)
 
     def argmax(self, x: jax.Array) -> jax.Array:
         """[B] i32, the lowest id of those that have the largest of ``x`` [B, VL]; an id of the vocabulary always."""
@@ -98,9 +94,10 @@ class Vocabulary:
         values, ids = lax.top_k(x, min(k, self.width))
         if self.shards == 1:
             return values, ids
-        ids = (ids + self.first_id()).astype(jnp.int32)
-        # [B, shards * K], equals in the order of their ids
-        values, ids = (lax.all_gather(a, VOCABULARY, axis=1, tiled=True) for a in (values, ids))
+        # [B, shards * K] each, in one exchange, equals in the order of their ids
+        both = jnp.stack([lax.bitcast_convert_type(values, jnp.int32), ids.astype(jnp.int32) + self.first_id()])
+        values, ids = lax.all_gather(both, VOCABULARY, axis=2, tiled=True)
+        values = lax.bitcast_convert_type(values, jnp.float32)
         values, places = lax.top_k(values, min(k, self.size))
         return values, jnp.take_along_axis(ids, places, axis=1)
 
@@ -112,9 +109,6 @@ class Vocabulary:
         ids = self.first_id() + jnp.arange(self.width)
         word = words.at[:, ids >> 5].get(mode="fill", fill_value=0)  # [B, VL]
         return ((word >> (ids & 31)) & 1 == 1) & (ids < self.size)
-
-    def _over_shards(self, reduce, x: jax.Array) -> jax.Array:
-        return x if self.shards == 1 else reduce(x, VOCABULARY)
 
 
 def _argmax_of_max(x: jax.Array) -> jax.Array:

@@ -46,9 +46,55 @@ def test_kept_set(top_k, top_p, min_p):
     scaled[10] *= 1e-6
     scaled[11] -= 1e4
     scaled[12, 5:] = -np.inf  # suppressed
-    got = kept(jnp.asarray(scaled), rows(16, top_k=max(top_k, 0), top_p=top_p, min_p=min_p))
+    scaled -= scaled.max(axis=1, keepdims=True)
+    got = kept(jnp.asarray(scaled), rows(16, temperature=1, top_k=max(top_k, 0), top_p=top_p, min_p=min_p))
     for row, mask in zip(scaled.astype(np.float64) + 0.0, np.asarray(got), strict=True):
         np.testing.assert_array_equal(mask & np.isfinite(row), numpy_kept(row, top_k, top_p, min_p) & np.isfinite(row))
+
+
+def mixed(num_rows: int, vocab: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Tempered logits [B, V] whose largest is 0, of every kind, and what each row asks."""
+    r = np.random.default_rng(seed)
+    scaled = r.standard_normal((num_rows, vocab)).astype(np.float32) * r.choice([1e-3, 1, 4], (num_rows, 1))
+    scaled[::5] = np.round(scaled[::5] * 2) / 2  # ties
+    scaled[1::7] = 1  # all equal
+    scaled[2::7, r.random(vocab) < 0.9] = -np.inf
+    scaled[3::7, 1:] = -np.inf
+    scaled[4::7] = -2 * np.log(1 + r.permutation(vocab))
+    scaled = (scaled - scaled.max(axis=1, keepdims=True)).astype(np.float32)
+    temperature = r.choice([1e-30, 0.05, 1, 8, 1e6], num_rows).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scaled /= temperature[:, None]
+    asked = {
+        "temperature": temperature,
+        "top_k": r.choice([0, 1, 5, 20, vocab - 1, vocab, vocab + 1, 2**31 - 1], num_rows),
+        "top_p": r.choice([1, 0.9, 0.45, 1e-6, 1e-38], num_rows),
+        "min_p": r.choice([0, 0.1], num_rows),
+    }
+    return scaled, asked
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kept_set_of_mixed_rows(seed):
+    scaled, asked = mixed(64, 97, seed)
+    got = kept(jnp.asarray(scaled), rows(64, **asked))
+    for i, (row, mask) in enumerate(zip(scaled.astype(np.float64), np.asarray(got), strict=True)):
+        want = numpy_kept(row, *(asked[name][i] for name in ("top_k", "top_p", "min_p")))
+        np.testing.assert_array_equal(mask & np.isfinite(row), want & np.isfinite(row), err_msg=str(i))
+
+
+def test_only_rows_that_sample_look_for_thresholds():
+    scaled = -jnp.arange(20.0)[None].repeat(2, axis=0)
+    got = kept(scaled, rows(2, temperature=[0, 1], top_k=3, top_p=0.5))
+    assert got.sum(axis=1).tolist() == [20, 1]
+
+
+def test_a_wide_range_is_cut_into_what_seven_rounds_of_fifteen_resolve():
+    ends = np.asarray(sampling.ordered_bits(jnp.asarray([-np.inf, *sampling.FIRST_TRIED, 0.0]))).astype(np.int64)
+    assert len(sampling.FIRST_TRIED) == 15 and sampling.WIDE == 16**7
+    assert (ends[0], ends[-1]) == (sampling.MINUS_INF_KEY, sampling.ZERO_KEY)
+    ends[-1] += 1  # where the search ends
+    assert np.all(np.diff(ends) > 0) and np.all(np.diff(ends) <= sampling.WIDE)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from jaxserve.parallel import specs
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.step_io import SAMPLINGS, Bucket, Sampling, StepDims, new_inputs, outputs_shape, unpack_outputs
 from tests import tiny
+from tests.execution.test_sampling import mixed, rows
 
 V, ROWS, SLOTS = 301, 12, 12  # V divides over no mesh
 CONFIG = tiny.CONFIG.__class__(**{**vars(tiny.CONFIG), "vocab_size": V})
@@ -41,10 +42,10 @@ def inputs(asked: Sampling, seed: int) -> np.ndarray:
     fields.seed[:] = r.integers(-(2**31), 2**31, (ROWS, 2))
     fields.does_sample[:] = r.random(ROWS) < 0.8
     if asked != "greedy":
-        fields.temperature[:] = r.choice([0, 0.3, 1, 2.5], ROWS)
+        fields.temperature[:] = r.choice([0, 1e-30, 0.3, 1, 2.5, 1e6], ROWS)
         fields.min_p[:] = r.choice([0, 0.02], ROWS)
     if asked in sampling.LOOKS_AT_ALL:
-        fields.top_k[:] = r.choice([0, 1, 7, 200, 1000], ROWS)
+        fields.top_k[:] = r.choice([0, 1, 7, 200, V, 1000], ROWS)
         fields.top_p[:] = r.choice([1, 0.5, 0.9], ROWS)
         fields.min_len[:] = r.choice([0, 100], ROWS)
         fields.stop_ids[:, :3] = r.integers(0, V, (ROWS, 3))
@@ -138,6 +139,26 @@ def test_the_noise_is_that_of_jax():
     np.testing.assert_array_equal(np.asarray(got)[:, :V], want)
 
 
+def test_what_is_kept_is_what_one_device_keeps():
+    mesh, num = make_mesh(ParallelConfig(stage=2, tensor=2)), 64
+    shared = Vocabulary(V, 4)
+    look = jax.jit(
+        jax.shard_map(
+            lambda x, i: sampling.kept(x, i, "any", shared),
+            mesh=mesh,
+            in_specs=(specs.LOGITS, P()),
+            out_specs=specs.LOGITS,
+            check_vma=False,
+        )
+    )
+    for seed in range(4):
+        scaled, asked = mixed(num, V, seed)
+        want = sampling.kept(jnp.asarray(scaled), rows(num, **asked))
+        padded = np.pad(scaled, ((0, 0), (0, shared.padded_size - V)), constant_values=-np.inf)
+        got = np.asarray(look(jax.device_put(padded, NamedSharding(mesh, specs.LOGITS)), rows(num, **asked)))[:, :V]
+        np.testing.assert_array_equal(got & np.isfinite(scaled), np.asarray(want) & np.isfinite(scaled))
+
+
 def gathered_sizes(compiled: jax.stages.Compiled) -> list[int]:
     """Elements of each result of an all-gather."""
     found = re.findall(r"= (.*?) all-gather(?:-start)?\(", compiled.as_text() or "")
@@ -157,8 +178,7 @@ def test_logits_are_not_gathered(asked: Sampling, parallel: ParallelConfig):
     cache = CacheConfig(num_pages=16, page_size=4)
     state = state_shape(tiny.CONFIG, cache, dims, [BUCKET], mesh, jnp.dtype("float32"))
     sampler = lower_sampler(tiny.CONFIG, state, dims, ROWS, mesh, asked).compile()
-    sizes = gathered_sizes(sampler)
-    assert len(sizes) == (2 if asked in sampling.LOOKS_AT_ALL else 0)  # ids and values
-    assert all(size == ROWS * 2 * DIMS.max_logprobs for size in sizes)
+    values_and_ids = ROWS * 2 * 2 * DIMS.max_logprobs  # of two devices
+    assert gathered_sizes(sampler) == ([values_and_ids] if asked in sampling.LOOKS_AT_ALL else [])
     if asked == "greedy":
         assert gathered_sizes(lower_step(tiny.CONFIG, params, state, dims, BUCKET, mesh).compile()) == []
