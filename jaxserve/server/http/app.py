@@ -37,7 +37,7 @@ def make_app(backend: Backend) -> FastAPI:
         app.include_router(routes(backend), responses=DOCUMENTED)
 
     async def answer(http: Request, error: Exception) -> Response:
-        return response_of(error_of(error))
+        return response_of(error_of(error, f"{http.method} {http.url.path}"))
 
     for kind in (*ANSWERED, RequestValidationError, HTTPException, Exception):  # the last: bugs, which are logged, too
         app.add_exception_handler(kind, answer)

@@ -98,15 +98,19 @@ class HTTPError(HTTPException):
         return self.detail
 
 
-def error_of(error: Exception) -> HTTPError:
-    """``error`` as it is answered. What is none of ``ANSWERED`` is a bug, and its text stays here."""
+def error_of(error: Exception, asked: str = "") -> HTTPError:
+    """``error`` as it is answered. What is none of ``ANSWERED`` is a bug, and its text stays here.
+
+    Args:
+        asked: method and path, which the framework's own errors do not tell.
+    """
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, RequestValidationError):
         return _validation_error(error)
     if isinstance(error, HTTPException):  # the framework's own
         kind = {404: NOT_FOUND, 405: NO_SUCH_METHOD}.get(error.status_code, INVALID)
-        message = "the body is not JSON" if kind is INVALID else str(error.detail)
+        message = "the body is not JSON" if kind is INVALID else f"{asked}: {error.detail}"
         return HTTPError(kind, message, headers=error.headers)
     kind = next((kind for known, kind in KINDS if isinstance(error, known)), None)
     if kind is None:

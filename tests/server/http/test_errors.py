@@ -167,6 +167,7 @@ async def test_unknown_models_and_paths(site: Web):
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
     answer = await site.client.get("/v1/nothing")
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+    assert answer.json()["error"]["message"] == "GET /v1/nothing: Not Found"
     answer = await site.client.get(COMPLETIONS)
     assert answer.status_code == 405 and answer.json()["error"]["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
