@@ -8,9 +8,9 @@ mistral      [TOOL_CALLS][{"name": "f", "arguments": {}}, ...], or as newer mode
 pythonic     [f(x=1, y="a"), g()] as the whole answer (Llama 3.2 and 4, prompted so): ``tool_calls.pythonic``
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from jaxserve.server.tool_calls.deltas import Arguments, Delta, Parser, Start
+from jaxserve.server.tool_calls.deltas import Arguments, Content, Delta, Parser, Start
 from jaxserve.server.tool_calls.json_call import SPACES, CallScanner, ValueScanner
 from jaxserve.server.tool_calls.pythonic import PythonicParser
 from jaxserve.server.tool_calls.reading import Reading
@@ -212,17 +212,22 @@ class MistralParser:
 
 
 class ListParser:
-    """The whole answer is a JSON list of calls: what a constrained answer is held to."""
+    """The whole answer is a JSON list of calls: what a constrained answer is held to. What is no call of it is the
+    beginning of one, cut short before its name, and no content."""
 
     def __init__(self) -> None:
         self._mistral = MistralParser()
         self._mistral.feed(TOOL_CALLS)
 
     def feed(self, text: str) -> list[Delta]:
-        return self._mistral.feed(text)
+        return _calls(self._mistral.feed(text))
 
     def finish(self) -> list[Delta]:
-        return self._mistral.finish()
+        return _calls(self._mistral.finish())
+
+
+def _calls(deltas: Sequence[Delta]) -> list[Delta]:
+    return [delta for delta in deltas if not isinstance(delta, Content)]
 
 
 class NamedParser:

@@ -229,6 +229,10 @@ def test_a_list_and_one_named_call():
         parser = ListParser()
         deltas = [*parser.feed(text[:cut]), *parser.feed(text[cut:]), *parser.finish()]
         assert amount_to(deltas) == ("", [("f", '{"x": 1}', None), ("g", "{}", None)])
+    for cut in range(len(text)):  # by its length: neither a call without its name nor a mark of another style is text
+        parser = ListParser()
+        content, calls = amount_to([*parser.feed(text[:cut]), *parser.finish()])
+        assert content == "" and [call[0] for call in calls] == ["f", "g"][: len(calls)]
     named = NamedParser("f")
     assert amount_to([*named.feed('{"x"'), *named.feed(": 1}"), *named.finish()]) == ("", [("f", '{"x": 1}', None)])
     assert amount_to(NamedParser("f").finish()) == ("", [("f", "", None)])
