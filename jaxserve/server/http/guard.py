@@ -204,4 +204,5 @@ async def until_left[T](receive: Receive, work: Awaitable[T]) -> T:
         leaving.cancel()
         if not working.done():
             working.cancel()
-            await asyncio.wait((working,))
+            # What else it ends by nobody is there to be told; left alone, it would be logged as a task's.
+            await asyncio.gather(working, return_exceptions=True)

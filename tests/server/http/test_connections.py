@@ -1,6 +1,7 @@
 """Raw connections: clients that leave, stall, or send what is no HTTP. Nothing of them stays in the engine."""
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from jaxserve.engine.async_engine import EngineFailedError
 from jaxserve.server.http import guard, listener
 from tests.server.conftest import TIMEOUT_S, endless_engine
 from tests.server.fake_engine import expected_text
@@ -150,6 +152,25 @@ async def test_requests_in_one_packet_are_answered_in_order(site: Web):
             length = next(int(x.split(b":")[1]) for x in head.split(b"\r\n") if x.startswith(b"content-length"))
             answer = json.loads(await reader.readexactly(length))
             assert answer["choices"][0]["text"] == expected_text(prompt, 2)
+
+
+async def test_what_work_ends_by_after_its_client_has_left_is_not_logged(caplog: pytest.LogCaptureFixture):
+    async def receive() -> dict[str, str]:
+        await has_begun.wait()
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        try:
+            has_begun.set()
+            await asyncio.sleep(TIMEOUT_S)
+        finally:
+            raise EngineFailedError("the engine failed meanwhile")
+
+    has_begun = asyncio.Event()
+    with pytest.raises(guard.ClientLeftError):
+        await guard.until_left(receive, work())
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_no_file_descriptor_is_left():
