@@ -131,8 +131,8 @@ def gumbel(seed: jax.Array, position: jax.Array, vocab: Vocabulary) -> jax.Array
 def threefry_2x32(k0: jax.Array, k1: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The block cipher of ``jax.random``'s keys (Salmon et al. 2011, 20 rounds), of uint32 arrays that broadcast.
 
-    JAX's own is on a CPU a loop over arrays in memory. This is one expression, which XLA computes in vector registers, in
-    a quarter of the time.
+    JAX's own is on a CPU a loop over arrays in memory. This is one expression, which XLA computes in vector registers,
+    in a quarter of the time.
     """
     keys = (k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA))
     x0, x1 = x0 + k0, x1 + k1
