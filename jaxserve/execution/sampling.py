@@ -12,6 +12,7 @@ which costs nothing on a CPU, but on a GPU a loop on the device makes the host w
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxserve.execution.vocabulary import Vocabulary, whole
@@ -53,11 +54,7 @@ def largest_threshold(
         low: ``[B]`` uint32, which keeps enough.
     """
     num = 1 if vocab.shards == 1 else len(FIRST_TRIED)
-    ones = jnp.ones((), jnp.float32)  # of which sums are exact below 2**24
-
-    def sums(masks: list[jax.Array], values: jax.Array) -> list[jax.Array]:
-        # Of [B, VL] each, not of [B, C, VL] at once, which sums in another order than one device's.
-        return [jnp.sum(jnp.where(m, values, 0), axis=1) for m in masks]
+    one = jnp.float32(1)  # of which sums are exact below 2**24
 
     def unresolved(carry):
         low, high, _, _, several = carry
@@ -70,9 +67,10 @@ def largest_threshold(
         if num > 1:
             first = ordered_bits(jnp.asarray(FIRST_TRIED, jnp.float32))
             tried = jnp.where(high - low > WIDE, jnp.clip(first, low, high - 1), tried)
-        found = sums([keys >= tried[:, i, None] for i in range(num)], ones if weights is None else weights)
+        counted = [jnp.where(keys >= tried[:, i, None], one if weights is None else weights, 0) for i in range(num)]
         if weights is not None:
-            found += sums([(keys >= low) & (keys < high)], ones)
+            counted.append(jnp.where((keys >= low) & (keys < high), one, 0))
+        found = lax.platform_dependent(*counted, cpu=_sums, default=_sums_in_one_pass)
         found = vocab.total(jnp.stack(found, axis=1))  # one exchange
         enough = (found[:, :num] >= least[:, None]) | (tried == low)
         high = jnp.min(jnp.where(enough, high, tried), axis=1, keepdims=True)
@@ -88,6 +86,16 @@ def largest_threshold(
     high = jnp.where(searched, jnp.uint32(ZERO_KEY + 1), low + 1)
     zeros = jnp.zeros(low.shape, jnp.float32)
     return lax.while_loop(unresolved, narrow, (low, high, zeros + vocab.padded_size, zeros, searched))[0]
+
+
+def _sums(*xs: jax.Array) -> tuple[jax.Array, ...]:
+    """[B] of each of [B, VL], in the order in which one alone is added up; [B, C, VL] at once is in another."""
+    return tuple(jnp.sum(x, axis=1) for x in xs)
+
+
+def _sums_in_one_pass(*xs: jax.Array) -> tuple[jax.Array, ...]:
+    """``_sums`` by one reduction of all: two kernels on a GPU, however many. On a CPU it is scalar code."""
+    return lax.reduce(tuple(xs), (np.float32(0),) * len(xs), lambda a, b: tuple(map(lax.add, a, b)), (1,))
 
 
 # Samplings that look at every field of the inputs; of "constrained" rows the logits are changed before.
