@@ -4,6 +4,7 @@
 
 Prints a JSON line for each way to sample. No engine: the same step again and again, of rows that all decode. Virtual
 CPU devices share the processor's cores, so that what every stage calculates is counted as often as there are stages.
+Of several processes on a machine, each started with its --process, the first prints; processor time is its own.
 """
 
 import argparse
@@ -35,8 +36,16 @@ def main() -> None:
     parser.add_argument("--mesh", default="stage=4")
     parser.add_argument("--rows", type=int, default=8, help="Of the step in each stage.")
     parser.add_argument("--vocab", type=int, default=VOCAB)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--process", type=int, default=0, help="Which of --processes this is.")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--coordinator", default="127.0.0.1:50071")
     asked = parser.parse_args()
+    if asked.processes > 1:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # as ``engine.joining`` has it
+        jax.distributed.initialize(asked.coordinator, asked.processes, asked.process)
     config, mesh = replace(CONFIG, vocab_size=asked.vocab), make_mesh(parse_mesh(asked.mesh))
     dtype = jnp.dtype("float32")
     params = place_params(TreeSource(init_params(config, jax.random.key(0)), config), config, config, mesh, dtype)
@@ -58,11 +67,11 @@ def main() -> None:
         inputs.kv_lens[:], inputs.positions[:] = CONTEXT, CONTEXT - 1
         inputs.kv_write_index[:] = inputs.page_table[:, -1] * PAGE_SIZE + (CONTEXT - 1) % PAGE_SIZE
         inputs.token_ids[:], inputs.does_sample[:] = -1, 1  # the last one that was sampled
-        inputs.temperature[:], inputs.top_p[:] = 1, 0.9
+        inputs.temperature[:], inputs.top_k[:], inputs.top_p[:] = 1, asked.top_k, asked.top_p
         buffers.append(buffer)
     held = {
         device: sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device == device)
-        for device in mesh.devices.flat
+        for device in mesh.local_devices
     }
     runner = Runner(config, params, cache, dims, [bucket], mesh, dtype, SAMPLINGS)
 
@@ -80,14 +89,18 @@ def main() -> None:
         wall, cpu = (1e3 / TICKS * statistics.median(times) for times in zip(*seen))
         row = {
             "mesh": asked.mesh,
+            "processes": asked.processes,
             "vocab": asked.vocab,
             "rows": asked.rows,
             "sampling": sampling,
+            "top_k": asked.top_k,
+            "top_p": asked.top_p,
             "cpu_ms_per_tick": cpu,
             "ms_per_tick": wall,
             "params_mb_a_device": max(held.values()) / 1e6,
         }
-        print(json.dumps(row | {"device": environment()["device"], "repeats": asked.repeats}), flush=True)
+        if asked.process == 0:
+            print(json.dumps(row | {"device": environment()["device"], "repeats": asked.repeats}), flush=True)
 
 
 if __name__ == "__main__":
