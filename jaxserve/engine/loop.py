@@ -69,9 +69,11 @@ class StepLoop:
 
     def add(self, request: Request, num_cached: int = 0, waiting_elsewhere: int = 0) -> None:
         """Queues a request. Raises as ``Engine.add_request``. The numbers are of ``Scheduler.add_group``."""
-        choices = request.choices()
         if request.request_id in self._groups or self.scheduler.get(request.request_id):
             raise RequestError("request_id", f"{request.request_id!r} is already in use")
+        # First: a thousand choices take tens of milliseconds to make, and every stream waits for them.
+        self.scheduler.check_room(request.params.n, waiting_elsewhere)
+        choices = request.choices()
         for sequence in self.scheduler.add_group(choices, num_cached, waiting_elsewhere):
             self._outputs[sequence.request_id] = RequestOutput(sequence, self._tokenizer)
         if request.params.n > 1:

@@ -121,18 +121,22 @@ class Scheduler:
             self.check(request)
             if request.request_id in self._sequences:
                 raise RequestError("request_id", f"{request.request_id!r} is already in use")
-        num_waiting = len(self._waiting) + waiting_elsewhere
-        if num_waiting + len(requests) > self.config.max_num_waiting:
-            raise QueueFullError(
-                f"{num_waiting} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
-                + (f": no room for {len(requests)} more" if len(requests) > 1 else "")
-            )
+        self.check_room(len(requests), waiting_elsewhere)
         first = self._queue(requests[0], None)
         self.load.add(first, num_cached)
         others = [self._queue(request, first) for request in requests[1:]]
         for sequence in others:
             self.load.add(sequence, sequence.prompt_len)
         return [first, *others]
+
+    def check_room(self, num_requests: int, waiting_elsewhere: int = 0) -> None:
+        """QueueFullError where so many more cannot wait; ``waiting_elsewhere`` as of ``add_group``."""
+        num_waiting = len(self._waiting) + waiting_elsewhere
+        if num_waiting + num_requests > self.config.max_num_waiting:
+            raise QueueFullError(
+                f"{num_waiting} requests are waiting, max_num_waiting={self.config.max_num_waiting}"
+                + (f": no room for {num_requests} more" if num_requests > 1 else "")
+            )
 
     def _queue(self, request: Request, shares_with: Sequence | None) -> Sequence:
         sequence = Sequence(request, self._next_number, shares_with)

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxserve.errors import QueueFullError, RequestError
-from jaxserve.request import TokenEvent
+from jaxserve.request import Request, TokenEvent
 from jaxserve.sampling_params import SamplingParams
 from tests import tiny
 
@@ -85,12 +85,13 @@ def test_an_abort_ends_all_choices_that_are_left(engine):
     assert engine.abort("r")
 
 
-def test_more_choices_than_may_wait():
+def test_more_choices_than_may_wait(monkeypatch):
     with tiny.engine(max_num_waiting=3) as engine:
         with pytest.raises(RequestError, match=r"^n: 4 is more than max_num_waiting=3"):
             engine.make_request(PROMPT, SamplingParams(n=4))
         engine.add_request(engine.make_request(PROMPT, SamplingParams(max_tokens=2)))
-        with pytest.raises(QueueFullError):
+        with monkeypatch.context() as patch, pytest.raises(QueueFullError):
+            patch.setattr(Request, "choices", lambda self: pytest.fail("made, to be thrown away"))
             engine.add_request(engine.make_request(PROMPT, SamplingParams(n=3, max_tokens=2)))
         while engine.has_unfinished():
             engine.step()
