@@ -45,8 +45,12 @@ class InstantRunner:
         return num_rows
 
     def read(self, num_rows: int) -> StepOutputs:
-        nothing, tokens = np.zeros((num_rows, 0)), self._random.integers(1000, 40_000, num_rows, dtype=np.int32)
-        return StepOutputs(tokens, np.zeros(num_rows, np.float32), nothing, nothing)
+        return random_outputs(self._random, num_rows)
+
+
+def random_outputs(r: np.random.Generator, num_rows: int) -> StepOutputs:
+    nothing, tokens = np.zeros((num_rows, 0)), r.integers(1000, 40_000, num_rows, dtype=np.int32)
+    return StepOutputs(tokens, np.zeros(num_rows, np.float32), nothing, nothing)
 
 
 def run(num_rows: int, tokenizer: Tokenizer | None) -> list[StepTimes]:
