@@ -94,15 +94,11 @@ def place_params(
     is_plain = num_stages == 1 and copies == 1 and not mesh.is_multi_process
     done, lock = 0, threading.Lock()
 
-    def live_array(name: str) -> jax.Array | None:
-        given = source.array(name) if isinstance(source, TreeSource) else None
-        return given if isinstance(given, jax.Array) else None
-
     def place(name: str, spec: ArraySpec, place_as: Format | NamedSharding) -> jax.Array:
         nonlocal done
         leaf_dtype = jnp.dtype(spec.dtype or dtype)
-        live = live_array(name) if is_plain else None
-        if live is not None and live.size == math.prod(spec.shape):
+        live = source.array(name) if is_plain and isinstance(source, TreeSource) else None
+        if isinstance(live, jax.Array) and live.size == math.prod(spec.shape):
             array = jax.device_put(live.reshape(spec.shape).astype(leaf_dtype), place_as)
         else:
 
@@ -121,12 +117,13 @@ def place_params(
         (name, spec, place_as)
         for (name, spec), (_, place_as) in zip(named_leaves(shapes), named_leaves(formats), strict=True)
     ]
-    # Live arrays not by threads: what moves their parts may be a collective, and two of them at once can wait for each
-    # other. Nor the smallest parameter: JAX makes the Python type that goes over a list of devices when it first needs
-    # it, and a second thread that needs it meanwhile ends the process (nanobind's make_iterator, if an audit hook lets
-    # go of the interpreter's lock).
+    # Live arrays not by threads: what reads or moves their parts may be a collective, and two of them at once can wait
+    # for each other. Nor the smallest parameter: JAX makes the Python type that goes over a list of devices when it
+    # first needs it, and a second thread that needs it meanwhile ends the process (nanobind's make_iterator, if an
+    # audit hook lets go of the interpreter's lock).
     smallest = min(range(len(jobs)), key=lambda i: math.prod(jobs[i][1].shape))
-    leaves = {i: place(*job) for i, job in enumerate(jobs) if i == smallest or live_array(job[0]) is not None}
+    here = range(len(jobs)) if isinstance(source, TreeSource) and source.is_on_devices else (smallest,)
+    leaves = {i: place(*jobs[i]) for i in here}
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         rest = [i for i in range(len(jobs)) if i not in leaves]
         leaves |= zip(rest, pool.map(lambda i: place(*jobs[i]), rest), strict=True)

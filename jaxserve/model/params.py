@@ -267,6 +267,11 @@ class TreeSource:
         check_params(params, config)
         self._leaves = dict(named_leaves(params))
 
+    @property
+    def is_on_devices(self) -> bool:
+        """Whether some of it is: reading that computes there."""
+        return any(isinstance(leaf, jax.Array) for leaf in self._leaves.values())
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(self._leaves[name][index])
 
