@@ -13,7 +13,7 @@ first: where it lies depends on B alone.
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -137,7 +137,7 @@ def _views(buffer: np.ndarray, places: dict[str, tuple[slice, tuple[int, ...]]])
     return StepInputs(**views | {name: views[name].view(np.float32) for name in FLOAT_FIELDS})
 
 
-@cache
+@lru_cache(maxsize=64)  # more than an engine has shapes; those of engines that were closed go
 def _padding(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, dict[str, tuple[slice, tuple[int, ...]]]]:
     """A buffer of padding alone, for every step of its shape to copy, and where each field is in it."""
     places, start = {}, 0
@@ -154,6 +154,7 @@ def _padding(bucket: Bucket, dims: StepDims) -> tuple[np.ndarray, dict[str, tupl
     inputs.stop_ids[:] = -1
     inputs.num_logprobs[:] = -1
     inputs.top_p[:] = 1.0
+    buffer.setflags(write=False)
     return buffer, places
 
 

@@ -1,6 +1,7 @@
 """What a user may say of an engine: the keywords that every way to make one has."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -80,8 +81,6 @@ class EngineOptions(TypedDict, total=False):
 
 def check_names(options: EngineOptions) -> None:
     """Raises TypeError for a keyword that no engine has, with the one that is most like it."""
-    from difflib import get_close_matches
-
     known = EngineOptions.__annotations__
     for name in options.keys() - known.keys():
         near = get_close_matches(name, known, n=1)

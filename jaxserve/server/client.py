@@ -14,8 +14,7 @@ ends the request on the server. ``chat`` takes the same and returns whole answer
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Coroutine, Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import grpc
@@ -24,6 +23,7 @@ from grpc_health.v1 import health_pb2
 
 from jaxserve.request import Embedding, Pooling
 from jaxserve.server import client_codec as codec
+from jaxserve.server.call_end import end_of, own_end
 from jaxserve.server.channels import TLS, open_async_channel, open_channel, stubs
 from jaxserve.server.chat.answer import AnswerCollector, ChatAnswer
 from jaxserve.server.client_codec import Chunk, Messages, RequestFailure
@@ -335,12 +335,12 @@ class AsyncClient:
         """Streams many requests (``batch_request``) on one call: their chunks and failures as they come."""
         call = self._stub.GenerateBatch(requests, timeout=timeout_s)
         ends: list[grpc.aio.AioRpcError] = []
-        call.add_done_callback(lambda ended: ends.append(_end_of(ended)))
+        call.add_done_callback(lambda ended: ends.append(end_of(ended)))
         try:
             async for message in call:
                 yield codec.read_batch_chunk(message)
         except grpc.aio.AioRpcError as error:
-            end = await _own_end(call, error, ends)
+            end = await own_end(call, error, ends)
             if end.code() != grpc.StatusCode.OK:
                 raise end from None
         finally:
@@ -399,55 +399,10 @@ class AsyncClient:
         return await self._stub.GetServerInfo(pb.GetServerInfoRequest())
 
 
-_STATUS_TIMEOUT_S = 1.0  # it comes with what ended the call, or never
 _KEEP_WAITING = (
     grpc.StatusCode.UNAVAILABLE,  # not bound yet, or gone: it may come back
     grpc.StatusCode.DEADLINE_EXCEEDED,  # the loop's own limit tells
 )
-
-
-async def _own_end(
-    call: grpc.aio.Call, error: grpc.aio.AioRpcError, noted: Sequence[grpc.aio.AioRpcError]
-) -> grpc.aio.AioRpcError:
-    """The status that a call of several requests has ended by. Where one was about to be sent as the call ended, gRPC
-    replaces that by a status of its own, which says nothing, or says its own first, and then lets the other one replace
-    it.
-
-    Args:
-        noted: what the call's end was said to be when it came.
-    """
-    for end in (error, *noted):
-        if not _says_nothing(end):
-            return end
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_STATUS_TIMEOUT_S):
-            while _says_nothing(_end_of(call)):
-                await asyncio.sleep(0.01)
-    return _end_of(call)
-
-
-def _says_nothing(end: grpc.aio.AioRpcError) -> bool:
-    return end.code() == grpc.StatusCode.INTERNAL and end.details() == "Internal error from Core"
-
-
-def _end_of(call: grpc.aio.Call) -> grpc.aio.AioRpcError:
-    """The status of a call that has just ended."""
-    return grpc.aio.AioRpcError(
-        _known(call.code()),
-        _known(call.initial_metadata()),
-        _known(call.trailing_metadata()),
-        details=_known(call.details()),
-    )
-
-
-def _known[T](awaited: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns that has nothing to wait for."""
-    try:
-        awaited.send(None)
-    except StopIteration as end:
-        return end.value
-    awaited.close()
-    raise RuntimeError("the call has not ended")
 
 
 def _code(error: grpc.RpcError) -> grpc.StatusCode:
